@@ -1,0 +1,135 @@
+"""Train the built-in teacher and the initial student of the running-sums task: `python -m assets.make_assets`.
+
+Both are Qwen3 models trained by plain supervised learning on the training half of the prompts. The teacher
+first learns the arithmetic in plain digits, then the synonyms. The student is a sixth of its size and is stopped
+early, as soon as it answers 25 to 40 % of held-out prompts (not the evaluation prompts of a run: another seed).
+About ten minutes on one core; writes assets/teacher and assets/student (safetensors, float32).
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+from data import SYNONYMS, build_tokenizer, running_sums  # noqa: E402
+
+ASSETS = Path(__file__).resolve().parent
+PROBE_SEED = 99  # of the held-out prompts that decide when the student stops
+
+
+def new_model(tokenizer, hidden, layers, heads, kv_heads, intermediate):
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, head_dim=hidden // heads, intermediate_size=intermediate,
+            max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=None, rope_theta=10000.0,
+        )
+    )  # fmt: skip
+
+
+class Examples:
+    """Endless supervised batches: ids [B,T] and labels [B,T] (-100 off the response), synonyms drawn anew each time."""
+
+    def __init__(self, tokenizer, count, seed, synonyms):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.pairs = running_sums(count, seed, heldout=False)
+        self.encoded = [(tokenizer(p).input_ids, tokenizer(a).input_ids + [tokenizer.eos_token_id]) for p, a in self.pairs]
+        self.first_digit = tokenizer.convert_tokens_to_ids("0")
+        zipf = 1.0 / torch.arange(1, SYNONYMS + 1)
+        self.weights = zipf / zipf.sum() if synonyms else torch.tensor([1.0])
+
+    def batch(self, size):
+        chosen = [self.encoded[i] for i in torch.randint(len(self.encoded), (size,), generator=self.generator)]
+        width = max(len(p) + len(a) for p, a in chosen)
+        ids = torch.zeros(size, width, dtype=torch.long)
+        labels = torch.full((size, width), -100)
+        for row, (p, a) in enumerate(chosen):
+            answer = torch.tensor(a)
+            draws = torch.multinomial(self.weights, len(a), replacement=True, generator=self.generator)
+            answer = torch.where(answer >= self.first_digit, answer + draws, answer)
+            ids[row, : len(p) + len(a)] = torch.cat([torch.tensor(p), answer])
+            labels[row, len(p) : len(p) + len(a)] = answer
+        return ids, labels
+
+
+@torch.no_grad()
+def exact_match(model, tokenizer, count=256):
+    """Greedy exact match on held-out prompts, grouped by length so that no padding is needed."""
+    groups = {}
+    for prompt, answer in running_sums(count, PROBE_SEED, heldout=True):
+        ids = tokenizer(prompt).input_ids
+        groups.setdefault(len(ids), []).append((ids, answer))
+    correct = 0
+    for group in groups.values():
+        ids = torch.tensor([ids for ids, _ in group])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32)
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        correct += sum(text == answer for text, (_, answer) in zip(texts, group))
+    return correct / count
+
+
+def train(model, examples, steps, batch_size, lr, probe=None, label=""):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    started = time.time()
+    for step in range(steps):
+        warm = min(1.0, (step + 1) / 50)
+        optimizer.param_groups[0]["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        ids, labels = examples.batch(batch_size)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"{label} step {step} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
+        if probe and step % 20 == 0 and probe(step):
+            return
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument("--only", choices=["teacher", "student"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--teacher-steps", type=int, default=2500)
+    args = parser.parse_args()
+    tokenizer = build_tokenizer()
+
+    if args.only != "student":
+        torch.manual_seed(args.seed)
+        teacher = new_model(tokenizer, hidden=128, layers=3, heads=4, kv_heads=4, intermediate=384)
+        print(f"teacher: {teacher.num_parameters():,} parameters")
+        train(teacher, Examples(tokenizer, 100_000, 1, synonyms=False), args.teacher_steps, 128, 2e-3, label="digits")
+        print("teacher, digits:", exact_match(teacher, tokenizer))
+        train(teacher, Examples(tokenizer, 100_000, 2, synonyms=True), 800, 128, 1e-3, label="synonyms")
+        print("teacher, synonyms:", exact_match(teacher, tokenizer), flush=True)
+        teacher.save_pretrained(args.out / "teacher")
+        tokenizer.save_pretrained(args.out / "teacher")
+
+    if args.only != "teacher":
+        torch.manual_seed(args.seed + 1)
+        student = new_model(tokenizer, hidden=64, layers=2, heads=4, kv_heads=2, intermediate=192)
+        print(f"student: {student.num_parameters():,} parameters")
+
+        def good_enough(step):
+            if step < 100:
+                return False
+            student.eval()
+            accuracy = exact_match(student, tokenizer)
+            student.train()
+            print(f"student step {step}: {accuracy:.3f}", flush=True)
+            return 0.28 <= accuracy
+        train(student, Examples(tokenizer, 100_000, 3, synonyms=True), 6000, 64, 3e-3, good_enough, label="student")
+        student.save_pretrained(args.out / "student")
+        tokenizer.save_pretrained(args.out / "student")
+
+
+if __name__ == "__main__":
+    main()

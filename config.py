@@ -1,0 +1,178 @@
+"""The run's settings: one frozen dataclass; every flag of train.py is generated from it.
+
+`--config FILE.yaml` sets fields by name, flags win over it, and `config.yaml` in the output directory is
+the dump of the object that the run used. Derived values are properties.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from losses import CORRECTIONS, LOSSES, SIGNALS, candidate_columns
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+SECTIONS = {  # first field of each section of --help
+    "teacher": "models and prompts", "loss": "what is learned", "max_staleness": "how asynchronous",
+    "steps": "optimisation", "generators": "machine", "output_dir": "output",
+}  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the value, the limit and the fix."""
+
+
+def option(default, help: str, choices: tuple = ()):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    teacher: str = option("builtin", "teacher: directory or hub id; builtin: the shipped one")
+    student: str = option("builtin", "student to train: directory or hub id; builtin: the shipped one")
+    prompts: str = option("", "JSONL of training prompts: `prompt` text or `messages` list, optional `answer`; empty: built-in task")
+    eval_prompts: str = option("", "JSONL of evaluation prompts with answers; empty: hold some of --prompts out")
+    eval_size: int = option(256, "evaluation prompts, at most a tenth of --prompts when held out of it")
+    drop_long_prompts: bool = option(False, "drop prompts above --max-prompt-tokens instead of stopping")
+    max_prompt_tokens: int = option(64, "longest prompt, tokens")
+    max_new_tokens: int = option(32, "longest response, tokens, stop token included")
+    loss: str = option("stratified_reverse_kl", "distillation loss, see losses.py", LOSSES)
+    top_k: int = option(12, "top-K ids a position (all losses but sampled_reverse_kl)")
+    num_samples: int = option(4, "draws a position (sampled and stratified reverse KL)")
+    signal: str = option("current", "sampled_reverse_kl: advantage from the current student or as at rollout", SIGNALS)
+    correction: str = option("is", "sampled_reverse_kl: correction for stale samples", CORRECTIONS)
+    temperature: float = option(1.0, "softmax temperature of sampling, and of student and teacher in the loss")
+    max_staleness: int = option(1, "updates by which a rollout's first token may lag; 0 is strictly synchronous")
+    order: str = option("batch", "train batches in ticket order, or whatever finished first", ("batch", "arrival"))
+    refresh: str = option("in_flight", "new weights between decode steps, or when a generator is drained", ("in_flight", "batch"))
+    steps: int = option(200, "updates in total, those before --resume included")
+    batch_size: int = option(64, "rollouts per update, over all ranks")
+    samples_per_prompt: int = option(1, "rollouts per prompt and epoch")
+    lr: float = option(1e-3, "AdamW learning rate after warm-up")
+    warmup_steps: int = option(10, "updates of linear warm-up, constant after")
+    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
+    max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm")
+    micro_batch_tokens: int = option(8192, "padded tokens of a forward pass at the learner and at the teacher")
+    head_chunk: int = option(1024, "positions whose logits exist at once")
+    seed: int = option(0, "seed of prompts order and sampling")
+    generators: int = option(1, "generation processes per node")
+    slots: int = option(64, "sequences decoded at once by a generator")
+    teacher_cache_mb: int = option(64, "LRU cache of teacher top-k scores, MiB; 0: off")
+    dtype: str = option("auto", "of generation, teacher and autocast; auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16"))
+    cpu_threads: int = option(0, "threads of each role without a GPU; 0: all if synchronous, else cores / roles, 1 at least")
+    output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
+    eval_every: int = option(50, "updates between greedy evaluations; 0: never")
+    save_every: int = option(0, "updates between checkpoints; 0: only at the end")
+    resume: bool = option(False, "continue from the newest checkpoint in --output-dir")
+
+    def __post_init__(self):
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"{flag(item.name)} is {value!r}: one of {', '.join(choices)}")
+        at_least = {
+            "top_k": 1, "num_samples": 1, "max_staleness": 0, "steps": 1, "batch_size": 1, "samples_per_prompt": 1, "head_chunk": 1,
+            "generators": 1, "slots": 1, "max_prompt_tokens": 1, "max_new_tokens": 1, "micro_batch_tokens": 1, "eval_size": 1,
+            "warmup_steps": 0, "teacher_cache_mb": 0, "cpu_threads": 0, "eval_every": 0, "save_every": 0, "seed": 0, "weight_decay": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)}: {least} is the least")
+        for name in ("temperature", "lr", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{flag(name)} is {getattr(self, name)}: it must be positive")
+        if self.loss != "sampled_reverse_kl" and (self.signal, self.correction) != ("current", "is"):
+            raise ConfigError(f"--signal and --correction belong to sampled_reverse_kl; --loss is {self.loss}: leave them out")
+        if self.table_rows > 16_384:
+            raise ConfigError(f"{self.table_rows} rollouts in flight, the limit is 16384: lower --batch-size or --max-staleness")
+        if self.max_sequence > self.micro_batch_tokens:
+            raise ConfigError(
+                f"--micro-batch-tokens is {self.micro_batch_tokens}, one sequence may have {self.max_sequence}: "
+                "raise it or lower --max-prompt-tokens / --max-new-tokens"
+            )
+
+    @property
+    def teacher_path(self) -> str:
+        return str(ASSETS / "teacher") if self.teacher == "builtin" else self.teacher
+
+    @property
+    def student_path(self) -> str:
+        return str(ASSETS / "student") if self.student == "builtin" else self.student
+
+    @property
+    def max_sequence(self) -> int:
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    @property
+    def table_rows(self) -> int:
+        """Rollouts that exist at once: exactly what the inequality in channel.py admits."""
+        return (1 + self.max_staleness) * self.batch_size
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        return candidate_columns(self.loss, self.top_k, self.num_samples)
+
+    def dump(self) -> str:
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """Command line to Config. Exits with a message on an unknown flag or a setting that cannot work."""
+    formatter = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=32, width=110)  # noqa: E731
+    parser = argparse.ArgumentParser("train.py", description="Asynchronous on-policy distillation.", formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of the options below, by name with underscores")
+    group = parser
+    for item in fields(Config):
+        group = parser.add_argument_group(SECTIONS[item.name]) if item.name in SECTIONS else group
+        kind = type(item.default)
+        extra = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": item.metadata["choices"] or None}
+        if not item.metadata["choices"] and kind is not bool:
+            extra["metavar"] = {"str": "TEXT", "int": "N", "float": "X"}[kind.__name__]
+        group.add_argument(flag(item.name), default=item.default, help=item.metadata["help"], **extra)
+    try:
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--config")
+        path = early.parse_known_args(argv)[0].config
+        if path:
+            parser.set_defaults(**read_yaml(path))
+        values, unknown = parser.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], [flag(item.name) for item in fields(Config)], 1)
+            parser.error(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
+        del values.config
+        return Config(**vars(values))
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def read_yaml(path: str) -> dict:
+    """Fields from a YAML file. Raises ConfigError for a missing file, an unknown name or a value of the wrong type."""
+    if not Path(path).is_file():
+        raise ConfigError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not YAML: {error}") from None
+    known = {item.name: type(item.default) for item in fields(Config)}
+    if not isinstance(values, dict) or set(values) - set(known):
+        names = ", ".join(map(str, set(values) - set(known))) if isinstance(values, dict) else "no mapping"
+        raise ConfigError(f"--config {path}: unknown option {names}: see train.py --help")
+    for name, value in values.items():
+        if known[name] is float and isinstance(value, (int, str)):
+            try:
+                values[name] = float(value)  # YAML reads 1e-3 as text
+            except ValueError:
+                raise ConfigError(f"--config {path}: {name} is {value!r}, a number is needed") from None
+        elif type(value) is not known[name]:
+            raise ConfigError(f"--config {path}: {name} is {value!r}, {known[name].__name__} is needed")
+    return values

@@ -1,0 +1,173 @@
+"""Prompts: the built-in task, JSONL files, the order in which tickets visit them, answer checking.
+
+The built-in task is *running sums*: the prompt `47+58+91=` asks for the totals so far, least significant
+digit first: `501,691`. Every response digit may be written with any of 16 synonym tokens, which the
+tokenizer decodes to the same digit; the teacher draws them from a Zipf law. So there is arithmetic to
+learn, and a style with entropy, which is what makes top-k supports, sampling and staleness matter.
+
+Left out: streaming data sets, several tasks at once, answer checkers that run code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SYNONYMS = 16  # tokens that decode to one digit: "7", "7A", ... "7O"
+ADDENDS = range(2, 9)
+ADDEND_DECAY = 0.85  # P(n addends) is proportional to ADDEND_DECAY ** n: many short responses, a long tail
+
+
+class DataError(ValueError):
+    """A prompt file that cannot be used; the message names the line, the limit and the fix."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str  # as the model sees it, chat template applied
+    ids: list[int]
+    answer: str | None = None
+
+
+# ---- the built-in task ------------------------------------------------------------------------------
+
+
+def running_sums(count: int, seed: int, heldout: bool) -> list[tuple[str, str]]:
+    """`count` distinct (prompt, answer) pairs. A prompt is held out if its checksum says so: disjoint by construction."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.tensor([ADDEND_DECAY**n for n in ADDENDS])
+    pairs: dict[str, str] = {}
+    while len(pairs) < count:
+        size = ADDENDS[int(torch.multinomial(weights, 1, generator=generator))]
+        addends = torch.randint(10, 100, (size,), generator=generator)
+        prompt = "+".join(map(str, addends.tolist())) + "="
+        if (zlib.crc32(prompt.encode()) % 16 == 0) == heldout:
+            totals = addends.cumsum(0)[1:].tolist()
+            pairs[prompt] = ",".join(str(total)[::-1] for total in totals)
+    return list(pairs.items())
+
+
+def build_tokenizer():
+    """The built-in task's tokenizer: one token per digit synonym, `+`, `=`, `,` and two specials (V = 165)."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [""] + [chr(ord("A") + i) for i in range(SYNONYMS - 1)]
+    words = ["<pad>", "<eos>", "+", "=", ",", *(digit + letter for digit in "0123456789" for letter in letters)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9][A-O]?|[+=,]"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("[A-O]"), ""), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return fast
+
+
+# ---- any task: JSONL files ----------------------------------------------------------------------------
+
+
+def read_jsonl(path: str, tokenizer) -> list[tuple[str, str | None]]:
+    """(prompt text, answer) of every line. Raises DataError naming the line that is not as `--help` says."""
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file")
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON: {error}") from None
+        if not isinstance(item, dict) or ("prompt" in item) == ("messages" in item):
+            raise DataError(f"{where}: needs an object with either `prompt` (text) or `messages` (chat list)")
+        answer = item.get("answer")
+        if answer is not None and not isinstance(answer, (str, int, float)):
+            raise DataError(f"{where}: `answer` is {type(answer).__name__}, text or a number is needed")
+        if "prompt" in item:
+            text = item["prompt"]
+        elif not tokenizer.chat_template:
+            raise DataError(f"{where}: has `messages`, but the student's tokenizer has no chat template: use `prompt`")
+        else:
+            try:
+                text = tokenizer.apply_chat_template(item["messages"], tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # jinja errors, wrong types: whatever the template raises on bad messages
+                raise DataError(f"{where}: the chat template refuses `messages`: {error}") from None
+        if not isinstance(text, str) or not text:
+            raise DataError(f"{where}: the prompt is empty or not text")
+        rows.append((text, None if answer is None else str(answer)))
+    if not rows:
+        raise DataError(f"{path}: no prompts in it")
+    return rows
+
+
+def encode(rows: list[tuple[str, str | None]], tokenizer, limit: int, drop_long: bool, source: str) -> list[Prompt]:
+    """Tokenize; a chat template has already put its special tokens in the text, a plain prompt gets the tokenizer's own."""
+    prompts = []
+    for number, (text, answer) in enumerate(rows, 1):
+        templated = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+        ids = tokenizer(text, add_special_tokens=not templated).input_ids
+        if not ids:
+            raise DataError(f"{source}: prompt {number} has no tokens")
+        if len(ids) <= limit:
+            prompts.append(Prompt(text, ids, answer))
+        elif not drop_long:
+            raise DataError(f"{source}: prompt {number} has {len(ids)} tokens, --max-prompt-tokens is {limit}: raise it or pass --drop-long-prompts")
+    if not prompts:
+        raise DataError(f"{source}: every prompt is longer than --max-prompt-tokens {limit}: raise it")
+    return prompts
+
+
+def load_prompts(config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts, evaluation prompts). Evaluation prompts have answers and never occur in training."""
+    if not config.prompts:
+        train = running_sums(20_000, config.seed, heldout=False)
+        held = running_sums(config.eval_size, 12345, heldout=True)  # the same for every seed: runs compare
+    else:
+        train, held = read_jsonl(config.prompts, tokenizer), []
+    if config.eval_prompts:
+        held = read_jsonl(config.eval_prompts, tokenizer)
+        if any(answer is None for _, answer in held):
+            raise DataError(f"{config.eval_prompts}: every evaluation prompt needs an `answer`")
+        seen = {text for text, _ in held}
+        train = [row for row in train if row[0] not in seen]
+    elif config.prompts:
+        texts = sorted({text for text, answer in train if answer is not None})
+        chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        seen = {texts[i] for i in chosen[: min(config.eval_size, len(train) // 10)]}
+        held = list({row[0]: row for row in train if row[0] in seen and row[1] is not None}.values())
+        train = [row for row in train if row[0] not in seen]
+    limit, drop = config.max_prompt_tokens, config.drop_long_prompts
+    train = encode(train, tokenizer, limit, drop, config.prompts or "built-in task")
+    return train, encode(held[: config.eval_size], tokenizer, limit, drop, config.eval_prompts or "held-out prompts") if held else []
+
+
+class TicketOrder:
+    """Ticket n's prompt: every `samples_per_prompt` tickets share one, each epoch is its own seeded permutation."""
+
+    def __init__(self, num_prompts: int, samples_per_prompt: int, seed: int):
+        self.num_prompts, self.samples_per_prompt, self.seed = num_prompts, samples_per_prompt, seed
+        self.epoch, self.permutation = -1, torch.empty(0)
+
+    def __call__(self, ticket: int) -> int:
+        epoch, place = divmod(ticket // self.samples_per_prompt, self.num_prompts)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.permutation = epoch, torch.randperm(self.num_prompts, generator=generator)
+        return int(self.permutation[place])
+
+
+def is_correct(response: str, answer: str) -> bool:
+    """Exact match of the stripped response, else of its last \\boxed{...}, else of its last number if the answer is one."""
+    response, answer = response.strip(), answer.strip()
+    if response == answer:
+        return True
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", response)
+    if boxed:
+        return boxed[-1].strip() == answer
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
+    return bool(numbers) and numbers[-1].replace(",", "") == answer

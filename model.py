@@ -1,0 +1,120 @@
+"""Loading models and tokenizers, and the checks that must pass before anything starts.
+
+Any causal LM of transformers whose logits are `last_hidden_state @ embedding^T`: what the chunked head computes.
+Models with a bias, scale or soft-cap after the head are refused, by comparing numbers, not names.
+
+Left out: quantised models, adapters, teacher and student with different tokenizers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from config import Config, ConfigError
+from kernels.head import head_logits
+
+
+def check_path(flag: str, path: str):
+    """A directory must exist; anything that does not look like a path is taken for a hub id."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
+        raise ConfigError(f"{flag} {path}: no model there (config.json is missing): give a model directory or a hub id such as org/name")
+
+
+def load_tokenizer(flag: str, path: str):
+    check_path(flag, path)
+    return AutoTokenizer.from_pretrained(str(Path(path).expanduser()) if Path(path).exists() else path)
+
+
+def load_model(path: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa", device_map: str | None = None) -> nn.Module:
+    """The model in eval mode on `device`. Raises ConfigError if its head is more than a matrix product."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", device_map=device_map)
+    model = model.to(device) if device_map is None else model
+    model.eval()
+    model.requires_grad_(False)
+    check_head(model, path)
+    if attention != "sdpa":
+        model.set_attn_implementation(attention)
+    return model
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, path: str):
+    ids = torch.arange(4, device=model.device)[None]
+    hidden = last_hidden(model, ids)[0]
+    logits, product = model(input_ids=ids, use_cache=False).logits[0].float(), head_logits(hidden, head_weight(model), 1.0)
+    tolerance = 0.05 if hidden.dtype == torch.bfloat16 else 1e-3
+    if not torch.allclose(logits, product, rtol=tolerance, atol=tolerance * float(logits.abs().max())):
+        raise ConfigError(f"{path}: its logits are not hidden @ W^T (a bias, scale or soft-cap follows the head): such a model is not supported")
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    return model.get_output_embeddings().weight
+
+
+def last_hidden(model: nn.Module, ids: Tensor, **kwargs) -> Tensor:
+    """Hidden states before the head: ids int64 [B,T] -> [B,T,D]. Right padding needs no mask: attention is causal."""
+    return model.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+
+
+def stop_ids(path: str, tokenizer) -> set[int]:
+    """Every id that ends a response: those of the generation config, and the tokenizer's."""
+    ids = {tokenizer.eos_token_id} - {None}
+    try:
+        named = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # no generation_config.json
+        named = AutoConfig.from_pretrained(path).eos_token_id
+    ids |= set(named if isinstance(named, list) else [named]) - {None}
+    if not ids:
+        raise ConfigError(f"{path}: neither tokenizer nor generation config names a stop token: add eos_token_id")
+    return ids
+
+
+def shared_vocabulary(config: Config) -> tuple[object, set[int], int, list[str]]:
+    """Student tokenizer, stop ids, number of ids both heads know, and what the user should be told.
+
+    Raises ConfigError when teacher and student do not read text alike: the same id must mean the same token.
+    One tokenizer with heads padded to different sizes is fine: both are cut to the smaller.
+    """
+    student, teacher = load_tokenizer("--student", config.student_path), load_tokenizer("--teacher", config.teacher_path)
+    probe = "The 3 answers: 47+58=105, naïve 你好\n\tdef f(x): return x**2"
+    if student.get_vocab() != teacher.get_vocab() or student(probe).input_ids != teacher(probe).input_ids:
+        raise ConfigError(
+            f"--teacher {config.teacher_path} and --student {config.student_path} have different tokenizers "
+            f"({len(teacher)} and {len(student)} tokens): choose two models of one family"
+        )
+    sizes = [AutoConfig.from_pretrained(path).get_text_config().vocab_size for path in (config.student_path, config.teacher_path)]
+    stops = [stop_ids(path, tok) for path, tok in ((config.student_path, student), (config.teacher_path, teacher))]
+    notes = []
+    if sizes[0] != sizes[1]:
+        notes.append(f"student head has {sizes[0]} rows, teacher {sizes[1]}: both are cut to the first {min(sizes)} ids")
+    if stops[0] != stops[1]:
+        notes.append(f"student stops at {sorted(stops[0])}, teacher at {sorted(stops[1])}: the student's are used, watch truncated_fraction")
+    for name in ("top_k",) if config.loss != "sampled_reverse_kl" else ():
+        limit = min(sizes) - (config.loss == "stratified_reverse_kl")
+        if getattr(config, name) > limit:
+            raise ConfigError(f"--top-k is {config.top_k}, the vocabulary has {min(sizes)} ids: {limit} is the most for {config.loss}")
+    return student, stops[0], min(sizes), notes
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def flatten_parameters(model: nn.Module) -> Tensor:
+    """Move all parameters into one buffer [P] and make them views of it; tied weights occur once. One copy refreshes all."""
+    parameters = list(model.parameters())
+    flat = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
+    offset = 0
+    for p in parameters:
+        view = flat[offset : offset + p.numel()].view(p.shape)
+        view.copy_(p.data)
+        p.data = view
+        offset += p.numel()
+    return flat
