@@ -47,13 +47,6 @@ def candidate_logp(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float = 1
     return torch.cat(parts) if parts else hidden.new_zeros(ids.shape)
 
 
-@torch.no_grad()
-def top_k_logp(hidden: Tensor, weight: Tensor, k: int, scale: float = 1.0, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """The k most likely ids (int64 [N,k], best first) and their log-probabilities [N,k]. No gradient."""
-    parts = [logp.topk(k, dim=-1) for _, logp in logp_chunks(hidden, weight, scale, chunk)]
-    return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
-
-
 class _CandidateLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids, loss_fn, scale, chunk):

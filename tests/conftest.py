@@ -1,0 +1,108 @@
+"""Tiny random models, a tiny rollout table in plain tensors, and the built-in tokenizer: no network, no GPU."""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import (  # noqa: E402
+    Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+)  # fmt: skip
+
+from channel import STOP  # noqa: E402
+from config import Config  # noqa: E402
+from data import build_tokenizer  # noqa: E402
+from model import load_model  # noqa: E402
+
+torch.set_num_threads(2)
+CPU = torch.device("cpu")
+FAMILIES = ("qwen3", "llama", "gemma3")
+
+
+def build_model(family: str, seed: int = 0, vocab: int = 165, hidden: int = 32, layers: int = 2):
+    """A random model of a few thousand parameters; gemma3 has a sliding window of 8 in every second layer."""
+    torch.manual_seed(seed)
+    common = dict(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+        initializer_range=0.3,
+    )  # fmt: skip
+    if family == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**common, tie_word_embeddings=True)).eval()
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False)).eval()
+    windows = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"] * (layers // 2))
+    return Gemma3ForCausalLM(Gemma3TextConfig(**common, **windows, query_pre_attn_scalar=8)).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer):
+    """model_dir(family, seed, **sizes) -> directory of a saved tiny model with the built-in tokenizer."""
+    made = {}
+
+    def get(family="qwen3", seed=0, **sizes):
+        key = (family, seed, *sorted(sizes.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"{family}{seed}")
+            build_model(family, seed, **sizes).save_pretrained(made[key])
+            tokenizer.save_pretrained(made[key])
+        return str(made[key])
+
+    return get
+
+
+def load(path: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
+    return load_model(path, dtype, CPU, attention)
+
+
+def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
+    """The fields of a Channel that teacher and learner use, filled from finished generate.Rollout objects."""
+    from generate import write_rollout
+
+    rows, total = len(rollouts), max_prompt + max_new
+    table = SimpleNamespace(
+        tokens=torch.zeros(rows, total, dtype=torch.int32),
+        prompt_len=torch.zeros(rows, dtype=torch.int32),
+        length=torch.zeros(rows, dtype=torch.int32),
+        ticket=torch.arange(rows),
+        finish=torch.full((rows,), STOP, dtype=torch.int32),
+        weight_version=torch.zeros(rows, max_new, dtype=torch.int32),
+        candidate_ids=torch.zeros(rows, max_new, columns, dtype=torch.int32),
+        behavior_logp=torch.zeros(rows, max_new, columns),
+        teacher_logp=torch.zeros(rows, max_new, columns),
+    )
+    for row, rollout in enumerate(rollouts):
+        rollout.row = row
+        table.prompt_len[row] = len(rollout.prompt_ids)
+        table.tokens[row, : len(rollout.prompt_ids)] = torch.tensor(rollout.prompt_ids, dtype=torch.int32)
+        write_rollout(table, rollout)
+    return table
+
+
+LOSS_CONFIGS = [
+    Config(loss="forward_kl", top_k=6),
+    Config(loss="sparse_reverse_kl", top_k=6),
+    *[
+        Config(loss="sampled_reverse_kl", num_samples=n, signal=signal, correction=correction)
+        for n in (1, 4)
+        for signal in ("current", "rollout")
+        for correction in ("is", "none", "ppo", "decoupled", "m2po")
+    ],
+    Config(loss="stratified_reverse_kl", top_k=5, num_samples=3),
+]
+
+
+def label(config: Config) -> str:
+    sampled = config.loss == "sampled_reverse_kl"
+    return f"{config.loss}-{config.num_samples}-{config.signal}-{config.correction}" if sampled else config.loss

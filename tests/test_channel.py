@@ -1,0 +1,164 @@
+"""Claims about what the roles share."""
+
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import channel as channel_module
+from channel import Channel, Timeline, check_space, close_trace, layout, may_start, open_trace
+from config import Config
+from train import Dispatcher
+
+CONFIG = Config(batch_size=4, max_staleness=2, max_prompt_tokens=8, max_new_tokens=8, slots=2)
+P = 200_000
+
+
+def make(config=CONFIG, parameters=P):
+    return Channel(config, parameters, torch.float32)
+
+
+def test_ticket_n_starts_if_and_only_if_the_inequality_holds():
+    for version in range(4):
+        allowed = [n for n in range(100) if may_start(n, version, CONFIG)]
+        assert allowed == list(range((version + 1 + 2) * 4))
+    strict = replace(CONFIG, max_staleness=0)
+    assert may_start(3, 0, strict) and not may_start(4, 0, strict) and may_start(4, 1, strict)
+
+
+def test_nothing_is_named_in_dev_shm_and_others_open_it_by_path():
+    before = set(os.listdir("/dev/shm"))
+    ours = make()
+    theirs = Channel(CONFIG, P, torch.float32, ours.paths)
+    assert set(os.listdir("/dev/shm")) == before
+    theirs.tokens[3, 5] = 77
+    theirs.to_teacher.put([3])
+    assert ours.to_teacher.get() == 3 and ours.tokens[3, 5] == 77
+
+
+def test_every_field_has_its_own_whole_pages():
+    ours = make()
+    spans = []
+    for field in layout(torch.float32):
+        tensor = getattr(ours, field.name)
+        assert tensor.dtype == field.dtype and not tensor.any()
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
+    assert all(start % 4096 == spans[0][0] % 4096 for start, _ in spans)
+    assert all(first[1] <= second[0] for first, second in zip(sorted(spans), sorted(spans)[1:]))
+
+
+def test_a_row_queue_keeps_order_and_times_out():
+    queue = make().to_learner
+    queue.put(list(range(3000)))
+    assert [queue.get() for _ in range(3000)] == list(range(3000))
+    started = time.monotonic()
+    assert queue.get(timeout=0.05) is None and 0.04 < time.monotonic() - started < 5
+
+
+def _publish(paths, versions):
+    mailbox = Channel(CONFIG, P, torch.float32, paths)
+    for version in range(1, versions + 1):
+        mailbox.publish(torch.full((P,), float(version)), version)
+
+
+def test_a_reader_never_sees_weights_of_two_versions_mixed():
+    """A writer process publishes as fast as it can; every pickup must be all of one version, and the named one."""
+    ours = make()
+    writer = mp.get_context("spawn").Process(target=_publish, args=(ours.paths, 3000))
+    writer.start()
+    flat, seen = torch.empty(P), set()
+    while len(seen) < 3000 and (writer.is_alive() or not seen or max(seen) < 3000):
+        version = ours.pick_up(flat)
+        assert flat.min() == flat.max() == version
+        seen.add(version)
+    writer.join()
+    assert writer.exitcode == 0 and len(seen) > 20 and max(seen) == 3000
+
+
+def test_too_little_memory_is_said_with_the_number_the_limit_and_the_fix(monkeypatch):
+    with pytest.raises(MemoryError, match=r"need 954 MiB .* 95 MiB\s+are available: lower --batch-size \(4\)"):
+        check_space(1_000_000_000, 100_000_000, CONFIG)
+    monkeypatch.setattr(channel_module, "available_memory", lambda: 1000)
+    with pytest.raises(MemoryError, match="lower --batch-size"):
+        make()
+
+
+class Queue(list):
+    def put(self, rows):
+        self.extend(rows)
+
+
+def dispatcher(config, version=0, trained_ahead=()):
+    from data import Prompt
+
+    ours = make(config)
+    ours.to_generator = Queue()
+    return ours, Dispatcher(config, ours, [Prompt("x", [5, 6]), Prompt("y", [7])], version, list(trained_ahead))
+
+
+def finish(ours, books, tickets):
+    for row in list(ours.to_generator):
+        if int(ours.ticket[row]) in tickets:
+            books.scored[int(ours.ticket[row])] = row
+            ours.to_generator.remove(row)
+
+
+def test_rows_suffice_for_every_ticket_the_inequality_admits_and_no_more():
+    ours, books = dispatcher(CONFIG)
+    books.issue(0)
+    assert sorted(int(ours.ticket[row]) for row in ours.to_generator) == list(range(12)) and not books.free
+    for version in range(5):
+        finish(ours, books, range(version * 4, version * 4 + 4))
+        books.trained(books.next_batch(version, lambda: True))
+        books.issue(version + 1)
+        assert not books.free and max(int(ours.ticket[row]) for row in ours.to_generator) == (version + 4) * 4 - 1
+
+
+def test_batch_order_waits_for_its_tickets_and_arrival_order_takes_what_is_there():
+    for order, expected in (("batch", None), ("arrival", [3, 5, 8, 9])):
+        config = replace(CONFIG, order=order)
+        ours, books = dispatcher(config)
+        books.issue(0)
+        for ticket in (3, 5, 8, 9):
+            finish(ours, books, [ticket])
+        rows = books.next_batch(0, lambda: False)
+        assert (rows and [int(ours.ticket[row]) for row in rows]) == expected
+
+
+def test_resume_issues_every_ticket_once_also_in_arrival_order():
+    config = replace(CONFIG, order="arrival")
+    ours, books = dispatcher(config)
+    books.issue(0)
+    for ticket in (3, 5, 8, 9):
+        finish(ours, books, [ticket])
+    books.trained(books.next_batch(0, lambda: True))
+    assert books.lowest == 0 and books.trained_ahead == {3, 5, 8, 9}
+    resumed, again = dispatcher(config, version=1, trained_ahead=sorted(books.trained_ahead))
+    again.issue(1)
+    assert sorted(int(resumed.ticket[row]) for row in resumed.to_generator) == [0, 1, 2, 4, 6, 7, 10, 11, 12, 13, 14, 15]
+
+
+def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_path):
+    import json
+
+    ours, path = make(), tmp_path / "trace.json"
+    open_trace(path)
+    first, second = (Timeline(ours.busy[i : i + 1], path, i, f"role {i}") for i in (0, 1))
+    for _ in range(3):
+        with first.span("decode"):
+            pass
+    with second.span("score"):
+        pass
+    with second.span("publish"):
+        pass
+    first.flush()
+    second.flush()
+    close_trace(path)
+    events = json.loads(path.read_text())
+    spans = [(e["tid"], e["name"]) for e in events if e["ph"] == "X"]
+    assert sorted(spans) == [(0, "decode"), (1, "publish"), (1, "score")]  # the three decodes are one
+    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"role 0", "role 1"}
+    assert ours.busy[0] > 0 and ours.busy[2] == 0

@@ -1,0 +1,215 @@
+"""Claims about generation: the cache is exact, sampling is exact, slots do not disturb each other."""
+
+import math
+
+import pytest
+import torch
+from conftest import CPU, FAMILIES, build_model, load
+from torch.distributions import Chi2
+
+from channel import LENGTH, STOP
+from config import ConfigError
+from generate import Generator, Rollout, draw, propose
+from losses import LOSSES, candidate_columns
+from model import flatten_parameters
+
+
+def prompts(count, seed=0, longest=20, vocab=165):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(2, vocab, (length,), generator=generator).tolist() for length in lengths]
+
+
+def new_generator(model, stops=(1,), slots=4, max_new=24, **kwargs):
+    return Generator(model, set(stops), slots=slots, max_prompt=20, max_new=max_new, **kwargs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_equals_full_forward_at_every_slot_age_and_after_refills(family, model_dir):
+    path = model_dir(family)
+    reference = load(path)
+    generator = new_generator(load(path, "kv_slots"), loss="sampled_reverse_kl", num_samples=3)
+    rollouts = generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(19))])
+    assert max(len(r.response_ids) for r in rollouts) == 24 and min(len(r.response_ids) for r in rollouts) < 24
+    for rollout in rollouts:
+        ids = rollout.prompt_ids + rollout.response_ids
+        with torch.no_grad():
+            logp = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = logp[len(rollout.prompt_ids) - 1 : len(ids) - 1].gather(1, rollout.candidate_ids)
+        torch.testing.assert_close(rollout.behavior_logp, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_equals_model_generate(family, model_dir):
+    path = model_dir(family)
+    reference = load(path)
+    rollouts = new_generator(load(path, "kv_slots"), slots=3).generate([Rollout(ids) for ids in prompts(11, seed=1)])
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids])
+        out = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=1)
+        assert rollout.response_ids == out[0, ids.shape[1] :].tolist()
+
+
+def test_a_rollout_depends_on_its_ticket_and_not_on_its_neighbours(model_dir):
+    model = load(model_dir(), "kv_slots")
+    alone, crowded = (new_generator(model, slots=s, loss="stratified_reverse_kl", top_k=4, num_samples=2) for s in (1, 7))
+    first = alone.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(9))])
+    second = crowded.generate([Rollout(ids, ticket=i) for i, ids in reversed(list(enumerate(prompts(9))))])
+    assert [r.response_ids for r in first] == [r.response_ids for r in reversed(second)]
+    again = alone.generate([Rollout(prompts(9)[0], ticket=100)])[0]
+    assert again.response_ids != first[0].response_ids
+
+
+def test_the_stop_token_is_the_last_response_token_also_with_several_stops_and_pad_as_stop(model_dir):
+    model = load(model_dir(), "kv_slots")
+    stops = (0, 1, 5, 9, 60, 61, 62, 63)  # 0 is the pad token
+    rollouts = new_generator(model, stops=stops, loss="sampled_reverse_kl").generate(
+        [Rollout(ids, ticket=i) for i, ids in enumerate(prompts(40))]
+    )
+    seen = set()
+    for rollout in rollouts:
+        stopped = [token for token in rollout.response_ids if token in stops]
+        assert (rollout.finish == STOP) == (rollout.response_ids[-1] in stops) == (len(stopped) == 1)
+        assert rollout.finish == STOP or len(rollout.response_ids) == 24 and rollout.finish == LENGTH
+        seen.update(stopped)
+    assert len(seen) >= 3 and {r.finish for r in rollouts} == {STOP, LENGTH}
+
+
+def test_new_weights_in_flight_keep_the_cache_and_each_token_records_its_version(model_dir):
+    model = load(model_dir(), "kv_slots")
+    flat = flatten_parameters(model)
+    generator = new_generator(model, stops=(), loss="sampled_reverse_kl")
+    rollout = Rollout(prompts(1)[0])
+    generator.add([rollout])
+    for _ in range(5):
+        generator.step()
+    keys_before = {layer: keys[0, :, : len(rollout.prompt_ids) + 4].clone() for layer, (keys, _) in generator.cache.layers.items()}
+    flat.mul_(1.5)
+    generator.version = 3
+    while generator.active:
+        generator.step()
+    assert rollout.weight_version == [0] * 5 + [3] * 19
+    for layer, keys in keys_before.items():
+        assert torch.equal(generator.cache.layers[layer][0][0, :, : keys.shape[1]], keys)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_column_0_is_the_emitted_token_and_columns_are_as_declared(loss, model_dir):
+    model = load(model_dir(), "kv_slots")
+    generator = new_generator(model, loss=loss, top_k=6, num_samples=3)
+    columns = candidate_columns(loss, 6, 3)
+    written = 1 if loss == "forward_kl" else columns["total"].stop  # the teacher fills in its own top-K
+    for rollout in generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(3))]):
+        assert rollout.candidate_ids.shape == rollout.behavior_logp.shape == (len(rollout.weight_version), written)
+        if loss in ("sparse_reverse_kl", "stratified_reverse_kl"):
+            top = rollout.candidate_ids[:, columns["top"]]
+            assert all(len(set(row)) == 6 for row in top.tolist())
+            tail = rollout.candidate_ids[:, columns["tail"]]
+            assert not (tail[:, :, None] == top[:, None, :]).any()
+
+
+def chi_square_p(observed: torch.Tensor, probs: torch.Tensor) -> float:
+    """p-value of counts against probabilities, ids in bins of at least 10 expected counts."""
+    order = probs.argsort()
+    expected, observed = (probs[order] * observed.sum()).double(), observed[order].double()
+    bins, total = [], 0.0
+    for value in expected.tolist():
+        bins.append(int(total // 10))
+        total += value
+    index = torch.tensor(bins).unique(return_inverse=True)[1]
+    size = int(index.max()) + 1
+    e = torch.zeros(size, dtype=torch.float64).index_add_(0, index, expected)
+    o = torch.zeros(size, dtype=torch.float64).index_add_(0, index, observed)
+    keep = e >= 5
+    statistic = float(((o - e)[keep] ** 2 / e[keep]).sum())
+    return float(1 - Chi2(torch.tensor(float(keep.sum() - 1))).cdf(torch.tensor(statistic)))
+
+
+@pytest.mark.parametrize("vocab", [300, 150_000])
+def test_draws_follow_the_full_softmax_tail_included(vocab):
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(vocab, generator=generator) * 2 - 6 * torch.rand(vocab, generator=generator)
+    logits[0] += 12
+    probs = logits.double().softmax(-1)
+    draws = 3_000_000
+    ids = draw(probs[None], torch.rand(1, draws, dtype=torch.float64, generator=generator))[0]
+    counts = torch.bincount(ids, minlength=vocab)
+    assert chi_square_p(counts, probs) > 1e-3
+    biased = probs.float().cumsum(0)  # the same test turns down a sampler that is one id off in the tail
+    wrong = torch.searchsorted(biased, torch.rand(draws, generator=generator), right=True).add_(1).clamp_(max=vocab - 1)
+    assert chi_square_p(torch.bincount(wrong, minlength=vocab), probs) < 1e-6
+
+
+def test_an_id_of_probability_1e_minus_9_is_drawn_as_often_as_it_should_be():
+    """Where the float32 cumulative sum and float32 exponential races draw nothing at all."""
+    vocab = 100_000
+    probs = torch.full((1, vocab), 1e-9, dtype=torch.float64)
+    probs[0, 0] = 1 - 1e-9 * (vocab - 1)
+    draws = 5_000_000
+    ids = draw(probs, torch.rand(1, draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    expected = draws * 1e-9 * (vocab - 1)  # 500
+    assert abs(int((ids > 0).sum()) - expected) < 5 * math.sqrt(expected)
+
+
+def test_stratified_candidates_follow_the_sampler_and_the_restricted_sampler():
+    generator = torch.Generator().manual_seed(3)
+    rows, k, n = 40_000, 4, 3
+    logits = (torch.randn(1, 40, generator=generator) * 1.5).expand(rows, -1)
+    uniforms = torch.rand(rows, 1 + n, dtype=torch.float64, generator=generator)
+    ids, logp = propose(logits, uniforms, "stratified_reverse_kl", k)
+    probs = logits[0].double().softmax(-1)
+    top = probs.topk(k).indices
+    tail = probs.scatter(0, top, 0.0)
+    assert set(ids[0, 1 : 1 + k].tolist()) == set(top.tolist())
+    assert chi_square_p(torch.bincount(ids[:, 0], minlength=40), probs) > 1e-3
+    assert chi_square_p(torch.bincount(ids[:, 1 + k :].flatten(), minlength=40), tail / tail.sum()) > 1e-3
+    expected = (tail / tail.sum()).log()[ids[:, 1 + k :]]
+    torch.testing.assert_close(logp[:, 1 + k :].double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logp[:, : 1 + k].double(), probs.log()[ids[:, : 1 + k]], atol=1e-5, rtol=0)
+
+
+def test_tail_log_mass_is_right_where_one_minus_the_top_mass_would_be_zero():
+    logits = torch.zeros(1, 64)
+    logits[0, :4] = 60.0  # the tail holds 60 / 4 e^-60 of the mass, far below float32's 1 - mass
+    ids, logp = propose(logits, torch.tensor([[0.5, 0.25]], dtype=torch.float64), "stratified_reverse_kl", 4)
+    assert ids[0, 5] >= 4
+    assert float(logp[0, 5]) == pytest.approx(-math.log(60), abs=1e-4)
+
+
+def test_temperature_scales_the_logits_of_draws_and_log_probabilities(model_dir):
+    path = model_dir()
+    generator = new_generator(load(path, "kv_slots"), loss="sampled_reverse_kl", temperature=0.7)
+    rollout = generator.generate([Rollout(prompts(1)[0])])[0]
+    ids = rollout.prompt_ids + rollout.response_ids
+    with torch.no_grad():
+        logp = (load(path)(torch.tensor([ids])).logits[0] / 0.7).log_softmax(-1)
+    expected = logp[len(rollout.prompt_ids) - 1 : len(ids) - 1].gather(1, rollout.candidate_ids)
+    torch.testing.assert_close(rollout.behavior_logp, expected, atol=2e-5, rtol=0)
+
+
+def test_only_ids_below_the_shared_vocabulary_are_drawn(model_dir):
+    generator = new_generator(load(model_dir(), "kv_slots"), stops=(), loss="sampled_reverse_kl", num_samples=8, vocab=100)
+    rollouts = generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(8, vocab=100))])
+    assert max(int(r.candidate_ids.max()) for r in rollouts) < 100
+
+
+def test_attention_variants_that_the_slots_do_not_have_are_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, final_logit_softcapping=None, attn_logit_softcapping=50.0, attn_implementation="kv_slots",
+    )  # fmt: skip
+    generator = new_generator(Gemma2ForCausalLM(config).eval())
+    with pytest.raises(ConfigError, match="softcap"):
+        generator.generate([Rollout([3, 4, 5])])
+
+
+def test_flat_parameters_hold_tied_weights_once():
+    model = build_model("qwen3")
+    expected = sum(p.numel() for p in model.parameters())
+    assert flatten_parameters(model).numel() == expected
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert expected < sum(p.numel() for p in build_model("llama").parameters())
+    assert CPU.type == "cpu"

@@ -1,0 +1,223 @@
+"""Claims about the learner: one denominator, every response token once, ranks and micro-batches do not matter."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import CPU, LOSS_CONFIGS, label, load
+from test_teacher import MAX_NEW, full_logp, scored_table
+
+from channel import Channel
+from config import Config
+from kernels import head
+from learner import Learner, newest_checkpoint
+from losses import make_loss, second_moment_threshold
+from model import flatten_parameters, head_weight
+
+ROWS = list(range(8))
+
+
+def new_learner(path, config, **kwargs):
+    model = load(path)
+    return Learner(model, config, head_weight(model).shape[0], torch.float32, **kwargs)
+
+
+def stale_table(model_dir, config, teacher_seed=1):
+    """Rollouts of seed 0, scored by the teacher; trained by seed 2, so that every log-ratio is far from zero."""
+    return scored_table(model_dir(seed=0), model_dir(seed=teacher_seed), config)[0]
+
+
+def gradients(learner):
+    return torch.cat([p.grad.flatten() for p in learner.parameters])
+
+
+def config_for(loss, **kwargs):
+    return Config(loss=loss, max_grad_norm=1e9, **kwargs)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3"])
+@pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[2], LOSS_CONFIGS[-1], Config(loss="sparse_reverse_kl", top_k=4, temperature=0.7)], ids=label)
+def test_the_gradient_is_that_of_the_mean_over_all_response_tokens(config, family, model_dir):
+    """Against autograd through the whole model on dense logits, one rollout and one position at a time."""
+    config = replace(config, max_grad_norm=1e9)
+    table = stale_table(model_dir, config)
+    learner = new_learner(model_dir(family, seed=2), config)
+    metrics = learner.update(table, ROWS)
+    reference = load(model_dir(family, seed=2)).requires_grad_(True)
+    total, tokens = 0.0, 0
+    loss = make_loss(config)
+    for row in ROWS:
+        length, prompt_len = int(table.length[row]), int(table.prompt_len[row])
+        logits = reference(table.tokens[row : row + 1, :length].long()).logits[0] / config.temperature
+        for r in range(length - prompt_len):
+            s = logits[prompt_len - 1 + r].log_softmax(-1)[table.candidate_ids[row, r].long()]
+            total = total + loss(s[None], table.teacher_logp[row, r][None], table.behavior_logp[row, r][None]).sum()
+            tokens += 1
+    (total / tokens).backward()
+    assert metrics["tokens"] == tokens
+    assert metrics["loss"] == pytest.approx(float(total.detach() / tokens), rel=1e-4, abs=1e-6)
+    expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
+    torch.testing.assert_close(gradients(learner), expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-3)
+
+
+@pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[-1], LOSS_CONFIGS[-2]], ids=label)
+def test_the_update_does_not_depend_on_micro_batches_or_chunks(config, model_dir):
+    config = replace(config, max_prompt_tokens=16, max_new_tokens=MAX_NEW)
+    table = stale_table(model_dir, config)
+    whole = new_learner(model_dir(seed=2), config)
+    pieces = new_learner(model_dir(seed=2), replace(config, micro_batch_tokens=28, head_chunk=3))
+    first, second = whole.update(table, ROWS), pieces.update(table, list(reversed(ROWS)))
+    for name in first:
+        assert first[name] == pytest.approx(second[name], rel=1e-4, abs=1e-6), name
+    torch.testing.assert_close(gradients(whole), gradients(pieces), atol=1e-6, rtol=1e-4)
+
+
+def test_every_response_token_is_trained_once_stop_token_included_and_none_after_it(model_dir, monkeypatch):
+    config = config_for("sampled_reverse_kl", num_samples=1)
+    table = stale_table(model_dir, config)
+    trained = []
+    original = head.candidate_loss
+
+    def spy(hidden, weight, ids, *args):
+        trained.extend(ids[:, 0].tolist())
+        return original(hidden, weight, ids, *args)
+
+    monkeypatch.setattr("learner.candidate_loss", spy)
+    metrics = new_learner(model_dir(seed=2), config).update(table, ROWS)
+    responses = [table.tokens[row, table.prompt_len[row] : table.length[row]].tolist() for row in ROWS]
+    assert sorted(trained) == sorted(sum(responses, [])) and metrics["tokens"] == len(trained)
+    stops = {1, 60, 61}
+    assert any(response[-1] in stops for response in responses)
+    assert sum(token in stops for token in trained) == sum(response[-1] in stops for response in responses)
+
+
+@pytest.mark.parametrize("config", [c for c in LOSS_CONFIGS if c.loss in ("sampled_reverse_kl", "stratified_reverse_kl")], ids=label)
+def test_teacher_equal_to_student_gives_zero_gradient_and_zero_reverse_kl(config, model_dir):
+    config = replace(config, max_grad_norm=1e9)
+    table, _ = scored_table(model_dir(), model_dir(), config)
+    learner = new_learner(model_dir(), config)
+    metrics = learner.update(table, ROWS)
+    assert abs(metrics["reverse_kl"]) < 1e-5 and metrics["grad_norm"] < 1e-4
+    assert abs(metrics["drift_kl"]) < 1e-5
+
+
+def test_support_mass_counts_repeated_draws_once(model_dir):
+    config = config_for("sampled_reverse_kl", num_samples=4)
+    table = stale_table(model_dir, config)
+    metrics = new_learner(model_dir(seed=2), config).update(table, ROWS)
+    total, tokens = 0.0, 0
+    for row in ROWS:
+        logp = full_logp(model_dir(seed=2), table, row)
+        for r in range(len(logp)):
+            total += float(logp[r][torch.tensor(sorted(set(table.candidate_ids[row, r].tolist())))].exp().sum())
+            tokens += 1
+    assert metrics["support_mass_student"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_lag_is_measured_per_token(model_dir):
+    config = config_for("sampled_reverse_kl")
+    table = stale_table(model_dir, config)
+    learner = new_learner(model_dir(seed=2), config)
+    learner.version = 7
+    table.weight_version[:, :2], table.weight_version[:, 2:] = 4, 6
+    metrics = learner.update(table, ROWS)
+    counts = (table.length - table.prompt_len).clamp(max=2)
+    expected = float((counts * 3 + (table.length - table.prompt_len - counts)).sum() / (table.length - table.prompt_len).sum())
+    assert metrics["lag_max"] == 3 and metrics["lag_mean"] == pytest.approx(expected)
+
+
+def test_m2po_has_one_threshold_for_the_whole_update(model_dir, monkeypatch):
+    config = config_for("sampled_reverse_kl", num_samples=3, correction="m2po", max_prompt_tokens=16, max_new_tokens=MAX_NEW)
+    table = stale_table(model_dir, config)
+    seen = []
+    monkeypatch.setattr("learner.make_loss", lambda c, threshold: seen.append(threshold) or make_loss(c, threshold))
+    for budget in (8192, 28):
+        new_learner(model_dir(seed=2), replace(config, micro_batch_tokens=budget)).update(table, ROWS)
+    log_ratio = []
+    for row in ROWS:
+        count = int(table.length[row] - table.prompt_len[row])
+        s = full_logp(model_dir(seed=2), table, row).gather(1, table.candidate_ids[row, :count].long())
+        log_ratio.append((s - table.behavior_logp[row, :count]).flatten())
+    assert seen[0] == pytest.approx(seen[1], rel=1e-4) == pytest.approx(second_moment_threshold(torch.cat(log_ratio)), rel=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_no_parameter(model_dir):
+    config = config_for("forward_kl", top_k=6)
+    table = stale_table(model_dir, config)
+    table.teacher_logp[0, 0] = float("nan")
+    learner = new_learner(model_dir(seed=2), config)
+    before = [p.detach().clone() for p in learner.parameters]
+    with pytest.raises(FloatingPointError, match="update 1: gradient norm is nan"):
+        learner.update(table, ROWS)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters))
+
+
+def test_masters_are_float32_and_small_updates_are_not_lost_though_bfloat16_is_published(model_dir):
+    config = config_for("forward_kl", top_k=6, lr=1e-6, warmup_steps=0)
+    table = stale_table(model_dir, config)
+    learner = new_learner(model_dir(seed=2), config)
+    before = [p.detach().clone() for p in learner.parameters]
+    learner.update(table, ROWS)
+    changed = sum(int((a != b).sum()) for a, b in zip(before, learner.parameters))
+    in_bfloat16 = sum(int((a.bfloat16() != b.bfloat16()).sum()) for a, b in zip(before, learner.parameters))
+    assert changed > 0.5 * sum(p.numel() for p in before) and in_bfloat16 < 0.02 * changed
+    count = sum(p.numel() for p in before)
+    channel = Channel(Config(batch_size=1, max_prompt_tokens=4, max_new_tokens=4), count, torch.bfloat16)
+    learner.publish(channel)
+    received = load(model_dir(seed=0), dtype=torch.bfloat16)
+    assert channel.pick_up(flatten_parameters(received)) == 1
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(learner.parameters, received.parameters()))
+
+
+def test_a_checkpoint_loads_with_transformers_and_continues_bit_for_bit(model_dir, tmp_path, tokenizer):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = config_for("forward_kl", top_k=6)
+    table = stale_table(model_dir, config)
+    straight = new_learner(model_dir(seed=2), config)
+    straight.update(table, ROWS[:4])
+    saved = straight.save(tmp_path, tokenizer, trained_ahead=[9, 11])
+    assert saved.name == "step_1" and newest_checkpoint(tmp_path) == saved
+    again = new_learner(str(saved), config)
+    assert again.load(saved) == [9, 11] and again.version == 1
+    first, second = straight.update(table, ROWS[4:]), again.update(table, ROWS[4:])
+    assert first == second
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters, again.parameters))
+    assert AutoModelForCausalLM.from_pretrained(saved).dtype == torch.float32
+    assert len(AutoTokenizer.from_pretrained(saved)) == len(tokenizer)
+
+
+def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(tmp_path):
+    (tmp_path / ".partial_step_9").mkdir()
+    (tmp_path / ".partial_step_9" / "training_state.pt").touch()
+    (tmp_path / "step_8").mkdir()
+    assert newest_checkpoint(tmp_path) is None
+
+
+def _rank(rank, world, port_file, student, config, fields, out):
+    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    learner = new_learner(student, config, rank=rank, world=world)
+    metrics = learner.update(SimpleNamespace(**fields), ROWS[:7])
+    metrics |= {"second": learner.update(SimpleNamespace(**fields), ROWS[:1])["grad_norm"]}  # rank 1 has no rows
+    torch.save((metrics, gradients(learner), torch.cat([p.detach().flatten() for p in learner.parameters])), f"{out}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_make_the_update_of_one_also_when_a_rank_has_no_rows(model_dir, tmp_path):
+    config = Config(loss="sampled_reverse_kl", num_samples=3, correction="m2po")
+    table = stale_table(model_dir, config)
+    one = new_learner(model_dir(seed=2), config)
+    expected = one.update(table, ROWS[:7])
+    expected |= {"second": one.update(table, ROWS[:1])["grad_norm"]}
+    arguments = (2, tmp_path / "rendezvous", model_dir(seed=2), config, vars(table), tmp_path)
+    mp.start_processes(_rank, arguments, nprocs=2, start_method="spawn")
+    results = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
+    assert results[0][0] == results[1][0] and torch.equal(results[0][2], results[1][2])
+    for name, value in expected.items():
+        assert results[0][0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    torch.testing.assert_close(results[0][1], gradients(one), atol=1e-6, rtol=1e-3)
+    assert CPU.type == "cpu"

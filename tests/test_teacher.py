@@ -1,0 +1,143 @@
+"""Claims about the teacher: the shift, exact scores, a cache that never changes one."""
+
+import pytest
+import torch
+from conftest import LOSS_CONFIGS, label, load, make_table
+
+from config import Config
+from generate import Generator, Rollout
+from model import head_weight
+from teacher import Teacher, TopKCache, predicting_positions, ready_rows, token_batches
+
+PROMPTS = [[69, 117, 2, 85, 133, 3], [21, 22, 2, 40, 41, 2, 50, 51, 3], [100], [7, 8, 9, 3]]
+MAX_NEW = 12
+
+
+def rollouts(model_path, config, count=8):
+    model = load(model_path, "kv_slots")
+    generator = Generator(
+        model, {1, 60, 61}, slots=4, max_prompt=16, max_new=MAX_NEW, loss=config.loss, top_k=config.top_k,
+        num_samples=config.num_samples, temperature=config.temperature,
+    )  # fmt: skip
+    return generator.generate([Rollout(PROMPTS[i % 4], ticket=i) for i in range(count)])
+
+
+def scored_table(student, teacher_path, config, count=8):
+    table = make_table(rollouts(student, config, count), config.columns["total"].stop, MAX_NEW, 16)
+    teacher = Teacher(load(teacher_path), config, head_weight(load(teacher_path)).shape[0])
+    teacher.score(table, list(range(count)))
+    return table, teacher
+
+
+def full_logp(path, table, row, temperature=1.0):
+    """log-probabilities [n,V] at the response tokens of a row, by a plain forward pass and a loop over positions."""
+    length, prompt_len = int(table.length[row]), int(table.prompt_len[row])
+    with torch.no_grad():
+        logits = load(path)(table.tokens[row : row + 1, :length].long()).logits[0] / temperature
+    return torch.stack([logits[i - 1].log_softmax(-1) for i in range(prompt_len, length)])
+
+
+def test_token_r_is_predicted_one_position_earlier_and_the_stop_token_is_included():
+    assert list(range(20))[predicting_positions(prompt_len=5, length=9)] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[1], Config(loss="stratified_reverse_kl", temperature=0.6)], ids=label)
+def test_scores_equal_a_plain_forward_pass(config, model_dir):
+    table, _ = scored_table(model_dir(seed=0), model_dir(seed=1, hidden=40), config)
+    for row in range(8):
+        count = int(table.length[row] - table.prompt_len[row])
+        expected = full_logp(model_dir(seed=1, hidden=40), table, row, config.temperature).gather(1, table.candidate_ids[row, :count].long())
+        torch.testing.assert_close(table.teacher_logp[row, :count], expected, atol=2e-5, rtol=0)
+        assert not table.teacher_logp[row, count:].any()  # tokens after the stop token do not exist
+
+
+def test_for_forward_kl_the_teacher_proposes_its_own_top_k(model_dir):
+    config = Config(loss="forward_kl", top_k=6)
+    table, _ = scored_table(model_dir(seed=0), model_dir(seed=1), config)
+    for row in range(8):
+        count = int(table.length[row] - table.prompt_len[row])
+        top = full_logp(model_dir(seed=1), table, row).topk(6)
+        assert torch.equal(table.candidate_ids[row, :count, 1:].long(), top.indices)
+        start = int(table.prompt_len[row])
+        assert torch.equal(table.candidate_ids[row, :count, 0], table.tokens[row, start : start + count])
+
+
+@pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
+def test_teacher_equal_to_student_agrees_at_every_candidate(config, model_dir):
+    """Catches every off-by-one between generator and teacher: same model, same ids, same log-probabilities."""
+    table, _ = scored_table(model_dir(), model_dir(), config)
+    columns = config.columns
+    for row in range(8):
+        count = int(table.length[row] - table.prompt_len[row])
+        s, t = table.behavior_logp[row, :count], table.teacher_logp[row, :count]
+        known = slice(0, 1) if config.loss == "forward_kl" else slice(0, columns["top"].stop if columns["tail"].stop > columns["tail"].start else None)
+        torch.testing.assert_close(t[:, known], s[:, known], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[2], Config(loss="sparse_reverse_kl", top_k=3)], ids=label)
+def test_a_hit_gives_what_the_model_gave(config, model_dir):
+    table, teacher = scored_table(model_dir(seed=0), model_dir(seed=1), config)
+    expected_ids, expected = table.candidate_ids.clone(), table.teacher_logp.clone()
+    table.teacher_logp.zero_()
+    if config.loss == "forward_kl":
+        table.candidate_ids[:, :, 1:] = 0
+    before, hits = teacher.model, teacher.cache.hits
+    teacher.model = None  # a miss would fail
+    served = [row for row in range(8) if teacher._from_cache(table, row)]
+    teacher.model = before
+    assert teacher.cache.hits == hits + len(served) and len(served) == (8 if config.loss != "sparse_reverse_kl" else len(served))
+    for row in served:
+        assert torch.equal(table.teacher_logp[row], expected[row]) and torch.equal(table.candidate_ids[row], expected_ids[row])
+
+
+def test_an_id_outside_the_cached_top_k_is_a_miss_and_is_computed():
+    cache = TopKCache(10_000)
+    cache.put(b"a", torch.tensor([[5, 1, 2]], dtype=torch.int32), torch.tensor([[-3.0, -0.5, -1.0]]))
+    assert torch.equal(cache.get(b"a", torch.tensor([[2, 5, 2]])), torch.tensor([[-1.0, -3.0, -1.0]]))
+    assert cache.get(b"a", torch.tensor([[2, 7]])) is None
+    assert cache.get(b"b", torch.tensor([[2]])) is None
+    assert (cache.hits, cache.misses) == (1, 2)
+
+
+def test_the_cache_is_bounded_in_bytes_and_drops_the_least_recently_used():
+    entry = lambda: (torch.zeros(1, 4, dtype=torch.int32), torch.zeros(1, 4))  # noqa: E731
+    cache = TopKCache(3 * 33)  # three entries of 16 + 16 + 1 bytes
+    for key in (b"a", b"b", b"c"):
+        cache.put(key, *entry())
+    cache.get(b"a", torch.tensor([[0]]))
+    cache.put(b"d", *entry())
+    assert set(cache.entries) == {b"a", b"c", b"d"} and cache.evictions == 1 and cache.bytes == 99
+    cache.put(b"too large", torch.zeros(100, 4, dtype=torch.int32), torch.zeros(100, 4))
+    assert b"too large" not in cache.entries and cache.bytes == 99
+
+
+def test_the_same_response_after_another_split_of_prompt_and_response_is_another_entry(model_dir):
+    config = Config(loss="forward_kl", top_k=4)
+    table, teacher = scored_table(model_dir(seed=0), model_dir(seed=1), config, count=1)
+    table.prompt_len[0] += 1
+    assert not teacher._from_cache(table, 0)
+
+
+def test_token_batches_cover_everything_within_the_budget_padding_included():
+    lengths = [5, 90, 3, 40, 41, 7, 7, 100]
+    batches = token_batches(lengths, 120)
+    assert sorted(i for batch in batches for i in batch) == list(range(8))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 120 for batch in batches)
+    assert len(batches) == 4
+
+
+def test_in_batch_order_the_rows_scored_together_do_not_depend_on_timing():
+    config = Config(batch_size=8)
+    groups = []
+    waiting = {}
+    for ticket in (1, 3, 0, 2, 7, 6, 4, 5):
+        waiting[ticket] = 100 + ticket
+        if rows := ready_rows(waiting, 2 * len(groups), config):
+            groups.append(rows)
+            for row in rows:
+                del waiting[row - 100]
+    while rows := ready_rows(waiting, 2 * len(groups), config):
+        groups.append(rows)
+        for row in rows:
+            del waiting[row - 100]
+    assert groups == [[100, 101], [102, 103], [104, 105], [106, 107]]
