@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -28,8 +30,8 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message names the value, the limit and the fix."""
 
 
-def option(default, help: str, choices: tuple = ()):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple = (), least: float | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 @dataclass(frozen=True)
@@ -38,55 +40,46 @@ class Config:
     student: str = option("builtin", "student to train: directory or hub id; builtin: the shipped one")
     prompts: str = option("", "JSONL of training prompts: `prompt` text or `messages` list, optional `answer`; empty: built-in task")
     eval_prompts: str = option("", "JSONL of evaluation prompts with answers; empty: hold some of --prompts out")
-    eval_size: int = option(256, "evaluation prompts, at most a tenth of --prompts when held out of it")
+    eval_size: int = option(256, "evaluation prompts, at most a tenth of --prompts when held out of it", least=1)
     drop_long_prompts: bool = option(False, "drop prompts above --max-prompt-tokens instead of stopping")
-    max_prompt_tokens: int = option(64, "longest prompt, tokens")
-    max_new_tokens: int = option(32, "longest response, tokens, stop token included")
+    max_prompt_tokens: int = option(64, "longest prompt, tokens", least=1)
+    max_new_tokens: int = option(32, "longest response, tokens, stop token included", least=1)
     loss: str = option("stratified_reverse_kl", "distillation loss, see losses.py", LOSSES)
-    top_k: int = option(12, "top-K ids a position (all losses but sampled_reverse_kl)")
-    num_samples: int = option(4, "draws a position (sampled and stratified reverse KL)")
+    top_k: int = option(12, "top-K ids a position (all losses but sampled_reverse_kl)", least=1)
+    num_samples: int = option(4, "draws a position (sampled and stratified reverse KL)", least=1)
     signal: str = option("current", "sampled_reverse_kl: advantage from the current student or as at rollout", SIGNALS)
     correction: str = option("is", "sampled_reverse_kl: correction for stale samples", CORRECTIONS)
-    temperature: float = option(1.0, "softmax temperature of sampling, and of student and teacher in the loss")
-    max_staleness: int = option(1, "updates by which a rollout's first token may lag; 0 is strictly synchronous")
+    temperature: float = option(1.0, "softmax temperature of sampling, and of student and teacher in the loss", least=0.001)
+    max_staleness: int = option(1, "updates by which a rollout's first token may lag; 0 is strictly synchronous", least=0)
     order: str = option("batch", "train batches in ticket order, or whatever finished first", ("batch", "arrival"))
     refresh: str = option("in_flight", "new weights between decode steps, or when a generator is drained", ("in_flight", "batch"))
-    steps: int = option(200, "updates in total, those before --resume included")
-    batch_size: int = option(64, "rollouts per update, over all ranks")
-    samples_per_prompt: int = option(1, "rollouts per prompt and epoch")
-    lr: float = option(1e-3, "AdamW learning rate after warm-up")
-    warmup_steps: int = option(10, "updates of linear warm-up, constant after")
-    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
-    max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm")
-    micro_batch_tokens: int = option(8192, "padded tokens of a forward pass at the learner and at the teacher")
-    head_chunk: int = option(1024, "positions whose logits exist at once")
-    seed: int = option(0, "seed of prompts order and sampling")
-    generators: int = option(1, "generation processes per node")
-    slots: int = option(64, "sequences decoded at once by a generator")
-    teacher_cache_mb: int = option(64, "LRU cache of teacher top-k scores, MiB; 0: off")
+    steps: int = option(200, "updates in total, those before --resume included", least=1)
+    batch_size: int = option(64, "rollouts per update, over all ranks", least=1)
+    samples_per_prompt: int = option(1, "rollouts per prompt and epoch", least=1)
+    lr: float = option(1e-3, "AdamW learning rate after warm-up", least=1e-12)
+    warmup_steps: int = option(10, "updates of linear warm-up, constant after", least=0)
+    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", least=0)
+    max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", least=1e-12)
+    micro_batch_tokens: int = option(8192, "padded tokens of a forward pass at the learner and at the teacher", least=1)
+    head_chunk: int = option(1024, "positions whose logits exist at once", least=1)
+    seed: int = option(0, "seed of prompts order and sampling", least=0)
+    generators: int = option(1, "generation processes per node", least=1)
+    slots: int = option(64, "sequences decoded at once by a generator", least=1)
+    teacher_cache_mb: int = option(64, "LRU cache of teacher top-k scores, MiB; 0: off", least=0)
     dtype: str = option("auto", "of generation, teacher and autocast; auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16"))
-    cpu_threads: int = option(0, "threads of each role without a GPU; 0: all if synchronous, else cores / roles, 1 at least")
+    cpu_threads: int = option(0, "threads of each role without a GPU; 0: all if synchronous, else cores / roles, 1 at least", least=0)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
-    eval_every: int = option(50, "updates between greedy evaluations; 0: never")
-    save_every: int = option(0, "updates between checkpoints; 0: only at the end")
+    eval_every: int = option(50, "updates between greedy evaluations; 0: never", least=0)
+    save_every: int = option(0, "updates between checkpoints; 0: only at the end", least=0)
     resume: bool = option(False, "continue from the newest checkpoint in --output-dir")
 
     def __post_init__(self):
         for item in fields(self):
-            value, choices = getattr(self, item.name), item.metadata["choices"]
+            value, choices, least = getattr(self, item.name), item.metadata["choices"], item.metadata["least"]
             if choices and value not in choices:
                 raise ConfigError(f"{flag(item.name)} is {value!r}: one of {', '.join(choices)}")
-        at_least = {
-            "top_k": 1, "num_samples": 1, "max_staleness": 0, "steps": 1, "batch_size": 1, "samples_per_prompt": 1, "head_chunk": 1,
-            "generators": 1, "slots": 1, "max_prompt_tokens": 1, "max_new_tokens": 1, "micro_batch_tokens": 1, "eval_size": 1,
-            "warmup_steps": 0, "teacher_cache_mb": 0, "cpu_threads": 0, "eval_every": 0, "save_every": 0, "seed": 0, "weight_decay": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{flag(name)} is {getattr(self, name)}: {least} is the least")
-        for name in ("temperature", "lr", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{flag(name)} is {getattr(self, name)}: it must be positive")
+            if least is not None and not (least <= value < float("inf")):
+                raise ConfigError(f"{flag(item.name)} is {value}: {least} is the least")
         if self.loss != "sampled_reverse_kl" and (self.signal, self.correction) != ("current", "is"):
             raise ConfigError(f"--signal and --correction belong to sampled_reverse_kl; --loss is {self.loss}: leave them out")
         if self.table_rows > 16_384:
@@ -128,24 +121,23 @@ def flag(name: str) -> str:
 
 def parse(argv: list[str] | None = None) -> Config:
     """Command line to Config. Exits with a message on an unknown flag or a setting that cannot work."""
-    formatter = lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=32, width=110)  # noqa: E731
-    parser = argparse.ArgumentParser("train.py", description="Asynchronous on-policy distillation.", formatter_class=formatter, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of the options below, by name with underscores")
+    formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=32, width=110)
+    parser = argparse.ArgumentParser(
+        "train.py", usage="torchrun --standalone --nproc-per-node=1 train.py [--config FILE.yaml] [options]",
+        description="Asynchronous on-policy distillation.", formatter_class=formatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE.yaml", help="options by name, as in a run's config.yaml; flags win over it")
     group = parser
     for item in fields(Config):
         group = parser.add_argument_group(SECTIONS[item.name]) if item.name in SECTIONS else group
-        kind = type(item.default)
-        extra = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": item.metadata["choices"] or None}
-        if not item.metadata["choices"] and kind is not bool:
-            extra["metavar"] = {"str": "TEXT", "int": "N", "float": "X"}[kind.__name__]
+        kind, choices = type(item.default), item.metadata["choices"]
+        extra = {"type": kind, "choices": choices} if choices else {"type": kind, "metavar": {str: "TEXT", int: "N", float: "X"}.get(kind)}
+        extra = {"action": argparse.BooleanOptionalAction} if kind is bool else extra
         group.add_argument(flag(item.name), default=item.default, help=item.metadata["help"], **extra)
+    argv = sys.argv[1:] if argv is None else argv
+    path = parser.parse_known_args(argv)[0].config
     try:
-        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--config")
-        path = early.parse_known_args(argv)[0].config
-        if path:
-            parser.set_defaults(**read_yaml(path))
-        values, unknown = parser.parse_known_args(argv)
+        values, unknown = parser.parse_known_args((yaml_flags(path) if path else []) + argv)
         if unknown:
             near = difflib.get_close_matches(unknown[0], [flag(item.name) for item in fields(Config)], 1)
             parser.error(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
@@ -155,24 +147,15 @@ def parse(argv: list[str] | None = None) -> Config:
         parser.error(str(error))
 
 
-def read_yaml(path: str) -> dict:
-    """Fields from a YAML file. Raises ConfigError for a missing file, an unknown name or a value of the wrong type."""
-    if not Path(path).is_file():
-        raise ConfigError(f"--config {path}: no such file")
+def yaml_flags(path: str) -> list[str]:
+    """A YAML mapping of option names as the flags it stands for, so that both are checked alike."""
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not YAML: {error}") from None
-    known = {item.name: type(item.default) for item in fields(Config)}
-    if not isinstance(values, dict) or set(values) - set(known):
-        names = ", ".join(map(str, set(values) - set(known))) if isinstance(values, dict) else "no mapping"
-        raise ConfigError(f"--config {path}: unknown option {names}: see train.py --help")
-    for name, value in values.items():
-        if known[name] is float and isinstance(value, (int, str)):
-            try:
-                values[name] = float(value)  # YAML reads 1e-3 as text
-            except ValueError:
-                raise ConfigError(f"--config {path}: {name} is {value!r}, a number is needed") from None
-        elif type(value) is not known[name]:
-            raise ConfigError(f"--config {path}: {name} is {value!r}, {known[name].__name__} is needed")
-    return values
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: a mapping of option names is needed, as in a run's config.yaml")
+    flags = {flag(str(name)): value for name, value in values.items()}
+    return [
+        f"--no-{name[2:]}" if value is False else name if value is True else f"{name}={value}" for name, value in flags.items()
+    ]

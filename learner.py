@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor, nn
 
 from channel import LENGTH, Channel
@@ -184,36 +185,43 @@ class Learner:
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    steps = [path for path in output_dir.glob("step_*") if (path / "training_state.pt").is_file()]
-    return max(steps, key=lambda path: int(path.name.removeprefix("step_")), default=None)
+    return max((path for path in output_dir.glob("step_*") if (path / "training_state.pt").is_file()), key=step_of, default=None)
 
 
-def prepare_output(config: Config) -> tuple[Path, Path | None]:
-    """Check and set up the output directory; returns it and the checkpoint to resume from.
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
-    Raises ConfigError, having touched nothing, if the directory holds another run, if there is nothing to resume,
-    or if a setting that decides which prompts come next has changed since.
+
+def check_output(config: Config) -> Path | None:
+    """The checkpoint to resume from, None for a new run. Touches nothing.
+
+    Raises ConfigError if the directory holds another run, if there is nothing to resume, or if a setting that
+    decides which rollouts come next has changed since.
     """
     output, used = Path(config.output_dir), Path(config.output_dir) / "config.yaml"
     checkpoint = newest_checkpoint(output)
-    if not config.resume and used.exists():
-        fix = "--resume continues it" if checkpoint else "it has no checkpoint to resume from"
-        raise ConfigError(f"--output-dir {output} holds another run: choose a new directory ({fix})")
-    if config.resume and checkpoint is None:
-        raise ConfigError(f"--resume: no checkpoint (step_N) in --output-dir {output}: start without --resume, in a new directory")
-    output.mkdir(parents=True, exist_ok=True)
-    if config.resume:
-        import yaml
+    if not config.resume:
+        if used.exists():
+            fix = "--resume continues it" if checkpoint else "it has no checkpoint to resume from"
+            raise ConfigError(f"--output-dir {output} holds another run: choose a new directory ({fix})")
+        return None
+    if checkpoint is None:
+        raise ConfigError(f"--resume: no checkpoint (step_N) in --output-dir {output}: start without --resume")
+    before = yaml.safe_load(used.read_text())
+    for name in MUST_MATCH:
+        if before.get(name) != getattr(config, name):
+            raise ConfigError(f"--resume: {name} was {before.get(name)!r} and is {getattr(config, name)!r}: keep it")
+    if step_of(checkpoint) >= config.steps:
+        raise ConfigError(f"--resume: {output} has made {step_of(checkpoint)} updates already, --steps is {config.steps}: raise it")
+    return checkpoint
 
-        before = yaml.safe_load(used.read_text())
-        for name in MUST_MATCH:
-            if before.get(name) != getattr(config, name):
-                raise ConfigError(f"--resume: {name} was {before.get(name)!r} and is {getattr(config, name)!r}: keep it, or start a new run")
-        step = int(checkpoint.name.removeprefix("step_"))
-        if step >= config.steps:
-            raise ConfigError(f"--resume: {output} has made {step} updates already, --steps is {config.steps}: raise it")
-        metrics = output / "metrics.jsonl"  # drop what will be done again
-        kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step] if metrics.exists() else []
-        metrics.write_text("".join(line + "\n" for line in kept))
-    used.write_text(config.dump())
-    return output, checkpoint
+
+def start_output(config: Config, checkpoint: Path | None) -> Path:
+    """Set up the output directory: config.yaml as used; metrics of updates that will be made again are dropped."""
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(config.dump())
+    metrics = output / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if checkpoint and metrics.exists() else []
+    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step_of(checkpoint)))
+    return output

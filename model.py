@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -30,14 +31,16 @@ def load_tokenizer(flag: str, path: str):
     return AutoTokenizer.from_pretrained(str(Path(path).expanduser()) if Path(path).exists() else path)
 
 
-def load_model(path: str, dtype: torch.dtype, device: torch.device, attention: str = "sdpa", device_map: str | None = None) -> nn.Module:
-    """The model in eval mode on `device`. Raises ConfigError if its head is more than a matrix product."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", device_map=device_map)
-    model = model.to(device) if device_map is None else model
-    model.eval()
-    model.requires_grad_(False)
+def load_model(path: str, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> nn.Module:
+    """The model, frozen, on `device`. Raises ConfigError if its head is more than a matrix product.
+
+    `attention`: "kv_slots" for the generator (generate.py); None for what transformers prefers.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
     check_head(model, path)
-    if attention != "sdpa":
+    if attention:
         model.set_attn_implementation(attention)
     return model
 

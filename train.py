@@ -24,7 +24,7 @@ import teacher
 from channel import Channel, Timeline, close_trace, may_start, open_trace
 from config import Config, ConfigError, parse
 from data import DataError, Prompt, TicketOrder, load_prompts
-from learner import Learner, prepare_output
+from learner import Learner, check_output, start_output
 from model import compute_dtype, load_model, shared_vocabulary
 
 WATCH_SECONDS = 0.5  # how often a wait looks after the other roles
@@ -98,7 +98,8 @@ class Dispatcher:
     def issue(self, version: int):
         """Give free rows to the tickets that weights of `version` admit, with their prompts, in one write."""
         rows = []
-        while may_start(self.next_ticket, version, self.config):
+        last = self.config.steps * self.config.batch_size
+        while self.next_ticket < last and may_start(self.next_ticket, version, self.config):
             ticket, self.next_ticket = self.next_ticket, self.next_ticket + 1
             if ticket in self.trained_ahead:
                 continue
@@ -178,10 +179,7 @@ def train(config: Config, rank: int, world: int):
     """
     devices = place(config, world)
     set_up_process(config, devices[rank], world)
-    output, checkpoint = prepare_output(config) if rank == 0 else (Path(config.output_dir), None)
-    if world > 1:
-        dist.barrier()
-        checkpoint = broadcast(checkpoint)
+    checkpoint = check_output(config)
     tokenizer, _, vocab, notes = shared_vocabulary(config)
     prompts, held = load_prompts(config, tokenizer)
     model = load_model(str(checkpoint or config.student_path), torch.float32, devices[rank])
@@ -193,7 +191,7 @@ def train(config: Config, rank: int, world: int):
     channel = channel or Channel(config, count, weight_dtype, paths)
     if rank > 0:
         return follow(learner, channel)
-
+    output = start_output(config, checkpoint)
     for note in notes:
         print(f"note: {note}")
     print(f"first prompt: {prompts[0].text!r}")
@@ -241,8 +239,7 @@ def train(config: Config, rank: int, world: int):
             with timeline.span("publish"):
                 extra = {"publish_seconds": learner.publish(channel)}
             dispatcher.trained(rows)
-            if learner.version < config.steps:
-                dispatcher.issue(learner.version)
+            dispatcher.issue(learner.version)
             due = learner.version == config.steps or learner.version % max(1, config.eval_every) == 0
             if evaluating and due and (accuracy := evaluated()) is not None:
                 extra["eval_accuracy"] = accuracy

@@ -62,7 +62,7 @@ def model_dir(tmp_path_factory, tokenizer):
     return get
 
 
-def load(path: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32):
+def load(path: str, attention: str | None = None, dtype: torch.dtype = torch.float32):
     return load_model(path, dtype, CPU, attention)
 
 

@@ -1,0 +1,262 @@
+"""Claims about settings, prompts and the checks before anything starts: bad input names value, limit and fix."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from config import Config, ConfigError, parse
+from data import ADDENDS, DataError, TicketOrder, encode, is_correct, load_prompts, read_jsonl, running_sums
+from learner import check_output, start_output
+from model import shared_vocabulary, stop_ids
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        parse(list(argv))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--stepz", "3"], "unknown flag --stepz: did you mean --steps?"),
+        (["--wobble"], "unknown flag --wobble: see --help"),
+        (["--step", "3"], "unknown flag --step: did you mean --steps?"),
+        (["--steps", "0"], "--steps is 0: 1 is the least"),
+        (["--steps", "many"], "invalid int value: 'many'"),
+        (["--temperature", "0"], "--temperature is 0.0: 0.001 is the least"),
+        (["--lr", "nan"], "--lr is nan"),
+        (["--loss", "kl"], "invalid choice: 'kl'"),
+        (["--loss", "forward_kl", "--correction", "ppo"], "--signal and --correction belong to sampled_reverse_kl"),
+        (["--batch-size", "9000"], "18000 rollouts in flight, the limit is 16384: lower --batch-size"),
+        (["--max-new-tokens", "9000"], "--micro-batch-tokens is 8192, one sequence may have 9064: raise it"),
+        (["--config", "/nowhere.yaml"], "No such file"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_with_its_reason(argv, message, capsys):
+    assert message in refused(capsys, *argv)
+
+
+def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("lr: 3e-4\nsteps: 7\nresume: true\nprompts: a b.jsonl\n")
+    config = parse(["--config", str(path), "--steps", "9", "--no-resume"])
+    assert (config.lr, config.steps, config.resume, config.prompts) == (3e-4, 9, False, "a b.jsonl")
+    path.write_text(config.dump())
+    assert parse(["--config", str(path)]) == config
+    path.write_text("stepz: 7\n")
+    assert "unknown flag --stepz=7: did you mean --steps?" in refused(capsys, "--config", str(path))
+    path.write_text("steps: many\n")
+    assert "invalid int value: 'many'" in refused(capsys, "--config", str(path))
+    path.write_text("- steps\n")
+    assert "a mapping of option names is needed" in refused(capsys, "--config", str(path))
+
+
+def test_every_option_has_a_help_text_and_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    for name in yaml.safe_load(Config().dump()):
+        assert "--" + name.replace("_", "-") in text
+
+
+# ---- prompts ------------------------------------------------------------------------------------------
+
+
+def test_running_sums_are_right_and_held_out_prompts_are_disjoint():
+    train, held = dict(running_sums(20_000, 0, False)), dict(running_sums(500, 12345, True))
+    assert len(train) == 20_000 and len(held) == 500 and not set(train) & set(held)
+    for prompt, answer in list(train.items())[:500]:
+        addends = [int(x) for x in prompt.rstrip("=").split("+")]
+        totals = [int(total[::-1]) for total in answer.split(",")]
+        assert totals == [sum(addends[: i + 2]) for i in range(len(addends) - 1)]
+    sizes = [prompt.count("+") + 1 for prompt in train]
+    assert set(sizes) == set(ADDENDS) and sizes.count(2) > 1.5 * sizes.count(8)
+
+
+def test_synonyms_decode_to_their_digit_and_prompts_survive_a_round_trip(tokenizer):
+    ids = tokenizer("5A0C1,6B9O1").input_ids + [tokenizer.eos_token_id]
+    assert len(ids) == 8 and tokenizer.decode(ids, skip_special_tokens=True) == "501,691"
+    assert tokenizer.decode(tokenizer("47+58+91=").input_ids) == "47+58+91="
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([{"prompt": "1+1="}, "{not json"], "line 2: not JSON"),
+        ([""], "no prompts in it"),
+        ([{"text": "hello"}], "line 1: needs an object with either `prompt`"),
+        ([{"prompt": "a", "messages": []}], "line 1: needs an object with either"),
+        ([["a"]], "line 1: needs an object"),
+        ([{"prompt": ""}], "line 1: the prompt is empty or not text"),
+        ([{"prompt": 7}], "line 1: the prompt is empty or not text"),
+        ([{"prompt": "1", "answer": ["x"]}], "line 1: `answer` is list"),
+        ([{"messages": "hello"}], "line 1: the chat template refuses `messages`"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused_with_its_line(lines, message, tmp_path, tokenizer):
+    with pytest.raises(DataError, match=message):
+        read_jsonl(write_lines(tmp_path / "p.jsonl", *lines), tokenizer)
+
+
+def test_a_missing_prompt_file_is_refused(tokenizer):
+    with pytest.raises(DataError, match="/nowhere.jsonl: no such file"):
+        read_jsonl("/nowhere.jsonl", tokenizer)
+
+
+def test_a_prompt_above_the_limit_is_refused_or_dropped_on_request(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "1+1="}, {"prompt": "1+" * 20 + "1="})
+    rows = read_jsonl(path, tokenizer)
+    with pytest.raises(DataError, match="prompt 2 has 42 tokens, --max-prompt-tokens is 8: raise it or pass --drop-long-prompts"):
+        encode(rows, tokenizer, 8, False, path)
+    assert [p.text for p in encode(rows, tokenizer, 8, True, path)] == ["1+1="]
+    with pytest.raises(DataError, match="every prompt is longer"):
+        encode(rows, tokenizer, 2, True, path)
+
+
+def test_messages_go_through_the_chat_template(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "p.jsonl", {"messages": [{"role": "user", "content": "1+2="}], "answer": 3})
+    assert read_jsonl(path, tokenizer) == [("1+2=", "3")]
+
+
+def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
+    rows = [{"prompt": f"{i % 60}+{i % 60}=", "answer": str(i)} for i in range(200)]  # prompts repeat
+    path = write_lines(tmp_path / "p.jsonl", *rows)
+    train, held = load_prompts(Config(prompts=path, eval_size=10), tokenizer)
+    assert len(held) == 10 and not {p.text for p in train} & {p.text for p in held}
+    held_path = write_lines(tmp_path / "e.jsonl", {"prompt": "5+5=", "answer": "01"})
+    train, held = load_prompts(Config(prompts=path, eval_prompts=held_path), tokenizer)
+    assert [p.text for p in held] == ["5+5="] and "5+5=" not in {p.text for p in train}
+    no_answer = write_lines(tmp_path / "n.jsonl", {"prompt": "5+5="})
+    with pytest.raises(DataError, match="every evaluation prompt needs an `answer`"):
+        load_prompts(Config(prompts=path, eval_prompts=no_answer), tokenizer)
+    assert load_prompts(Config(prompts=no_answer), tokenizer)[1] == []
+
+
+def test_each_epoch_visits_every_prompt_samples_per_prompt_times_in_its_own_order():
+    order = TicketOrder(10, 3, seed=1)
+    epochs = [[order(n) for n in range(epoch * 30, epoch * 30 + 30)] for epoch in range(2)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(list(range(10)) * 3)
+        assert all(len(set(epoch[i : i + 3])) == 1 for i in range(0, 30, 3))
+    assert epochs[0] != epochs[1] and [TicketOrder(10, 3, seed=1)(n) for n in range(30)] == epochs[0]
+    assert [TicketOrder(10, 3, seed=2)(n) for n in range(30)] != epochs[0]
+
+
+@pytest.mark.parametrize(
+    "response, answer, correct",
+    [
+        ("501,691", "501,691", True), (" 501,691\n", "501,691", True), ("501691", "501,691", False), ("501,692", "501,691", False),
+        ("so the answer is 42", "42", True), ("first 42, then 43", "42", False), (r"thus \boxed{1/2}", "1/2", True),
+        (r"\boxed{7} or 8", "8", False), ("it costs 1,234 dollars", "1234", True), ("none", "3", False), ("x", "y", False),
+    ],
+)  # fmt: skip
+def test_answers_are_matched_exactly_then_by_box_then_by_last_number(response, answer, correct):
+    assert is_correct(response, answer) == correct
+
+
+# ---- models and output directory ----------------------------------------------------------------------
+
+
+def test_a_missing_model_directory_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"--teacher /nowhere: no model there \(config.json is missing\)"):
+        shared_vocabulary(Config(teacher="/nowhere"))
+
+
+def test_different_tokenizers_are_refused(model_dir, tmp_path, tokenizer):
+    from conftest import build_model
+
+    from data import build_tokenizer
+
+    other = build_tokenizer()
+    other.add_tokens(["<new>"])
+    build_model("qwen3", vocab=166).save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"different tokenizers \(166 and 165 tokens\): choose two models of one family"):
+        shared_vocabulary(Config(student=model_dir(), teacher=str(tmp_path)))
+
+
+def test_heads_padded_to_different_sizes_are_cut_to_the_smaller_and_said_so(model_dir):
+    _, stops, vocab, notes = shared_vocabulary(Config(student=model_dir(vocab=176), teacher=model_dir(vocab=170)))
+    assert vocab == 170 and stops == {1} and "cut to the first 170 ids" in notes[0]
+
+
+@pytest.mark.parametrize("loss, limit", [("forward_kl", 165), ("stratified_reverse_kl", 164)])
+def test_a_top_k_above_the_vocabulary_is_refused(loss, limit, model_dir):
+    config = Config(student=model_dir(), teacher=model_dir(), loss=loss, top_k=limit)
+    shared_vocabulary(config)
+    with pytest.raises(ConfigError, match=f"--top-k is {limit + 1}, the vocabulary has 165 ids: {limit} is the most for {loss}"):
+        shared_vocabulary(replace(config, top_k=limit + 1))
+
+
+def test_stop_ids_are_those_of_generation_config_and_tokenizer(tmp_path, tokenizer):
+    from conftest import build_model
+
+    model = build_model("qwen3")
+    model.generation_config.eos_token_id = [7, 9]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert stop_ids(str(tmp_path), tokenizer) == {1, 7, 9}
+
+
+def test_different_stop_ids_of_teacher_and_student_are_said(tmp_path, tokenizer, model_dir):
+    from conftest import build_model
+
+    model = build_model("qwen3")
+    model.generation_config.eos_token_id = [7]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    notes = shared_vocabulary(Config(student=model_dir(), teacher=str(tmp_path)))[3]
+    assert "student stops at [1], teacher at [1, 7]" in notes[0]
+
+
+def test_a_head_that_is_more_than_a_product_is_refused(tmp_path):
+    import torch
+    from conftest import load
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, final_logit_softcapping=1.0, initializer_range=0.5,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="a bias, scale or soft-cap follows the head"):
+        load(str(tmp_path))
+
+
+def test_an_output_directory_that_holds_another_run_is_left_alone(tmp_path):
+    config = Config(output_dir=str(tmp_path))
+    assert check_output(config) is None
+    start_output(config, None)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match="holds another run: choose a new directory"):
+        check_output(replace(config, lr=1.0))
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert parse(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path):
+    config = Config(output_dir=str(tmp_path), resume=True, steps=9)
+    with pytest.raises(ConfigError, match="--resume: no checkpoint"):
+        check_output(config)
+    start_output(replace(config, resume=False), None)
+    (tmp_path / "step_4").mkdir()
+    (tmp_path / "step_4" / "training_state.pt").touch()
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 7)))
+    with pytest.raises(ConfigError, match="--resume: seed was 0 and is 5: keep it"):
+        check_output(replace(config, seed=5))
+    with pytest.raises(ConfigError, match="has made 4 updates already, --steps is 4"):
+        check_output(replace(config, steps=4))
+    assert check_output(config) == tmp_path / "step_4"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+    start_output(config, tmp_path / "step_4")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4  # updates 5 and 6 are made again

@@ -1,0 +1,216 @@
+"""Claims about the whole run: real processes through torchrun, on tiny models."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+BASE = [
+    "--batch-size=8", "--slots=8", "--eval-size=8", "--max-prompt-tokens=32", "--max-new-tokens=12", "--cpu-threads=1",
+]  # fmt: skip
+
+
+def command(output, *flags, ranks=1):
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*runner, str(ROOT / "train.py"), *BASE, f"--output-dir={output}", *flags]
+
+
+def start(output, *flags, ranks=1):
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(command(output, *flags, ranks=ranks), env=environment, **pipes)
+
+
+def finish(process, expect=0):
+    out, _ = process.communicate(timeout=240)
+    assert (process.returncode == 0) == (expect == 0), out
+    return out
+
+
+def metrics(output):
+    return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def children(pid):
+    """{pid: command line} of all descendants of a process."""
+    table = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                table[int(entry.name)] = (parent, (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:
+                continue
+    found, frontier = {}, {pid}
+    while frontier:
+        frontier = {p for p, (parent, _) in table.items() if parent in frontier and p not in found}
+        found |= {p: table[p][1] for p in frontier}
+    return found
+
+
+def alive(pid):
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def read_until(process, pattern):
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return "".join(lines)
+    raise AssertionError(f"{pattern!r} never appeared:\n{''.join(lines)}")
+
+
+@pytest.fixture(scope="module")
+def pair(model_dir):
+    return [f"--student={model_dir('qwen3', 0)}", f"--teacher={model_dir('qwen3', 1, hidden=40)}"]
+
+
+SYNC = ["--max-staleness=0", "--steps=6", "--eval-every=3"]
+
+
+@pytest.fixture(scope="module")
+def sync_run(pair, tmp_path_factory):
+    output = tmp_path_factory.mktemp("sync") / "run"
+    return output, finish(start(output, *pair, *SYNC, "--save-every=3"))
+
+
+def comparable(records):
+    timing = ("seconds", "busy", "per_second")
+    return [{k: v for k, v in record.items() if not k.endswith(timing)} for record in records]
+
+
+def test_a_synchronous_run_has_no_lag_and_writes_everything(sync_run):
+    output, text = sync_run
+    records = metrics(output)
+    assert [r["step"] for r in records] == list(range(1, 7))
+    assert all(r["lag_max"] == 0 and r["lag_mean"] == 0 for r in records)
+    assert [r["step"] for r in records if "eval_accuracy" in r] == [3, 6] and "eval_accuracy_before" in records[0]
+    wanted = """step loss reverse_kl tokens tokens_per_second lag_mean lag_max truncated_fraction support_mass_student
+        support_mass_teacher grad_norm lr generator_busy teacher_busy learner_busy teacher_cache_hit_rate publish_seconds
+        wall_seconds""".split()
+    assert all(name in record for record in records for name in wanted)
+    assert {"config.yaml", "metrics.jsonl", "trace.json", "step_3", "step_6"} == {path.name for path in output.iterdir()}
+    events = json.loads((output / "trace.json").read_text())
+    tracks = {e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert tracks == {"generator 0", "teacher", "learner"} and {e["tid"] for e in events if e["ph"] == "X"} == {0, 1, 2}
+    assert "accuracy before training" in text and "first prompt:" in text
+
+
+def test_every_metric_is_defined_in_docs_metrics(sync_run):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    for record in metrics(sync_run[0]):
+        assert all(f"`{name}`" in text for name in record)
+
+
+def test_two_synchronous_runs_with_one_seed_write_identical_losses(sync_run, pair, tmp_path):
+    """And a cache that is off changes nothing, bit for bit."""
+    finish(start(tmp_path / "run", *pair, *SYNC, "--teacher-cache-mb=0"))
+    assert [r["loss"] for r in metrics(tmp_path / "run")] == [r["loss"] for r in metrics(sync_run[0])]
+
+
+def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stopped(sync_run, pair, tmp_path):
+    output = tmp_path / "run"
+    process = start(output, *pair, *SYNC, "--save-every=3")
+    read_until(process, r"update +4/6")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    text = finish(start(output, *pair, *SYNC, "--save-every=3", "--resume"))
+    assert "update    4/6" in text and "update    3/6" not in text
+    straight, resumed = comparable(metrics(sync_run[0])), comparable(metrics(output))
+    for record in straight + resumed:  # counts of this process, not of the run
+        for name in ("teacher_cache_hit_rate", "teacher_cache_bytes", "teacher_cache_evictions"):
+            del record[name]
+    assert resumed == straight
+
+
+def test_an_asynchronous_run_overlaps_within_the_bound(pair, tmp_path):
+    """In flight, two generators, arrival order: lag is there, tickets are all trained, nothing is left behind."""
+    flags = ["--max-staleness=2", "--steps=12", "--generators=2", "--order=arrival", "--eval-every=0", "--loss=forward_kl"]
+    finish(start(tmp_path / "run", *pair, *flags))
+    records = metrics(tmp_path / "run")
+    assert len(records) == 12 and max(r["lag_mean"] for r in records) > 0
+    assert not any("eval_accuracy" in r for r in records)
+
+
+def test_batch_order_never_exceeds_max_staleness_also_when_refreshed_at_batch_boundaries(pair, tmp_path):
+    finish(start(tmp_path / "run", *pair, "--max-staleness=2", "--steps=10", "--refresh=batch", "--eval-every=5", "--slots=4"))
+    lags = [r["lag_max"] for r in metrics(tmp_path / "run")]
+    assert 0 < max(lags) <= 2
+
+
+def test_two_learner_ranks_train_like_one(sync_run, pair, tmp_path):
+    finish(start(tmp_path / "run", *pair, *SYNC, ranks=2))
+    one, two = metrics(sync_run[0]), metrics(tmp_path / "run")
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)  # same rollouts: the weights are still the same
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
+    assert len(two) == 6
+
+
+def die_and_collect(process, victim, within=20.0):
+    """SIGKILL the descendant whose command line and order match; returns output; nothing may survive."""
+    read_until(process, r"update +2/")
+    family = children(process.pid)
+    roles = sorted(pid for pid, line in family.items() if "spawn_main" in line)  # generator, teacher: in order of birth
+    rank0 = next(pid for pid, line in family.items() if "train.py" in line)
+    os.kill({"generator": roles[0], "teacher": roles[1], "learner": rank0}[victim], signal.SIGKILL)
+    started = time.monotonic()
+    out = finish(process, expect=1)
+    assert time.monotonic() - started < within
+    deadline = time.monotonic() + within  # orphans of rank 0 notice by themselves
+    while any(alive(pid) for pid in family) and time.monotonic() < deadline:
+        os.sched_yield()
+    assert not [line for pid, line in family.items() if alive(pid)]
+    return out
+
+
+@pytest.mark.parametrize("victim, message", [
+    ("generator", "generator 0 died: .*SIGKILL"), ("teacher", "teacher died: .*SIGKILL"), ("learner", r"exitcode *: -9 .*"),
+])  # fmt: skip
+def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path):
+    before = set(os.listdir("/dev/shm"))
+    out = die_and_collect(start(tmp_path / "run", *pair, "--steps=100000", "--eval-every=0"), victim)
+    assert re.search(message, out), out
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_role_that_fails_ends_the_run_with_its_own_traceback(pair, tmp_path):
+    """The teacher's model is broken on disk: config and tokenizer are fine, the weights are not."""
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(pair[1].split("=", 1)[1], broken)
+    (broken / "model.safetensors").write_bytes(b"not a tensor file")
+    out = finish(start(tmp_path / "run", pair[0], f"--teacher={broken}", "--steps=3"), expect=1)
+    assert "teacher died" in out and "load_model" in out
+
+
+def test_ctrl_c_saves_and_leaves_and_the_run_can_be_resumed(pair, tmp_path):
+    output = tmp_path / "run"
+    process = start(output, *pair, "--steps=100000", "--eval-every=0")
+    read_until(process, r"update +2/")
+    family = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    out, _ = process.communicate(timeout=60)
+    done = int(re.search(r"interrupted after update (\d+)", out).group(1))
+    assert (output / f"step_{done}" / "training_state.pt").exists() and len(metrics(output)) == done
+    assert not [pid for pid in family if alive(pid)]
+    json.loads((output / "trace.json").read_text())
+    finish(start(output, *pair, f"--steps={done + 2}", "--eval-every=0", "--resume"))
+    assert [r["step"] for r in metrics(output)] == list(range(1, done + 3))
+
+
+def test_bad_input_is_one_line_not_a_traceback(tmp_path):
+    run = subprocess.run([sys.executable, str(ROOT / "train.py"), f"--output-dir={tmp_path}/x", "--teacher=/nowhere"], capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.strip().startswith("train.py: error: --teacher /nowhere: no model there")
+    assert "Traceback" not in run.stderr
