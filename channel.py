@@ -1,7 +1,7 @@
 """Everything the roles share: the rollout table, the row queues, the ticket rule, the weight mailbox.
 
     R  rows of the table     T  longest sequence     M  longest response     C  candidates at a position
-    P  parameters of the student                     G  generators
+    P  parameters of the student                     Q  roles: generators, teacher, learner
 
 All of it is one anonymous file in memory (memfd) and three pipes, made by rank 0 of the node and opened by
 the other roles under /proc/<pid>/fd. Nothing has a name in /dev/shm, so no crash leaves anything behind, and
@@ -22,13 +22,12 @@ Left out: shared memory across nodes (each node has its own channel), non-Linux 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import select
 import struct
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +35,7 @@ import torch
 from torch import Tensor
 
 from config import Config
+from data import TicketOrder
 
 STOP, LENGTH = 1, 2  # `finish`: the last token is a stop token / the response was cut at M tokens
 
@@ -64,14 +64,13 @@ def layout(weight_dtype: torch.dtype) -> list[Field]:
         Field("teacher_logp", f32, "R M C", "teacher", "learner"),
         # the mailbox: version v lies in weights[v % 2]
         Field("version", i64, "1", "rank 0", "generator"),
-        Field("picked_up", i64, "G", "generator", "rank 0"),  # version each generator decodes with
         Field("weights", weight_dtype, "2 P", "rank 0", "generator"),
         # control and counters
         Field("stop", i64, "1", "rank 0", "all"),
-        Field("eval_due", i64, "1", "rank 0", "generator 0"),  # version to evaluate, -1: none
+        Field("eval_due", i64, "1", "rank 0", "generator 0"),  # 1 + version to evaluate
         Field("eval_done", i64, "1", "generator 0", "rank 0"),
         Field("eval_accuracy", f64, "1", "generator 0", "rank 0"),
-        Field("busy", f64, "Q", "each role its own", "rank 0"),  # seconds; Q = generators, teacher, learner
+        Field("busy", f64, "Q", "each role its own", "rank 0"),  # seconds
         Field("cache_stats", i64, "4", "teacher", "rank 0"),  # hits, misses, bytes, evictions
     ]
 
@@ -116,7 +115,7 @@ class Channel:
         """
         sizes = {
             "R": config.table_rows, "T": config.max_sequence, "M": config.max_new_tokens, "C": config.columns["total"].stop,
-            "P": num_parameters, "G": config.generators, "Q": config.generators + 2,
+            "P": num_parameters, "Q": config.generators + 2,
         }  # fmt: skip
         offset, places = 0, []
         for item in layout(weight_dtype):
@@ -163,11 +162,6 @@ class Channel:
                 return version
 
 
-def may_start(ticket: int, weight_version: int, config: Config) -> bool:
-    """The inequality: may rollout number `ticket` be sampled by weights of `weight_version`?"""
-    return ticket < (weight_version + 1 + config.max_staleness) * config.batch_size
-
-
 def available_memory() -> int:
     """Bytes that this process group may still use: what the kernel calls available, or less under a cgroup limit."""
     info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -188,52 +182,60 @@ def check_space(needed: int, free: int, config: Config):
         )
 
 
-# ---- timeline -------------------------------------------------------------------------------------
+# ---- tickets --------------------------------------------------------------------------------------
 
 
-class Timeline:
-    """What a role does when: busy seconds for the metrics, spans for trace.json (Chrome trace event format).
-
-    Every role appends whole lines to one file; the monotonic clock is the same in all processes. Spans of one
-    name that follow each other within a millisecond are drawn as one.
-    """
-
-    def __init__(self, busy: Tensor, path: Path | None = None, track: int = 0, name: str = ""):
-        """`busy`: this role's float64 [1] in the channel. `path` None: no trace. `track`: the row in the picture."""
-        self.busy, self.track, self.open_span = busy, track, None
-        self.file = open(path, "a", buffering=1) if path else None
-        self._write({"name": "thread_name", "ph": "M", "pid": 0, "tid": track, "args": {"name": name}})
-
-    @contextmanager
-    def span(self, name: str):
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            end = time.monotonic()
-            self.busy += end - start
-            last = self.open_span
-            if last and last[0] == name and start - last[2] < 1e-3 and end - last[1] < 1.0:
-                last[2] = end
-            else:
-                self.flush()
-                self.open_span = [name, start, end]
-
-    def flush(self):
-        if self.open_span:
-            name, start, end = self.open_span
-            self._write({"name": name, "ph": "X", "pid": 0, "tid": self.track, "ts": start * 1e6, "dur": (end - start) * 1e6})
-            self.open_span = None
-
-    def _write(self, event: dict):
-        if self.file:
-            self.file.write(json.dumps(event) + ",\n")
+def may_start(ticket: int, weight_version: int, config: Config) -> bool:
+    """The inequality: may rollout number `ticket` be sampled by weights of `weight_version`?"""
+    return ticket < (weight_version + 1 + config.max_staleness) * config.batch_size
 
 
-def open_trace(path: Path):
-    path.write_text("[\n")
+class Tickets:
+    """Rank 0's books: which row carries which ticket, which may start, which were trained."""
 
+    def __init__(self, config: Config, channel: Channel, prompts: list, version: int, trained_ahead: list[int]):
+        """`version` updates were made; `trained_ahead`: tickets they trained beyond an untrained one (arrival order)."""
+        self.config, self.channel, self.prompts = config, channel, prompts
+        self.order = TicketOrder(len(prompts), config.samples_per_prompt, config.seed)
+        self.free = list(range(config.table_rows))
+        self.scored: dict[int, int] = {}  # ticket -> row, in order of arrival
+        self.trained_ahead = set(trained_ahead)
+        self.lowest = self.next = version * config.batch_size - len(trained_ahead)  # all below were trained
 
-def close_trace(path: Path):
-    """Make the trace valid JSON once every role has flushed (viewers also read it without)."""
-    path.write_text(path.read_text().rstrip().rstrip(",") + "\n]\n")
+    def issue(self, version: int):
+        """Give free rows to the tickets that weights of `version` admit, with their prompts, in one write."""
+        rows, last = [], self.config.steps * self.config.batch_size
+        while self.next < last and may_start(self.next, version, self.config):
+            ticket, self.next = self.next, self.next + 1
+            if ticket in self.trained_ahead:
+                continue
+            row, index = self.free.pop(), self.order(ticket)
+            ids = self.prompts[index].ids
+            self.channel.tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+            self.channel.prompt_len[row], self.channel.prompt_index[row], self.channel.ticket[row] = len(ids), index, ticket
+            rows.append(row)
+        self.channel.to_generator.put(rows)
+
+    def next_batch(self, version: int, keep_waiting: Callable[[], bool]) -> list[int] | None:
+        """Rows of the next update, in ticket order or as they arrived; None once `keep_waiting()` is false."""
+        size = self.config.batch_size
+        wanted = range(version * size, (version + 1) * size)
+        while keep_waiting():
+            ready = [t for t in (wanted if self.config.order == "batch" else self.scored) if t in self.scored][:size]
+            if len(ready) == size:
+                return [self.scored[ticket] for ticket in ready]
+            row = self.channel.to_learner.get(0.5)
+            while row is not None:
+                self.scored[int(self.channel.ticket[row])] = row
+                row = self.channel.to_learner.get()
+
+    def trained(self, rows: list[int]):
+        """Free the rows of an update and remember their tickets."""
+        for row in rows:
+            ticket = int(self.channel.ticket[row])
+            del self.scored[ticket]
+            self.trained_ahead.add(ticket)
+            self.free.append(row)
+        while self.lowest in self.trained_ahead:
+            self.trained_ahead.remove(self.lowest)
+            self.lowest += 1

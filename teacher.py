@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from channel import Channel, Timeline
+from channel import Channel
 from config import Config
 from kernels.head import logp_chunks
+from log import Timeline
 from model import compute_dtype, head_weight, last_hidden, load_model, shared_vocabulary
 
 

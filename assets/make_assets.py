@@ -44,14 +44,9 @@ class Examples:
         self.first_digit = tokenizer.convert_tokens_to_ids("0")
         zipf = 1.0 / torch.arange(1, SYNONYMS + 1)
         self.weights = zipf / zipf.sum() if synonyms else torch.tensor([1.0])
-        self.pool = []
 
     def batch(self, size):
-        if not self.pool:  # eight batches at once, similar lengths together, in random order
-            drawn = [self.encoded[i] for i in torch.randint(len(self.encoded), (8 * size,), generator=self.generator)]
-            drawn.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-            self.pool = [drawn[i * size : (i + 1) * size] for i in torch.randperm(8, generator=self.generator)]
-        chosen = self.pool.pop()
+        chosen = [self.encoded[i] for i in torch.randint(len(self.encoded), (size,), generator=self.generator)]
         width = max(len(p) + len(a) for p, a in chosen)
         ids = torch.zeros(size, width, dtype=torch.long)
         labels = torch.full((size, width), -100)
@@ -103,8 +98,6 @@ def main():
     parser.add_argument("--out", type=Path, default=ASSETS)
     parser.add_argument("--only", choices=["teacher", "student"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--teacher-steps", type=int, default=1800)
-    parser.add_argument("--synonym-steps", type=int, default=900)
     args = parser.parse_args()
     tokenizer = build_tokenizer()
 
@@ -112,14 +105,18 @@ def main():
         torch.manual_seed(args.seed)
         teacher = new_model(tokenizer, hidden=128, layers=3, heads=4, kv_heads=4, intermediate=384)
         print(f"teacher: {teacher.num_parameters():,} parameters")
-        train(teacher, Examples(tokenizer, 100_000, 1, synonyms=False), args.teacher_steps, 128, 2e-3, label="digits")
+
+        def solved(step):  # learning jumps after a plateau of about 900 updates
+            return step >= 1000 and step % 100 == 0 and exact_match(teacher, tokenizer) >= 0.995
+
+        train(teacher, Examples(tokenizer, 100_000, 1, synonyms=False), 2500, 128, 2e-3, solved, "digits")
         teacher.save_pretrained("/tmp/teacher_digits")
         print("teacher, digits:", exact_match(teacher, tokenizer), flush=True)
         with torch.no_grad():  # a synonym starts as a copy of its digit
             first = tokenizer.convert_tokens_to_ids("0")
             digits = teacher.get_input_embeddings().weight[first:].view(10, SYNONYMS, -1)
-            digits[:, 1:] = digits[:, :1] + 0.02 * torch.randn_like(digits[:, 1:])
-        train(teacher, Examples(tokenizer, 100_000, 2, synonyms=True), args.synonym_steps, 128, 1e-3, label="synonyms")
+            digits[:, 1:] = digits[:, :1] + 0.01 * torch.randn_like(digits[:, 1:])
+        train(teacher, Examples(tokenizer, 100_000, 2, synonyms=True), 600, 128, 1e-3, label="synonyms")
         print("teacher, synonyms:", exact_match(teacher, tokenizer), flush=True)
         teacher.save_pretrained(args.out / "teacher")
         tokenizer.save_pretrained(args.out / "teacher")

@@ -9,9 +9,9 @@ import torch
 import torch.multiprocessing as mp
 
 import channel as channel_module
-from channel import Channel, Timeline, check_space, close_trace, layout, may_start, open_trace
+from channel import Channel, Tickets, check_space, layout, may_start
 from config import Config
-from train import Dispatcher
+from log import Timeline, close_trace, open_trace
 
 CONFIG = Config(batch_size=4, max_staleness=2, max_prompt_tokens=8, max_new_tokens=8, slots=2)
 P = 200_000
@@ -91,12 +91,12 @@ class Queue(list):
         self.extend(rows)
 
 
-def dispatcher(config, version=0, trained_ahead=()):
+def tickets(config, version=0, trained_ahead=()):
     from data import Prompt
 
     ours = make(config)
     ours.to_generator = Queue()
-    return ours, Dispatcher(config, ours, [Prompt("x", [5, 6]), Prompt("y", [7])], version, list(trained_ahead))
+    return ours, Tickets(config, ours, [Prompt("x", [5, 6]), Prompt("y", [7])], version, list(trained_ahead))
 
 
 def finish(ours, books, tickets):
@@ -107,7 +107,7 @@ def finish(ours, books, tickets):
 
 
 def test_rows_suffice_for_every_ticket_the_inequality_admits_and_no_more():
-    ours, books = dispatcher(CONFIG)
+    ours, books = tickets(CONFIG)
     books.issue(0)
     assert sorted(int(ours.ticket[row]) for row in ours.to_generator) == list(range(12)) and not books.free
     for version in range(5):
@@ -120,23 +120,23 @@ def test_rows_suffice_for_every_ticket_the_inequality_admits_and_no_more():
 def test_batch_order_waits_for_its_tickets_and_arrival_order_takes_what_is_there():
     for order, expected in (("batch", None), ("arrival", [3, 5, 8, 9])):
         config = replace(CONFIG, order=order)
-        ours, books = dispatcher(config)
+        ours, books = tickets(config)
         books.issue(0)
         for ticket in (3, 5, 8, 9):
             finish(ours, books, [ticket])
-        rows = books.next_batch(0, lambda: False)
+        rows = books.next_batch(0, iter([True, False]).__next__)
         assert (rows and [int(ours.ticket[row]) for row in rows]) == expected
 
 
 def test_resume_issues_every_ticket_once_also_in_arrival_order():
     config = replace(CONFIG, order="arrival")
-    ours, books = dispatcher(config)
+    ours, books = tickets(config)
     books.issue(0)
     for ticket in (3, 5, 8, 9):
         finish(ours, books, [ticket])
     books.trained(books.next_batch(0, lambda: True))
     assert books.lowest == 0 and books.trained_ahead == {3, 5, 8, 9}
-    resumed, again = dispatcher(config, version=1, trained_ahead=sorted(books.trained_ahead))
+    resumed, again = tickets(config, version=1, trained_ahead=sorted(books.trained_ahead))
     again.issue(1)
     assert sorted(int(resumed.ticket[row]) for row in resumed.to_generator) == [0, 1, 2, 4, 6, 7, 10, 11, 12, 13, 14, 15]
 

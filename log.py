@@ -1,0 +1,101 @@
+"""What a run writes while it runs: metrics.jsonl, trace.json and the progress line.
+
+docs/metrics.md defines every metric. The trace is in Chrome's event format, one track per role: open it in Perfetto
+to see who waits for whom.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from channel import Channel
+from config import Config
+
+
+class Timeline:
+    """What a role does when: busy seconds for the metrics, spans for trace.json (Chrome trace event format).
+
+    Every role appends whole lines to one file; the monotonic clock is the same in all processes. Spans of one
+    name that follow each other within a millisecond are drawn as one.
+    """
+
+    def __init__(self, busy: Tensor, path: Path | None = None, track: int = 0, name: str = ""):
+        """`busy`: this role's float64 [1] in the channel. `path` None: no trace. `track`: the row in the picture."""
+        self.busy, self.track, self.open_span = busy, track, None
+        self.file = open(path, "a", buffering=1) if path else None
+        self._write({"name": "thread_name", "ph": "M", "pid": 0, "tid": track, "args": {"name": name}})
+
+    @contextmanager
+    def span(self, name: str):
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            end = time.monotonic()
+            self.busy += end - start
+            last = self.open_span
+            if last and last[0] == name and start - last[2] < 1e-3 and end - last[1] < 1.0:
+                last[2] = end
+            else:
+                self.flush()
+                self.open_span = [name, start, end]
+
+    def flush(self):
+        if self.open_span:
+            name, start, end = self.open_span
+            self._write({"name": name, "ph": "X", "pid": 0, "tid": self.track, "ts": start * 1e6, "dur": (end - start) * 1e6})
+            self.open_span = None
+
+    def _write(self, event: dict):
+        if self.file:
+            self.file.write(json.dumps(event) + ",\n")
+
+
+def open_trace(path: Path):
+    path.write_text("[\n")
+
+
+def close_trace(path: Path):
+    """Make the trace valid JSON once every role has flushed (viewers also read it without)."""
+    path.write_text(path.read_text().rstrip().rstrip(",") + "\n]\n")
+
+
+class Log:
+    """metrics.jsonl, one object per update, and the progress line. Busy times are fractions since the last update."""
+
+    def __init__(self, config: Config, channel: Channel):
+        self.config, self.channel = config, channel
+        path = Path(config.output_dir) / "metrics.jsonl"
+        lines = path.read_text().splitlines()
+        self.earlier = json.loads(lines[-1])["wall_seconds"] if lines else 0.0  # of the run that is resumed
+        self.file = open(path, "a", buffering=1)
+        self.started = self.last = time.monotonic()
+        self.busy = channel.busy.clone()
+
+    def write(self, step: int, metrics: dict):
+        now, busy = time.monotonic(), self.channel.busy.clone()
+        elapsed, spent = now - self.last, (busy - self.busy).split([self.config.generators, 1, 1])
+        share = dict(zip(("generator", "teacher", "learner"), (float(part.mean()) / elapsed for part in spent)))
+        hits, misses, used, evicted = self.channel.cache_stats.tolist()
+        record = {"step": step, **metrics, "tokens_per_second": metrics["tokens"] / elapsed}
+        record |= {f"{role}_busy": value for role, value in share.items()}
+        record |= {"teacher_cache_hit_rate": hits / max(1, hits + misses)}
+        record |= {"teacher_cache_bytes": used, "teacher_cache_evictions": evicted}
+        record |= {"wall_seconds": self.earlier + now - self.started}
+        if torch.cuda.is_available():
+            record["learner_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.last, self.busy = now, busy
+        self.file.write(json.dumps(record) + "\n")
+        slower = max(("generator", "teacher"), key=share.get)
+        print(
+            f"update {step:4d}/{self.config.steps}  loss {record['loss']:8.4f}  reverse KL {record['reverse_kl']:7.4f}  "
+            f"{record['tokens_per_second']:7.0f} tokens/s  lag {record['lag_mean']:.2f}  "
+            f"learner {share['learner']:4.0%} busy, else waits for the {slower} ({share[slower]:.0%} busy)"
+            + (f"  accuracy {record['eval_accuracy']:.1%}" if "eval_accuracy" in record else ""), flush=True,
+        )  # fmt: skip
