@@ -1,0 +1,104 @@
+"""Synchronous against asynchronous training, whole runs back to back: `python -m benchmarks.pipeline`.
+
+Both modes are `train.py` as shipped, in alternation, `--repeats` times each, on two mixes of response lengths:
+
+  default  the built-in task and models
+  tail     a random student of the built-in size whose responses end at random (several stop ids): geometric lengths,
+           mean about 40, up to 160 tokens; scored by the built-in teacher, learning rate 1e-9 so that it stays so
+
+The synchronous mode is strict (--max-staleness 0: every token from the weights it trains) and streams finished rollouts
+to the teacher while the others decode. Each mode gets the threads that suit it best: all of --threads are tried for both,
+and the best median counts. Tokens per second are response tokens trained over the wall time of the updates after the first
+`--skip`; evaluation is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+STOPS = list(range(130, 134))
+
+
+def long_tailed_student(directory: Path) -> Path:
+    from data import build_tokenizer
+    from model import load_model
+
+    torch.manual_seed(0)
+    reference = load_model(str(ROOT / "assets" / "student"), torch.float32, torch.device("cpu"))
+    student = type(reference)(reference.config)
+    student.generation_config.eos_token_id = STOPS
+    student.save_pretrained(directory)
+    build_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def run(mode: str, threads: int, flags: list[str], skip: int) -> dict:
+    """One whole run; the medians and totals of its updates after the first `skip`."""
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "run"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(ROOT / "train.py")]
+        command += [f"--output-dir={output}", f"--cpu-threads={threads}", "--eval-every=0", *flags]
+        subprocess.run(command + (["--max-staleness=0"] if mode == "sync" else []), check=True, capture_output=True)
+        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    kept = records[skip:]
+    seconds = records[-1]["wall_seconds"] - records[skip - 1]["wall_seconds"]
+    busy = {f"{role}_busy": statistics.mean(r[f"{role}_busy"] for r in kept) for role in ("generator", "teacher", "learner")}
+    return {"tokens_per_second": sum(r["tokens"] for r in kept) / seconds, "lag_mean": statistics.mean(r["lag_mean"] for r in kept), **busy}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--skip", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--mix", nargs="+", default=["default", "tail"], choices=["default", "tail"])
+    parser.add_argument("--flags", default="", help="further train.py flags for both modes")
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    table = []
+    with tempfile.TemporaryDirectory() as directory:
+        student = long_tailed_student(Path(directory))
+        for mix in args.mix:
+            flags = [f"--steps={args.steps}", *args.flags.split()]
+            if mix == "tail":
+                flags += [f"--student={student}", "--lr=1e-9", "--max-new-tokens=160"]
+            runs = {(mode, threads): [] for mode in ("sync", "async") for threads in args.threads}
+            for _ in range(args.repeats):
+                for (mode, threads), results in runs.items():
+                    results.append(run(mode, threads, flags, args.skip))
+            best = {}
+            for mode in ("sync", "async"):
+                median = lambda threads: statistics.median(r["tokens_per_second"] for r in runs[mode, threads])  # noqa: E731, B023
+                threads = max(args.threads, key=median)
+                row = {name: statistics.median(r[name] for r in runs[mode, threads]) for name in runs[mode, threads][0]}
+                best[mode] = {"mix": mix, "mode": mode, "threads": threads, **row}
+                table.append(best[mode])
+                print(
+                    f"{mix:8s} {mode:5s} {threads} threads/role  {row['tokens_per_second']:8.0f} tokens/s  busy: generator {row['generator_busy']:4.0%}, "
+                    f"teacher {row['teacher_busy']:4.0%}, learner {row['learner_busy']:4.0%}  lag {row['lag_mean']:.2f}", flush=True,
+                )  # fmt: skip
+            pairs = zip(runs["async", best["async"]["threads"]], runs["sync", best["sync"]["threads"]])
+            ratios = sorted(a["tokens_per_second"] / s["tokens_per_second"] for a, s in pairs)
+            best["async"]["ratio"] = best["async"]["tokens_per_second"] / best["sync"]["tokens_per_second"]
+            print(f"{mix:8s} async / sync: {best['async']['ratio']:.2f} (runs side by side: {ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+    if args.json:
+        machine = {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": platform.machine(), "cores": os.cpu_count()}
+        Path(args.json).write_text(json.dumps(machine | {"flags": args.flags, "steps": args.steps, "rows": table}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

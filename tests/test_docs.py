@@ -1,0 +1,30 @@
+"""Claims the README makes about the tree."""
+
+import re
+
+from conftest import ROOT
+
+BUDGETED = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
+
+
+def lines(path):
+    return len(path.read_text().splitlines())
+
+
+def test_the_readme_lists_every_file_with_its_line_count():
+    table = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M))
+    actual = {str(path.relative_to(ROOT)): str(lines(path)) for path in BUDGETED if path.name != "__init__.py"}
+    assert table == actual
+
+
+def test_the_line_budget_is_kept():
+    assert sum(map(lines, BUDGETED)) <= 2200
+    assert max(map(lines, BUDGETED)) <= 400
+
+
+def test_every_flag_in_the_readme_exists():
+    from config import Config, flag
+
+    known = {flag(name) for name in Config.__dataclass_fields__} | {"--config", "--help", "--standalone", "--nproc-per-node"}
+    known |= {"--model", "--json", "--quick"}  # generate.py, benchmarks
+    assert set(re.findall(r"(--[a-z][a-z-]+)", (ROOT / "README.md").read_text())) <= known
