@@ -22,6 +22,7 @@ Left out: shared memory across nodes (each node has its own channel), non-Linux 
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import select
@@ -55,7 +56,6 @@ def layout(weight_dtype: torch.dtype) -> list[Field]:
         Field("tokens", i32, "R T", "rank 0: prompt, generator: response", "generator teacher learner"),
         Field("prompt_len", i32, "R", "rank 0", "generator teacher learner"),
         Field("length", i32, "R", "generator", "teacher learner"),  # prompt + response, stop token included
-        Field("prompt_index", i64, "R", "rank 0", "generator"),
         Field("ticket", i64, "R", "rank 0", "generator teacher learner"),
         Field("finish", i32, "R", "generator", "learner"),
         Field("weight_version", i32, "R M", "generator", "learner"),
@@ -122,7 +122,7 @@ class Channel:
             shape = [sizes.get(letter) or int(letter) for letter in item.shape.split()]
             nbytes = math.prod(shape) * item.dtype.itemsize
             places.append((item, shape, offset, nbytes))
-            offset += -(-nbytes // 4096) * 4096  # whole pages: fields can be pinned one by one
+            offset += -(-nbytes // 4096) * 4096  # whole pages
         self.parent = os.getppid()
         self._kept = []  # descriptors that must stay open as long as anyone opens us by path
         if paths is None:
@@ -130,6 +130,8 @@ class Channel:
             memory = os.memfd_create("rollout_table")
             os.posix_fallocate(memory, 0, offset)
             pipes = [os.pipe() for _ in self.QUEUES]
+            for read_end, _ in pipes:  # a full table fits, though the kernel fills its pages badly
+                fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, 2**18)
             self._kept = [memory, *(end for pipe in pipes for end in pipe)]
             paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in (memory, *(pipe[0] for pipe in pipes))]
         self.paths = paths
@@ -168,7 +170,8 @@ def available_memory() -> int:
     free = int(info["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        counts = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + int(counts.get("inactive_file", 0)))
     return free
 
 
@@ -209,10 +212,9 @@ class Tickets:
             ticket, self.next = self.next, self.next + 1
             if ticket in self.trained_ahead:
                 continue
-            row, index = self.free.pop(), self.order(ticket)
-            ids = self.prompts[index].ids
+            row, ids = self.free.pop(), self.prompts[self.order(ticket)].ids
             self.channel.tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-            self.channel.prompt_len[row], self.channel.prompt_index[row], self.channel.ticket[row] = len(ids), index, ticket
+            self.channel.prompt_len[row], self.channel.ticket[row] = len(ids), ticket
             rows.append(row)
         self.channel.to_generator.put(rows)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -50,7 +51,7 @@ class Config:
     signal: str = option("current", "sampled_reverse_kl: advantage from the current student or as at rollout", SIGNALS)
     correction: str = option("is", "sampled_reverse_kl: correction for stale samples", CORRECTIONS)
     temperature: float = option(1.0, "softmax temperature of sampling, and of student and teacher in the loss", least=0.001)
-    max_staleness: int = option(1, "updates by which a rollout's first token may lag; 0 is strictly synchronous", least=0)
+    max_staleness: int = option(1, "rollouts may start this many updates early, which bounds their lag in batch order; 0: synchronous", least=0)
     order: str = option("batch", "train batches in ticket order, or whatever finished first", ("batch", "arrival"))
     refresh: str = option("in_flight", "new weights between decode steps, or when a generator is drained", ("in_flight", "batch"))
     steps: int = option(200, "updates in total, those before --resume included", least=1)
@@ -70,7 +71,7 @@ class Config:
     cpu_threads: int = option(0, "threads of each role without a GPU; 0: all if synchronous, else cores / roles, 1 at least", least=0)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
     eval_every: int = option(50, "updates between greedy evaluations; 0: never", least=0)
-    save_every: int = option(0, "updates between checkpoints; 0: only at the end", least=0)
+    save_every: int = option(100, "updates between checkpoints; 0: only at the end and when interrupted", least=0)
     resume: bool = option(False, "continue from the newest checkpoint in --output-dir")
 
     def __post_init__(self):
@@ -92,11 +93,11 @@ class Config:
 
     @property
     def teacher_path(self) -> str:
-        return str(ASSETS / "teacher") if self.teacher == "builtin" else self.teacher
+        return str(ASSETS / "teacher") if self.teacher == "builtin" else os.path.expanduser(self.teacher)
 
     @property
     def student_path(self) -> str:
-        return str(ASSETS / "student") if self.student == "builtin" else self.student
+        return str(ASSETS / "student") if self.student == "builtin" else os.path.expanduser(self.student)
 
     @property
     def max_sequence(self) -> int:

@@ -1,9 +1,9 @@
 """Prompts: the built-in task, JSONL files, the order in which tickets visit them, answer checking.
 
-The built-in task is *running sums*: the prompt `47+58+91=` asks for the totals so far, least significant
-digit first: `501,691`. Every response digit may be written with any of 16 synonym tokens, which the
-tokenizer decodes to the same digit; the teacher draws them from a Zipf law. So there is arithmetic to
-learn, and a style with entropy, which is what makes top-k supports, sampling and staleness matter.
+The built-in task is *running sums*: the prompt `47+58+91=` asks for the running totals from the right, 149 and
+196, as three digits each, least significant first: `941,691`. Every response digit may be written with any of 16
+synonym tokens, which the tokenizer decodes to the same digit; the teacher draws them from a Zipf law. So there is
+arithmetic to learn, and a style with entropy, which is what makes top-k supports, sampling and staleness matter.
 
 Left out: streaming data sets, several tasks at once, answer checkers that run code.
 """
@@ -47,8 +47,8 @@ def running_sums(count: int, seed: int, heldout: bool) -> list[tuple[str, str]]:
         addends = torch.randint(10, 100, (size,), generator=generator)
         prompt = "+".join(map(str, addends.tolist())) + "="
         if (zlib.crc32(prompt.encode()) % 16 == 0) == heldout:
-            totals = addends.cumsum(0)[1:].tolist()
-            pairs[prompt] = ",".join(str(total)[::-1] for total in totals)
+            totals = addends.flip(0).cumsum(0)[1:].tolist()
+            pairs[prompt] = ",".join(f"{total:03d}"[::-1] for total in totals)
     return list(pairs.items())
 
 
@@ -70,12 +70,16 @@ def build_tokenizer():
 # ---- any task: JSONL files ----------------------------------------------------------------------------
 
 
-def read_jsonl(path: str, tokenizer) -> list[tuple[str, str | None]]:
-    """(prompt text, answer) of every line. Raises DataError naming the line that is not as `--help` says."""
+def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False) -> list[Prompt]:
+    """The prompts of a file, one JSON object per line. Raises DataError naming the line that cannot be used.
+
+    `prompt` is tokenized as plain text, with the tokenizer's own special tokens; `messages` go through the chat
+    template, which puts in its own. `limit`: most tokens a prompt may have; `drop_long` leaves longer ones out.
+    """
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file")
-    rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    prompts, dropped = [], 0
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -88,62 +92,53 @@ def read_jsonl(path: str, tokenizer) -> list[tuple[str, str | None]]:
         answer = item.get("answer")
         if answer is not None and not isinstance(answer, (str, int, float)):
             raise DataError(f"{where}: `answer` is {type(answer).__name__}, text or a number is needed")
-        if "prompt" in item:
-            text = item["prompt"]
-        elif not tokenizer.chat_template:
+        if "messages" in item and not tokenizer.chat_template:
             raise DataError(f"{where}: has `messages`, but the student's tokenizer has no chat template: use `prompt`")
-        else:
+        text = item.get("prompt")
+        if "messages" in item:
             try:
                 text = tokenizer.apply_chat_template(item["messages"], tokenize=False, add_generation_prompt=True)
             except Exception as error:  # jinja errors, wrong types: whatever the template raises on bad messages
                 raise DataError(f"{where}: the chat template refuses `messages`: {error}") from None
         if not isinstance(text, str) or not text:
             raise DataError(f"{where}: the prompt is empty or not text")
-        rows.append((text, None if answer is None else str(answer)))
-    if not rows:
-        raise DataError(f"{path}: no prompts in it")
-    return rows
-
-
-def encode(rows: list[tuple[str, str | None]], tokenizer, limit: int, drop_long: bool, source: str) -> list[Prompt]:
-    """Tokenize; a chat template has already put its special tokens in the text, a plain prompt gets the tokenizer's own."""
-    prompts = []
-    for number, (text, answer) in enumerate(rows, 1):
-        templated = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        ids = tokenizer(text, add_special_tokens=not templated).input_ids
-        if not ids:
-            raise DataError(f"{source}: prompt {number} has no tokens")
-        if len(ids) <= limit:
-            prompts.append(Prompt(text, ids, answer))
-        elif not drop_long:
-            raise DataError(f"{source}: prompt {number} has {len(ids)} tokens, --max-prompt-tokens is {limit}: raise it or pass --drop-long-prompts")
+        ids = tokenizer(text, add_special_tokens="prompt" in item).input_ids
+        if len(ids) > limit and not drop_long:
+            raise DataError(f"{where}: {len(ids)} tokens, --max-prompt-tokens is {limit}: raise it or pass --drop-long-prompts")
+        if len(ids) > limit:
+            dropped += 1
+        else:
+            prompts.append(Prompt(text, ids, None if answer is None else str(answer)))
     if not prompts:
-        raise DataError(f"{source}: every prompt is longer than --max-prompt-tokens {limit}: raise it")
+        why = f": all {dropped} are longer than --max-prompt-tokens {limit}, raise it" if dropped else ""
+        raise DataError(f"{path}: no prompts in it{why}")
     return prompts
 
 
 def load_prompts(config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, evaluation prompts). Evaluation prompts have answers and never occur in training."""
-    if not config.prompts:
-        train = running_sums(20_000, config.seed, heldout=False)
-        held = running_sums(config.eval_size, 12345, heldout=True)  # the same for every seed: runs compare
-    else:
-        train, held = read_jsonl(config.prompts, tokenizer), []
+    limit, drop, held = config.max_prompt_tokens, config.drop_long_prompts, []
+    if config.prompts:
+        train = read_jsonl(config.prompts, tokenizer, limit, drop)
+    else:  # evaluation prompts are the same for every seed, so that runs compare
+        pairs = running_sums(20_000, config.seed, heldout=False), running_sums(config.eval_size, 12345, heldout=True)
+        train, held = ([Prompt(text, tokenizer(text).input_ids, answer) for text, answer in part] for part in pairs)
+        if len(max(train + held, key=lambda prompt: len(prompt.ids)).ids) > limit:
+            raise DataError(f"built-in prompts have up to {3 * ADDENDS[-1]} tokens, --max-prompt-tokens is {limit}: raise it")
     if config.eval_prompts:
-        held = read_jsonl(config.eval_prompts, tokenizer)
-        if any(answer is None for _, answer in held):
+        held = read_jsonl(config.eval_prompts, tokenizer, limit, drop)
+        if any(prompt.answer is None for prompt in held):
             raise DataError(f"{config.eval_prompts}: every evaluation prompt needs an `answer`")
-        seen = {text for text, _ in held}
-        train = [row for row in train if row[0] not in seen]
     elif config.prompts:
-        texts = sorted({text for text, answer in train if answer is not None})
-        chosen = torch.randperm(len(texts), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        seen = {texts[i] for i in chosen[: min(config.eval_size, len(train) // 10)]}
-        held = list({row[0]: row for row in train if row[0] in seen and row[1] is not None}.values())
-        train = [row for row in train if row[0] not in seen]
-    limit, drop = config.max_prompt_tokens, config.drop_long_prompts
-    train = encode(train, tokenizer, limit, drop, config.prompts or "built-in task")
-    return train, encode(held[: config.eval_size], tokenizer, limit, drop, config.eval_prompts or "held-out prompts") if held else []
+        answered = {prompt.text: prompt for prompt in train if prompt.answer is not None}
+        order = torch.randperm(len(answered), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        texts = sorted(answered)
+        held = [answered[texts[i]] for i in order[: min(config.eval_size, len(train) // 10)]]
+    seen = {prompt.text for prompt in held}
+    train = [prompt for prompt in train if prompt.text not in seen]
+    if not train:
+        raise DataError(f"{config.prompts}: every prompt is also an evaluation prompt, none is left to train on")
+    return train, held[: config.eval_size]
 
 
 class TicketOrder:

@@ -6,8 +6,8 @@
 `Generator` works in one process: `add` prompts, `step` until they come back finished. `run` is the process
 around it; `python generate.py --model DIR --prompts FILE` samples from a checkpoint on its own.
 
-A finished slot is refilled at once, so no rollout waits for the longest. Active slots are kept at the front
-([0, n)) by moving the last one into the hole, so a step costs what n costs. Prefill only writes the cache:
+Slots are refilled while others decode (an eighth of them at a time), so no rollout waits for the longest. Active
+slots are kept at the front, [0, n), by moving the last into the hole: a step costs what n costs. Prefill only writes the cache:
 the decode step takes the last prompt token as its first input, so every token is sampled by the same code.
 A rollout's random numbers are fixed by (seed, ticket) when it starts: it does not depend on its neighbours,
 a resumed run draws the same, and a decode step is a pure function that a CUDA graph can hold.
@@ -32,7 +32,7 @@ from torch import Tensor
 from attention import Decode, KVCache, Prefill
 from channel import LENGTH, STOP, Channel, may_start
 from config import Config
-from data import encode, is_correct, load_prompts, read_jsonl
+from data import is_correct, load_prompts, read_jsonl
 from kernels.head import head_logits
 from log import Timeline
 from model import compute_dtype, flatten_parameters, head_weight, last_hidden, load_model, load_tokenizer, shared_vocabulary, stop_ids
@@ -112,7 +112,7 @@ class Generator:
         self.device, self.vocab, self.version = model.device, vocab or head_weight(model).shape[0], 0
         draws = draws_per_position(loss, num_samples)
         columns = draws if loss in ("sampled_reverse_kl", "forward_kl", "greedy") else draws + top_k
-        self.cache = KVCache(slots, max_prompt + max_new)
+        self.cache, self.refill = KVCache(slots, max_prompt + max_new), max(1, slots // 8)
         self.active: list[Rollout] = []  # slot i holds active[i]
         i64, dev = torch.int64, self.device
         self.last_token = torch.zeros(slots, dtype=i64, device=dev)
@@ -125,8 +125,10 @@ class Generator:
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     @property
-    def free_slots(self) -> int:
-        return self.slots - len(self.active)
+    def room(self) -> int:
+        """How many rollouts to start now. A prefill costs about a decode step, so an eighth of the slots is refilled at once."""
+        free = self.slots - len(self.active)
+        return free if not self.active or free >= self.refill else 0
 
     @torch.no_grad()
     def add(self, rollouts: list[Rollout]):
@@ -225,7 +227,7 @@ class Generator:
         """Finish all `rollouts`, refilling slots as they fall free; returns them in the order given."""
         waiting = deque(rollouts)
         while waiting or self.active:
-            self.add([waiting.popleft() for _ in range(min(self.free_slots, len(waiting)))])
+            self.add([waiting.popleft() for _ in range(min(self.room, len(waiting)))])
             self.step()
         return rollouts
 
@@ -277,7 +279,7 @@ def run(config: Config, channel: Channel, index: int, device: torch.device, trac
     pending: deque[int] = deque()
     while channel.running():
         idle = not generator.active and not pending
-        while len(pending) < generator.free_slots and (row := channel.to_generator.get(0.02 if idle else 0.0)) is not None:
+        while len(pending) < generator.room and (row := channel.to_generator.get(0.02 if idle else 0.0)) is not None:
             pending.append(row)
             idle = False
         if int(channel.version) > generator.version and (config.refresh == "in_flight" or not generator.active):
@@ -318,8 +320,7 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = load_tokenizer("--model", args.model)
-        rows = read_jsonl(args.prompts, tokenizer)
-        prompts = encode(rows, tokenizer, args.max_prompt_tokens, False, args.prompts)
+        prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens)
         stops = stop_ids(args.model, tokenizer)
         model = load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device, attention="kv_slots")
     except ValueError as error:

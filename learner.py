@@ -32,7 +32,8 @@ from model import head_weight
 from teacher import response_hidden, token_batches
 
 BETAS = (0.9, 0.95)
-MUST_MATCH = ("student", "prompts", "eval_prompts", "eval_size", "seed", "batch_size", "samples_per_prompt", "order")
+MUST_MATCH = ("student", "prompts", "eval_prompts", "eval_size", "seed", "batch_size", "samples_per_prompt", "order",
+              "max_prompt_tokens", "drop_long_prompts")  # fmt: skip
 
 
 class Learner:
@@ -91,7 +92,9 @@ class Learner:
         (total / tokens).backward()
         columns = self.config.columns
         support = columns["top"] if self.config.loss != "sampled_reverse_kl" else columns["drawn"]
-        counted_once = ~(ids[:, support, None] == ids[:, None, support]).tril(-1).any(-1)  # draws may repeat
+        counted_once = torch.ones_like(ids[:, support], dtype=torch.bool)
+        if self.config.loss == "sampled_reverse_kl":  # draws may repeat
+            counted_once = ~(ids[:, support, None] == ids[:, None, support]).tril(-1).any(-1)
         estimate = reverse_kl_estimate(self.config.loss, columns, student_logp, teacher_logp, behavior_logp)
         return {
             "loss": total.detach(),
@@ -180,6 +183,7 @@ class Learner:
         """Restore optimiser and update counter (the model was loaded from the directory); returns `trained_ahead`."""
         state = torch.load(checkpoint / "training_state.pt", map_location=self.device)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
         self.version = state["version"]
         return state["trained_ahead"]
 
@@ -201,7 +205,8 @@ def check_output(config: Config) -> Path | None:
     output, used = Path(config.output_dir), Path(config.output_dir) / "config.yaml"
     checkpoint = newest_checkpoint(output)
     if not config.resume:
-        if used.exists():
+        metrics = output / "metrics.jsonl"
+        if checkpoint or metrics.exists() and metrics.stat().st_size:
             fix = "--resume continues it" if checkpoint else "it has no checkpoint to resume from"
             raise ConfigError(f"--output-dir {output} holds another run: choose a new directory ({fix})")
         return None

@@ -22,13 +22,16 @@ from kernels.head import head_logits
 def check_path(flag: str, path: str):
     """A directory must exist; anything that does not look like a path is taken for a hub id."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
+    if looks_local and not (Path(path) / "config.json").is_file():
         raise ConfigError(f"{flag} {path}: no model there (config.json is missing): give a model directory or a hub id such as org/name")
 
 
 def load_tokenizer(flag: str, path: str):
     check_path(flag, path)
-    return AutoTokenizer.from_pretrained(str(Path(path).expanduser()) if Path(path).exists() else path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{flag} {path}: no tokenizer there: {str(error).splitlines()[0]}") from None
 
 
 def load_model(path: str, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> nn.Module:
@@ -90,17 +93,21 @@ def shared_vocabulary(config: Config) -> tuple[object, set[int], int, list[str]]
             f"--teacher {config.teacher_path} and --student {config.student_path} have different tokenizers "
             f"({len(teacher)} and {len(student)} tokens): choose two models of one family"
         )
-    sizes = [AutoConfig.from_pretrained(path).get_text_config().vocab_size for path in (config.student_path, config.teacher_path)]
-    stops = [stop_ids(path, tok) for path, tok in ((config.student_path, student), (config.teacher_path, teacher))]
+    paths = (config.student_path, config.teacher_path)
+    settings = [AutoConfig.from_pretrained(path).get_text_config() for path in paths]
+    sizes = [item.vocab_size for item in settings]
+    stops = [stop_ids(path, tokenizer) for path, tokenizer in zip(paths, (student, teacher))]
     notes = []
+    for path, item in zip(paths, settings):
+        if config.max_sequence > getattr(item, "max_position_embeddings", config.max_sequence):
+            notes.append(f"{path} was made for {item.max_position_embeddings} positions, a sequence may have {config.max_sequence}")
     if sizes[0] != sizes[1]:
         notes.append(f"student head has {sizes[0]} rows, teacher {sizes[1]}: both are cut to the first {min(sizes)} ids")
     if stops[0] != stops[1]:
         notes.append(f"student stops at {sorted(stops[0])}, teacher at {sorted(stops[1])}: the student's are used, watch truncated_fraction")
-    for name in ("top_k",) if config.loss != "sampled_reverse_kl" else ():
-        limit = min(sizes) - (config.loss == "stratified_reverse_kl")
-        if getattr(config, name) > limit:
-            raise ConfigError(f"--top-k is {config.top_k}, the vocabulary has {min(sizes)} ids: {limit} is the most for {config.loss}")
+    limit = min(sizes) - (config.loss == "stratified_reverse_kl")
+    if config.loss != "sampled_reverse_kl" and config.top_k > limit:
+        raise ConfigError(f"--top-k is {config.top_k}, the vocabulary has {min(sizes)} ids: {limit} is the most for {config.loss}")
     return student, stops[0], min(sizes), notes
 
 

@@ -9,7 +9,7 @@ The frozen teacher never changes its mind, so a cached sequence never goes stale
 several epochs or samples of short answers. A hit is exact or it is no hit: student-chosen ids are served only if
 every one of them is among the cached ids.
 
-Left out: tensor parallelism (a teacher above one GPU loads with device_map="auto"), several teachers.
+Left out: teachers above one GPU, several teachers.
 """
 
 from __future__ import annotations

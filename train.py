@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -43,9 +44,14 @@ def set_up_process(config: Config, device: torch.device, ranks: int):
         torch.cuda.set_device(device)
 
 
+def ignore_interrupts():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def worker(index: int, config: Config, paths: list[str], parameters: int, devices: list[torch.device], ranks: int, first: int, trace: Path):
-    """Entry of a spawned role: generators 0..G-1, then the teacher. Ctrl-C is rank 0's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Entry of a spawned role: generators 0..G-1, then the teacher. Being interrupted is rank 0's business."""
+    ignore_interrupts()
     device = devices[ranks + index]
     set_up_process(config, device, ranks)
     channel = Channel(config, parameters, compute_dtype(config, device), paths)
@@ -68,13 +74,14 @@ class Roles:
 
     def check(self):
         """Raise RoleDied as soon as any role has left."""
-        try:
-            self.context.join(timeout=0)
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            raise RoleDied(f"{self.names[error.error_index]} died: {error}") from None
-        for name, process in zip(self.names, self.context.processes):
-            if not process.is_alive():
-                raise RoleDied(f"{name} left before the end, exit status {process.exitcode}")
+        gone = [name for name, process in zip(self.names, self.context.processes) if not process.is_alive()]
+        if gone:
+            self.channel.stop.fill_(1)
+            try:
+                self.context.join(timeout=0, grace_period=3)
+            except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+                raise RoleDied(f"{self.names[error.error_index]} died: {error}") from None
+            raise RoleDied(f"{gone[0]} left before the end")
 
     def stop(self, patience: float = 10.0):
         """Ask every role to leave its loop, then insist."""
@@ -127,7 +134,8 @@ def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, r
     timeline = Timeline(channel.busy[-1:], output / "trace.json", config.generators + 1, "learner")
 
     def going_on() -> bool:
-        roles.check()
+        if not interrupts:
+            roles.check()
         return not interrupts and channel.running()
 
     def evaluate(key: str) -> dict[str, float]:
@@ -147,32 +155,33 @@ def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, r
         before = evaluate("eval_accuracy_before")
         print(f"accuracy before training {before.get('eval_accuracy_before', 0):.1%}", flush=True)
     log = Log(config, channel)
-    while learner.version < config.steps and (rows := tickets.next_batch(learner.version, going_on)):
-        broadcast(rows)
-        with timeline.span("update"):
-            metrics = learner.update(channel, rows)
-        with timeline.span("publish"):
-            metrics["publish_seconds"] = learner.publish(channel)
-        tickets.trained(rows)
-        tickets.issue(learner.version)
-        last = learner.version == config.steps
-        if evaluating and (last or learner.version % config.eval_every == 0):
-            metrics |= evaluate("eval_accuracy")
-        if last or config.save_every and learner.version % config.save_every == 0:
-            saved = save()
-        log.write(learner.version, metrics | before)
-        before = {}
-    broadcast(None)
-    if saved < learner.version:
-        save()
-    timeline.flush()
+    try:
+        while learner.version < config.steps and (rows := tickets.next_batch(learner.version, going_on)):
+            broadcast(rows)
+            with timeline.span("update"):
+                metrics = learner.update(channel, rows)
+            with timeline.span("publish"):
+                metrics["publish_seconds"] = learner.publish(channel)
+            tickets.trained(rows)
+            tickets.issue(learner.version)
+            last = learner.version == config.steps
+            if evaluating and (last or learner.version % config.eval_every == 0):
+                metrics |= evaluate("eval_accuracy")
+            log.write(learner.version, metrics | before)
+            before = {}
+            if last or config.save_every and learner.version % config.save_every == 0:
+                saved = save()
+        broadcast(None)
+    finally:  # whatever ended the loop, what was learned is kept
+        if saved < learner.version:
+            save()
+        timeline.flush()
     print(f"{'done' if learner.version == config.steps else 'interrupted'} after update {learner.version}: {output}", flush=True)
 
 
 def follow(learner: Learner, channel: Channel):
-    """Ranks above 0: train on the rows that rank 0 names, until it names none. Ctrl-C is rank 0's business."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ranks above 0: train on the rows that rank 0 names, until it names none."""
+    ignore_interrupts()
     while rows := broadcast(None):
         learner.update(channel, rows)
 
@@ -188,15 +197,18 @@ def broadcast(value):
 def main():
     config = parse()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
+        if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
+            raise ConfigError(f"{world} ranks on several nodes: one node only, use torchrun --standalone")
+        if torch.cuda.is_available() and world > torch.cuda.device_count():
+            raise ConfigError(f"{world} learner ranks, {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
+        if world > 1:  # ranks wait for rank 0 as long as rollouts take; torchrun ends the run when one dies
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
         train(config, rank, world)
-    except (ConfigError, DataError, MemoryError, RoleDied) as error:
-        sys.exit(f"train.py: error: {error}")
-    finally:
         if world > 1:
             dist.destroy_process_group()
+    except (ConfigError, DataError, MemoryError, FloatingPointError, RoleDied) as error:
+        sys.exit(f"train.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def train(model, examples, steps, batch_size, lr, probe=None, label=""):
         optimizer.zero_grad()
         if step % 100 == 0:
             print(f"{label} step {step} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
-        if probe and step % 20 == 0 and probe(step):
+        if probe and step % 10 == 0 and probe(step):
             return
 
 
@@ -106,17 +106,19 @@ def main():
         teacher = new_model(tokenizer, hidden=128, layers=3, heads=4, kv_heads=4, intermediate=384)
         print(f"teacher: {teacher.num_parameters():,} parameters")
 
-        def solved(step):  # learning jumps after a plateau of about 900 updates
-            return step >= 1000 and step % 100 == 0 and exact_match(teacher, tokenizer) >= 0.995
+        def solved(step):
+            if step < 300 or step % 50:
+                return False
+            print(f"teacher step {step}: {(accuracy := exact_match(teacher, tokenizer)):.3f}", flush=True)
+            return accuracy >= 0.995
 
         train(teacher, Examples(tokenizer, 100_000, 1, synonyms=False), 2500, 128, 2e-3, solved, "digits")
-        teacher.save_pretrained("/tmp/teacher_digits")
         print("teacher, digits:", exact_match(teacher, tokenizer), flush=True)
         with torch.no_grad():  # a synonym starts as a copy of its digit
             first = tokenizer.convert_tokens_to_ids("0")
             digits = teacher.get_input_embeddings().weight[first:].view(10, SYNONYMS, -1)
             digits[:, 1:] = digits[:, :1] + 0.01 * torch.randn_like(digits[:, 1:])
-        train(teacher, Examples(tokenizer, 100_000, 2, synonyms=True), 600, 128, 1e-3, label="synonyms")
+        train(teacher, Examples(tokenizer, 100_000, 2, synonyms=True), 300, 128, 1e-3, label="synonyms")
         print("teacher, synonyms:", exact_match(teacher, tokenizer), flush=True)
         teacher.save_pretrained(args.out / "teacher")
         tokenizer.save_pretrained(args.out / "teacher")

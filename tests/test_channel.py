@@ -58,24 +58,26 @@ def test_a_row_queue_keeps_order_and_times_out():
     assert queue.get(timeout=0.05) is None and 0.04 < time.monotonic() - started < 5
 
 
-def _publish(paths, versions):
-    mailbox = Channel(CONFIG, P, torch.float32, paths)
-    for version in range(1, versions + 1):
+def _publish(paths):
+    mailbox, version = Channel(CONFIG, P, torch.float32, paths), 0
+    while not mailbox.stop.item():
+        version += 1
         mailbox.publish(torch.full((P,), float(version)), version)
 
 
 def test_a_reader_never_sees_weights_of_two_versions_mixed():
     """A writer process publishes as fast as it can; every pickup must be all of one version, and the named one."""
     ours = make()
-    writer = mp.get_context("spawn").Process(target=_publish, args=(ours.paths, 3000))
+    writer = mp.get_context("spawn").Process(target=_publish, args=(ours.paths,))
     writer.start()
     flat, seen = torch.empty(P), set()
-    while len(seen) < 3000 and (writer.is_alive() or not seen or max(seen) < 3000):
+    while len(seen) < 300:
         version = ours.pick_up(flat)
         assert flat.min() == flat.max() == version
         seen.add(version)
+    ours.stop.fill_(1)
     writer.join()
-    assert writer.exitcode == 0 and len(seen) > 20 and max(seen) == 3000
+    assert writer.exitcode == 0
 
 
 def test_too_little_memory_is_said_with_the_number_the_limit_and_the_fix(monkeypatch):

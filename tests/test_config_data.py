@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from config import Config, ConfigError, parse
-from data import ADDENDS, DataError, TicketOrder, encode, is_correct, load_prompts, read_jsonl, running_sums
+from data import ADDENDS, DataError, TicketOrder, is_correct, load_prompts, read_jsonl, running_sums
 from learner import check_output, start_output
 from model import shared_vocabulary, stop_ids
 
@@ -72,7 +72,8 @@ def test_running_sums_are_right_and_held_out_prompts_are_disjoint():
     for prompt, answer in list(train.items())[:500]:
         addends = [int(x) for x in prompt.rstrip("=").split("+")]
         totals = [int(total[::-1]) for total in answer.split(",")]
-        assert totals == [sum(addends[: i + 2]) for i in range(len(addends) - 1)]
+        assert totals == [sum(addends[-i:]) for i in range(2, len(addends) + 1)]
+        assert len(answer) == 4 * len(totals) - 1
     sizes = [prompt.count("+") + 1 for prompt in train]
     assert set(sizes) == set(ADDENDS) and sizes.count(2) > 1.5 * sizes.count(8)
 
@@ -104,27 +105,47 @@ def write_lines(path, *lines):
 )
 def test_a_bad_prompt_file_is_refused_with_its_line(lines, message, tmp_path, tokenizer):
     with pytest.raises(DataError, match=message):
-        read_jsonl(write_lines(tmp_path / "p.jsonl", *lines), tokenizer)
+        read_jsonl(write_lines(tmp_path / "p.jsonl", *lines), tokenizer, 64)
 
 
 def test_a_missing_prompt_file_is_refused(tokenizer):
     with pytest.raises(DataError, match="/nowhere.jsonl: no such file"):
-        read_jsonl("/nowhere.jsonl", tokenizer)
+        read_jsonl("/nowhere.jsonl", tokenizer, 64)
 
 
 def test_a_prompt_above_the_limit_is_refused_or_dropped_on_request(tmp_path, tokenizer):
     path = write_lines(tmp_path / "p.jsonl", {"prompt": "1+1="}, {"prompt": "1+" * 20 + "1="})
-    rows = read_jsonl(path, tokenizer)
-    with pytest.raises(DataError, match="prompt 2 has 42 tokens, --max-prompt-tokens is 8: raise it or pass --drop-long-prompts"):
-        encode(rows, tokenizer, 8, False, path)
-    assert [p.text for p in encode(rows, tokenizer, 8, True, path)] == ["1+1="]
-    with pytest.raises(DataError, match="every prompt is longer"):
-        encode(rows, tokenizer, 2, True, path)
+    with pytest.raises(DataError, match="line 2: 42 tokens, --max-prompt-tokens is 8: raise it or pass --drop-long-prompts"):
+        read_jsonl(path, tokenizer, 8)
+    assert [p.text for p in read_jsonl(path, tokenizer, 8, drop_long=True)] == ["1+1="]
+    with pytest.raises(DataError, match="all 2 are longer than --max-prompt-tokens 2"):
+        read_jsonl(path, tokenizer, 2, drop_long=True)
+    with pytest.raises(DataError, match="built-in prompts have up to 24 tokens, --max-prompt-tokens is 8"):
+        load_prompts(Config(max_prompt_tokens=8), tokenizer)
+
+
+def test_line_separators_inside_strings_do_not_split_a_line(tmp_path, tokenizer):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": "a\u2028b\x85c"}\n', encoding="utf-8")
+    assert read_jsonl(str(tmp_path / "p.jsonl"), tokenizer, 8)[0].answer == "a\u2028b\x85c"
 
 
 def test_messages_go_through_the_chat_template(tmp_path, tokenizer):
     path = write_lines(tmp_path / "p.jsonl", {"messages": [{"role": "user", "content": "1+2="}], "answer": 3})
-    assert read_jsonl(path, tokenizer) == [("1+2=", "3")]
+    prompt = read_jsonl(path, tokenizer, 64)[0]
+    assert (prompt.text, prompt.answer) == ("1+2=", "3")
+
+
+def test_only_plain_prompts_get_the_tokenizers_own_special_tokens(tmp_path):
+    """The chat template has put its own in; adding a second beginning of sequence would be a prompt never trained on."""
+    from tokenizers.processors import TemplateProcessing
+
+    from data import build_tokenizer
+
+    adds_bos = build_tokenizer()
+    adds_bos._tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    message = {"messages": [{"role": "user", "content": "1+2="}]}
+    plain, chat = read_jsonl(write_lines(tmp_path / "p.jsonl", {"prompt": "1+2="}, message), adds_bos, 64)
+    assert plain.ids == [0, *chat.ids] and 0 not in chat.ids
 
 
 def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
@@ -138,6 +159,8 @@ def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
     no_answer = write_lines(tmp_path / "n.jsonl", {"prompt": "5+5="})
     with pytest.raises(DataError, match="every evaluation prompt needs an `answer`"):
         load_prompts(Config(prompts=path, eval_prompts=no_answer), tokenizer)
+    with pytest.raises(DataError, match="none is left to train on"):
+        load_prompts(Config(prompts=held_path, eval_prompts=held_path), tokenizer)
     assert load_prompts(Config(prompts=no_answer), tokenizer)[1] == []
 
 
@@ -237,6 +260,7 @@ def test_an_output_directory_that_holds_another_run_is_left_alone(tmp_path):
     config = Config(output_dir=str(tmp_path))
     assert check_output(config) is None
     start_output(config, None)
+    assert check_output(config) is None  # died before its first update: nothing to lose
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match="holds another run: choose a new directory"):
         check_output(replace(config, lr=1.0))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, build_model, load
+from conftest import FAMILIES, build_model, load
 from torch.distributions import Chi2
 
 from channel import LENGTH, STOP
@@ -212,4 +212,27 @@ def test_flat_parameters_hold_tied_weights_once():
     assert flatten_parameters(model).numel() == expected
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert expected < sum(p.numel() for p in build_model("llama").parameters())
-    assert CPU.type == "cpu"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_a_step_to_a_cuda_graphs_bucket_changes_nothing(family, model_dir, monkeypatch):
+    """`_replay` with the graph taken out: warm-up, saved and restored state, idle slots, lengths rounded up."""
+    kwargs = dict(slots=6, loss="stratified_reverse_kl", top_k=4, num_samples=2)
+    model = load(model_dir(family), "kv_slots")
+    rollouts = [[Rollout(ids, ticket=i) for i, ids in enumerate(prompts(13))] for _ in range(2)]
+    plain = new_generator(model, **kwargs).generate(rollouts[0])
+    padded = new_generator(model, **kwargs)
+    decode = padded._decode
+
+    def replay(n, length):
+        n, length = min(padded.slots, 1 << (n - 1).bit_length()), min(padded.cache.max_len, -(-length // 16) * 16)
+        state = [t.clone() for t in padded.per_slot[:3]]
+        decode(n, length)
+        for tensor, saved in zip(padded.per_slot, state):
+            tensor.copy_(saved)
+        decode(n, length)
+
+    monkeypatch.setattr(padded, "_decode", replay)
+    for a, b in zip(plain, padded.generate(rollouts[1])):
+        assert a.response_ids == b.response_ids
+        torch.testing.assert_close(a.behavior_logp, b.behavior_logp, atol=2e-5, rtol=0)

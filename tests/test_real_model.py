@@ -9,7 +9,7 @@ import torch
 from conftest import load
 from test_train import command, metrics
 
-from data import encode, read_jsonl
+from data import read_jsonl
 from generate import Generator, Rollout
 from model import load_tokenizer, stop_ids
 
@@ -51,7 +51,7 @@ def prompt_file(tmp_path_factory):
 def test_greedy_output_equals_model_generate_token_for_token(smollm, prompt_file):
     tokenizer = load_tokenizer("--model", smollm)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id  # the case that loses stop tokens elsewhere
-    prompts = encode(read_jsonl(prompt_file, tokenizer), tokenizer, 512, False, prompt_file)
+    prompts = read_jsonl(prompt_file, tokenizer, limit=512)
     generator = Generator(load(smollm, "kv_slots"), stop_ids(smollm, tokenizer), slots=3, max_prompt=64, max_new=48)
     rollouts = generator.generate([Rollout(prompt.ids) for prompt in prompts])
     reference = load(smollm)

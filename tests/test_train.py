@@ -114,9 +114,19 @@ def test_every_metric_is_defined_in_docs_metrics(sync_run):
 
 
 def test_two_synchronous_runs_with_one_seed_write_identical_losses(sync_run, pair, tmp_path):
-    """And a cache that is off changes nothing, bit for bit."""
-    finish(start(tmp_path / "run", *pair, *SYNC, "--teacher-cache-mb=0"))
+    finish(start(tmp_path / "run", *pair, *SYNC))
     assert [r["loss"] for r in metrics(tmp_path / "run")] == [r["loss"] for r in metrics(sync_run[0])]
+
+
+def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path):
+    """Two prompts, nearly greedy: sequences recur. A hit was computed in another batch shape, hence float rounding."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "47+58="}\n')
+    flags = [f"--prompts={tmp_path}/p.jsonl", "--max-staleness=0", "--steps=6", "--loss=forward_kl", "--temperature=0.05", "--lr=1e-5"]
+    for name, size in (("with", 64), ("without", 0)):
+        finish(start(tmp_path / name, *pair, *flags, f"--teacher-cache-mb={size}"))
+    cached, plain = metrics(tmp_path / "with"), metrics(tmp_path / "without")
+    assert cached[-1]["teacher_cache_hit_rate"] > 0.3 and plain[-1]["teacher_cache_hit_rate"] == 0
+    assert [r["loss"] for r in cached] == pytest.approx([r["loss"] for r in plain], rel=1e-5)
 
 
 def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stopped(sync_run, pair, tmp_path):
@@ -135,12 +145,11 @@ def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stoppe
     assert resumed == straight
 
 
-def test_an_asynchronous_run_overlaps_within_the_bound(pair, tmp_path):
-    """In flight, two generators, arrival order: lag is there, tickets are all trained, nothing is left behind."""
+def test_two_generators_in_arrival_order_train_to_the_end_with_lag(pair, tmp_path):
     flags = ["--max-staleness=2", "--steps=12", "--generators=2", "--order=arrival", "--eval-every=0", "--loss=forward_kl"]
     finish(start(tmp_path / "run", *pair, *flags))
     records = metrics(tmp_path / "run")
-    assert len(records) == 12 and max(r["lag_mean"] for r in records) > 0
+    assert len(records) == 12 and max(r["lag_max"] for r in records) > 0
     assert not any("eval_accuracy" in r for r in records)
 
 
@@ -155,7 +164,8 @@ def test_two_learner_ranks_train_like_one(sync_run, pair, tmp_path):
     one, two = metrics(sync_run[0]), metrics(tmp_path / "run")
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)  # same rollouts: the weights are still the same
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
-    assert len(two) == 6
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=0.02)  # weights differ by rounding since
+    assert [r["tokens"] for r in two] == pytest.approx([r["tokens"] for r in one], rel=0.1)
 
 
 def die_and_collect(process, victim, within=20.0):
@@ -182,6 +192,7 @@ def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path
     before = set(os.listdir("/dev/shm"))
     out = die_and_collect(start(tmp_path / "run", *pair, "--steps=100000", "--eval-every=0"), victim)
     assert re.search(message, out), out
+    assert victim == "learner" or list((tmp_path / "run").glob("step_*/training_state.pt"))  # what was learned is kept
     assert set(os.listdir("/dev/shm")) <= before
 
 
@@ -196,12 +207,16 @@ def test_a_role_that_fails_ends_the_run_with_its_own_traceback(pair, tmp_path):
     assert "teacher died" in out and "load_model" in out
 
 
-def test_ctrl_c_saves_and_leaves_and_the_run_can_be_resumed(pair, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_a_terminate_signal_saves_and_leaves_and_the_run_can_be_resumed(number, pair, tmp_path):
+    """To every process at once: what a terminal does, and a cluster's scheduler at the time limit."""
     output = tmp_path / "run"
     process = start(output, *pair, "--steps=100000", "--eval-every=0")
     read_until(process, r"update +2/")
     family = children(process.pid)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    for pid in [process.pid, *family]:
+        if "resource_tracker" not in family.get(pid, ""):
+            os.kill(pid, number)
     out, _ = process.communicate(timeout=60)
     done = int(re.search(r"interrupted after update (\d+)", out).group(1))
     assert (output / f"step_{done}" / "training_state.pt").exists() and len(metrics(output)) == done
