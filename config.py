@@ -44,7 +44,7 @@ class Config:
     eval_size: int = option(256, "evaluation prompts, at most a tenth of --prompts when held out of it", least=1)
     drop_long_prompts: bool = option(False, "drop prompts above --max-prompt-tokens instead of stopping")
     max_prompt_tokens: int = option(64, "longest prompt, tokens", least=1)
-    max_new_tokens: int = option(32, "longest response, tokens, stop token included", least=1)
+    max_new_tokens: int = option(40, "longest response, tokens, stop token included", least=1)
     loss: str = option("stratified_reverse_kl", "distillation loss, see losses.py", LOSSES)
     top_k: int = option(12, "top-K ids a position (all losses but sampled_reverse_kl)", least=1)
     num_samples: int = option(4, "draws a position (sampled and stratified reverse KL)", least=1)

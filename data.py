@@ -1,9 +1,9 @@
 """Prompts: the built-in task, JSONL files, the order in which tickets visit them, answer checking.
 
-The built-in task is *running sums*: the prompt `47+58+91=` asks for the running totals from the right, 149 and
-196, as three digits each, least significant first: `941,691`. Every response digit may be written with any of 16
-synonym tokens, which the tokenizer decodes to the same digit; the teacher draws them from a Zipf law. So there is
-arithmetic to learn, and a style with entropy, which is what makes top-k supports, sampling and staleness matter.
+The built-in task is *running sums*: the prompt `a47+b58+c91=` asks for the running totals, each named after the
+last addend in it, three digits, least significant first: `b501,c691`. Every response digit may be written with any
+of 16 synonym tokens, which the tokenizer decodes to the same digit; the teacher draws them from a Zipf law. So there
+is arithmetic to learn, and a style with entropy, which is what makes top-k supports, sampling and staleness matter.
 
 Left out: streaming data sets, several tasks at once, answer checkers that run code.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 SYNONYMS = 16  # tokens that decode to one digit: "7", "7A", ... "7O"
-ADDENDS = range(2, 9)
+ADDENDS, NAMES = range(2, 9), "abcdefgh"
 ADDEND_DECAY = 0.85  # P(n addends) is proportional to ADDEND_DECAY ** n: many short responses, a long tail
 
 
@@ -45,22 +45,22 @@ def running_sums(count: int, seed: int, heldout: bool) -> list[tuple[str, str]]:
     while len(pairs) < count:
         size = ADDENDS[int(torch.multinomial(weights, 1, generator=generator))]
         addends = torch.randint(10, 100, (size,), generator=generator)
-        prompt = "+".join(map(str, addends.tolist())) + "="
+        prompt = "+".join(name + str(addend) for name, addend in zip(NAMES, addends.tolist())) + "="
         if (zlib.crc32(prompt.encode()) % 16 == 0) == heldout:
-            totals = addends.flip(0).cumsum(0)[1:].tolist()
-            pairs[prompt] = ",".join(f"{total:03d}"[::-1] for total in totals)
+            totals = zip(NAMES[1:], addends.cumsum(0)[1:].tolist())
+            pairs[prompt] = ",".join(name + f"{total:03d}"[::-1] for name, total in totals)
     return list(pairs.items())
 
 
 def build_tokenizer():
-    """The built-in task's tokenizer: one token per digit synonym, `+`, `=`, `,` and two specials (V = 165)."""
+    """The built-in task's tokenizer: one token per digit synonym, name and sign, and two specials (V = 173)."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = [""] + [chr(ord("A") + i) for i in range(SYNONYMS - 1)]
-    words = ["<pad>", "<eos>", "+", "=", ",", *(digit + letter for digit in "0123456789" for letter in letters)]
+    words = ["<pad>", "<eos>", *"+=,", *NAMES, *(digit + letter for digit in "0123456789" for letter in letters)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9][A-O]?|[+=,]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9][A-O]?|[+=,a-h]"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("[A-O]"), ""), decoders.Fuse()])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -124,7 +124,7 @@ def load_prompts(config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
         pairs = running_sums(20_000, config.seed, heldout=False), running_sums(config.eval_size, 12345, heldout=True)
         train, held = ([Prompt(text, tokenizer(text).input_ids, answer) for text, answer in part] for part in pairs)
         if len(max(train + held, key=lambda prompt: len(prompt.ids)).ids) > limit:
-            raise DataError(f"built-in prompts have up to {3 * ADDENDS[-1]} tokens, --max-prompt-tokens is {limit}: raise it")
+            raise DataError(f"built-in prompts have up to {4 * ADDENDS[-1]} tokens, --max-prompt-tokens is {limit}: raise it")
     if config.eval_prompts:
         held = read_jsonl(config.eval_prompts, tokenizer, limit, drop)
         if any(prompt.answer is None for prompt in held):

@@ -39,8 +39,8 @@ class Examples:
 
     def __init__(self, tokenizer, count, seed, synonyms):
         self.generator = torch.Generator().manual_seed(seed)
-        self.pairs = running_sums(count, seed, heldout=False)
-        self.encoded = [(tokenizer(p).input_ids, tokenizer(a).input_ids + [tokenizer.eos_token_id]) for p, a in self.pairs]
+        pairs = running_sums(count, seed, heldout=False)
+        self.encoded = [(tokenizer(p).input_ids, tokenizer(a).input_ids + [tokenizer.eos_token_id]) for p, a in pairs]
         self.first_digit = tokenizer.convert_tokens_to_ids("0")
         zipf = 1.0 / torch.arange(1, SYNONYMS + 1)
         self.weights = zipf / zipf.sum() if synonyms else torch.tensor([1.0])
@@ -69,7 +69,7 @@ def exact_match(model, tokenizer, count=256):
     correct = 0
     for group in groups.values():
         ids = torch.tensor([ids for ids, _ in group])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         correct += sum(text == answer for text, (_, answer) in zip(texts, group))
     return correct / count
@@ -112,7 +112,8 @@ def main():
             print(f"teacher step {step}: {(accuracy := exact_match(teacher, tokenizer)):.3f}", flush=True)
             return accuracy >= 0.995
 
-        train(teacher, Examples(tokenizer, 100_000, 1, synonyms=False), 2500, 128, 2e-3, solved, "digits")
+        train(teacher, Examples(tokenizer, 100_000, 1, synonyms=False), 4000, 64, 2e-3, solved, "digits")
+
         print("teacher, digits:", exact_match(teacher, tokenizer), flush=True)
         with torch.no_grad():  # a synonym starts as a copy of its digit
             first = tokenizer.convert_tokens_to_ids("0")

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 FAMILIES = ("qwen3", "llama", "gemma3")
 
 
-def build_model(family: str, seed: int = 0, vocab: int = 165, hidden: int = 32, layers: int = 2):
+def build_model(family: str, seed: int = 0, vocab: int = 173, hidden: int = 32, layers: int = 2):
     """A random model of a few thousand parameters; gemma3 has a sliding window of 8 in every second layer."""
     torch.manual_seed(seed)
     common = dict(

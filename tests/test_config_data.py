@@ -1,5 +1,6 @@
 """Claims about settings, prompts and the checks before anything starts: bad input names value, limit and fix."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -70,18 +71,19 @@ def test_running_sums_are_right_and_held_out_prompts_are_disjoint():
     train, held = dict(running_sums(20_000, 0, False)), dict(running_sums(500, 12345, True))
     assert len(train) == 20_000 and len(held) == 500 and not set(train) & set(held)
     for prompt, answer in list(train.items())[:500]:
-        addends = [int(x) for x in prompt.rstrip("=").split("+")]
-        totals = [int(total[::-1]) for total in answer.split(",")]
-        assert totals == [sum(addends[-i:]) for i in range(2, len(addends) + 1)]
-        assert len(answer) == 4 * len(totals) - 1
+        addends = {term[0]: int(term[1:]) for term in prompt.rstrip("=").split("+")}
+        totals = {total[0]: int(total[:0:-1]) for total in answer.split(",")}
+        running = dict(zip(addends, itertools.accumulate(addends.values())))
+        assert "".join(addends) == "abcdefgh"[: len(addends)]
+        assert totals == {name: total for name, total in running.items() if name != "a"} and len(answer) == 5 * len(totals) - 1
     sizes = [prompt.count("+") + 1 for prompt in train]
     assert set(sizes) == set(ADDENDS) and sizes.count(2) > 1.5 * sizes.count(8)
 
 
 def test_synonyms_decode_to_their_digit_and_prompts_survive_a_round_trip(tokenizer):
-    ids = tokenizer("5A0C1,6B9O1").input_ids + [tokenizer.eos_token_id]
-    assert len(ids) == 8 and tokenizer.decode(ids, skip_special_tokens=True) == "501,691"
-    assert tokenizer.decode(tokenizer("47+58+91=").input_ids) == "47+58+91="
+    ids = tokenizer("b5A0C1,c6B9O1").input_ids + [tokenizer.eos_token_id]
+    assert len(ids) == 10 and tokenizer.decode(ids, skip_special_tokens=True) == "b501,c691"
+    assert tokenizer.decode(tokenizer("a47+b58+c91=").input_ids) == "a47+b58+c91="
 
 
 def write_lines(path, *lines):
@@ -120,7 +122,7 @@ def test_a_prompt_above_the_limit_is_refused_or_dropped_on_request(tmp_path, tok
     assert [p.text for p in read_jsonl(path, tokenizer, 8, drop_long=True)] == ["1+1="]
     with pytest.raises(DataError, match="all 2 are longer than --max-prompt-tokens 2"):
         read_jsonl(path, tokenizer, 2, drop_long=True)
-    with pytest.raises(DataError, match="built-in prompts have up to 24 tokens, --max-prompt-tokens is 8"):
+    with pytest.raises(DataError, match="built-in prompts have up to 32 tokens, --max-prompt-tokens is 8"):
         load_prompts(Config(max_prompt_tokens=8), tokenizer)
 
 
@@ -201,22 +203,22 @@ def test_different_tokenizers_are_refused(model_dir, tmp_path, tokenizer):
 
     other = build_tokenizer()
     other.add_tokens(["<new>"])
-    build_model("qwen3", vocab=166).save_pretrained(tmp_path)
+    build_model("qwen3", vocab=174).save_pretrained(tmp_path)
     other.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"different tokenizers \(166 and 165 tokens\): choose two models of one family"):
+    with pytest.raises(ConfigError, match=r"different tokenizers \(174 and 173 tokens\): choose two models of one family"):
         shared_vocabulary(Config(student=model_dir(), teacher=str(tmp_path)))
 
 
 def test_heads_padded_to_different_sizes_are_cut_to_the_smaller_and_said_so(model_dir):
-    _, stops, vocab, notes = shared_vocabulary(Config(student=model_dir(vocab=176), teacher=model_dir(vocab=170)))
-    assert vocab == 170 and stops == {1} and "cut to the first 170 ids" in notes[0]
+    _, stops, vocab, notes = shared_vocabulary(Config(student=model_dir(vocab=190), teacher=model_dir(vocab=180)))
+    assert vocab == 180 and stops == {1} and "cut to the first 180 ids" in notes[0]
 
 
-@pytest.mark.parametrize("loss, limit", [("forward_kl", 165), ("stratified_reverse_kl", 164)])
+@pytest.mark.parametrize("loss, limit", [("forward_kl", 173), ("stratified_reverse_kl", 172)])
 def test_a_top_k_above_the_vocabulary_is_refused(loss, limit, model_dir):
     config = Config(student=model_dir(), teacher=model_dir(), loss=loss, top_k=limit)
     shared_vocabulary(config)
-    with pytest.raises(ConfigError, match=f"--top-k is {limit + 1}, the vocabulary has 165 ids: {limit} is the most for {loss}"):
+    with pytest.raises(ConfigError, match=f"--top-k is {limit + 1}, the vocabulary has 173 ids: {limit} is the most for {loss}"):
         shared_vocabulary(replace(config, top_k=limit + 1))
 
 

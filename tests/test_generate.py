@@ -14,7 +14,7 @@ from losses import LOSSES, candidate_columns
 from model import flatten_parameters
 
 
-def prompts(count, seed=0, longest=20, vocab=165):
+def prompts(count, seed=0, longest=20, vocab=173):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(2, vocab, (length,), generator=generator).tolist() for length in lengths]
