@@ -132,8 +132,10 @@ def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path
 def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stopped(sync_run, pair, tmp_path):
     output = tmp_path / "run"
     process = start(output, *pair, *SYNC, "--save-every=3")
-    read_until(process, r"update +3/6")
-    for pid in children(process.pid):
+    read_until(process, r"update +1/6")
+    family = children(process.pid)
+    read_until(process, r"update +4/6")  # so step_3 is complete
+    for pid in family:
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     text = finish(start(output, *pair, *SYNC, "--save-every=3", "--resume"))
