@@ -1,9 +1,9 @@
 """Train the built-in teacher and the initial student of the running-sums task: `python -m assets.make_assets`.
 
-Both are Qwen3 models trained by plain supervised learning on the training half of the prompts. The teacher
-first learns the arithmetic in plain digits, then the synonyms. The student is a sixth of its size and is stopped
-early, should it answer 28 % of held-out prompts (not the evaluation prompts of a run: another seed), else after
-6,000 updates. About twenty minutes on one core; writes assets/teacher and assets/student (safetensors, float32).
+Both are Qwen3 models trained by plain supervised learning on the training half of the prompts, first in plain digits.
+The teacher then learns the synonyms. The student, a quarter of its size, is stopped in the jump of its learning curve
+and has never seen a synonym, only copies of the digits' embeddings: it has half the arithmetic and none of the style.
+About fifteen minutes on one core; writes assets/teacher and assets/student (safetensors, float32).
 """
 
 import argparse
@@ -75,6 +75,14 @@ def exact_match(model, tokenizer, count=256):
     return correct / count
 
 
+@torch.no_grad()
+def copy_digits_to_synonyms(model, tokenizer):
+    """A synonym starts as a copy of its digit, but for a little noise."""
+    first = tokenizer.convert_tokens_to_ids("0")
+    digits = model.get_input_embeddings().weight[first:].view(10, SYNONYMS, -1)
+    digits[:, 1:] = digits[:, :1] + 0.01 * torch.randn_like(digits[:, 1:])
+
+
 def train(model, examples, steps, batch_size, lr, probe=None, label=""):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     started = time.time()
@@ -115,10 +123,7 @@ def main():
         train(teacher, Examples(tokenizer, 100_000, 1, synonyms=False), 4000, 64, 2e-3, solved, "digits")
 
         print("teacher, digits:", exact_match(teacher, tokenizer), flush=True)
-        with torch.no_grad():  # a synonym starts as a copy of its digit
-            first = tokenizer.convert_tokens_to_ids("0")
-            digits = teacher.get_input_embeddings().weight[first:].view(10, SYNONYMS, -1)
-            digits[:, 1:] = digits[:, :1] + 0.01 * torch.randn_like(digits[:, 1:])
+        copy_digits_to_synonyms(teacher, tokenizer)
         train(teacher, Examples(tokenizer, 100_000, 2, synonyms=True), 300, 128, 1e-3, label="synonyms")
         print("teacher, synonyms:", exact_match(teacher, tokenizer), flush=True)
         teacher.save_pretrained(args.out / "teacher")
@@ -126,18 +131,14 @@ def main():
 
     if args.only != "teacher":
         torch.manual_seed(args.seed + 1)
-        student = new_model(tokenizer, hidden=64, layers=2, heads=4, kv_heads=2, intermediate=192)
+        student = new_model(tokenizer, hidden=64, layers=3, heads=4, kv_heads=4, intermediate=192)
         print(f"student: {student.num_parameters():,} parameters")
 
-        def good_enough(step):
-            if step < 100:
-                return False
-            student.eval()
-            accuracy = exact_match(student, tokenizer)
-            student.train()
-            print(f"student step {step}: {accuracy:.3f}", flush=True)
-            return 0.28 <= accuracy
-        train(student, Examples(tokenizer, 100_000, 3, synonyms=True), 6000, 64, 3e-3, good_enough, label="student")
+        def good_enough(step):  # in its jump: 4 % at update 750, 46 % at 800, 77 % at 850
+            return step >= 400 and step % 50 == 0 and exact_match(student, tokenizer, 128) >= 0.28
+
+        train(student, Examples(tokenizer, 100_000, 3, synonyms=False), 20_000, 64, 3e-3, good_enough, "student")
+        copy_digits_to_synonyms(student, tokenizer)
         student.save_pretrained(args.out / "student")
         tokenizer.save_pretrained(args.out / "student")
 
