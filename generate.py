@@ -258,7 +258,7 @@ def evaluate(model, config: Config, stops: set[int], vocab: int, prompts, tokeni
     return sum(is_correct(text, prompt.answer) for text, prompt in zip(texts, prompts)) / len(prompts)
 
 
-def run(config: Config, channel: Channel, index: int, device: torch.device, trace: Path | None):
+def run(config: Config, channel: Channel, index: int, device: torch.device, trace: Path):
     """A generation process, until rank 0 says stop or is gone.
 
     1. take rows (tickets) for the free slots          4. start the tickets that the inequality admits

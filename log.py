@@ -25,10 +25,10 @@ class Timeline:
     name that follow each other within a millisecond are drawn as one.
     """
 
-    def __init__(self, busy: Tensor, path: Path | None = None, track: int = 0, name: str = ""):
-        """`busy`: this role's float64 [1] in the channel. `path` None: no trace. `track`: the row in the picture."""
+    def __init__(self, busy: Tensor, path: Path, track: int, name: str):
+        """`busy`: this role's float64 [1] in the channel. `path`: trace.json. `track`: the row in the picture."""
         self.busy, self.track, self.open_span = busy, track, None
-        self.file = open(path, "a", buffering=1) if path else None
+        self.file = open(path, "a", buffering=1)
         self._write({"name": "thread_name", "ph": "M", "pid": 0, "tid": track, "args": {"name": name}})
 
     @contextmanager
@@ -53,8 +53,7 @@ class Timeline:
             self.open_span = None
 
     def _write(self, event: dict):
-        if self.file:
-            self.file.write(json.dumps(event) + ",\n")
+        self.file.write(json.dumps(event) + ",\n")
 
 
 def open_trace(path: Path):

@@ -160,7 +160,7 @@ def ready_rows(waiting: dict[int, int], next_ticket: int, config: Config) -> lis
     return [waiting[ticket] for ticket in group] if all(ticket in waiting for ticket in group) else []
 
 
-def run(config: Config, channel: Channel, first_ticket: int, device: torch.device, trace: Path | None):
+def run(config: Config, channel: Channel, first_ticket: int, device: torch.device, trace: Path):
     """The teacher process, until rank 0 says stop or is gone.
 
     1. take finished rows from the generators   2. score those that are ready   3. pass them on to the learner
