@@ -68,7 +68,7 @@ class Decode:
     cache: KVCache
     position: Tensor
     length: int
-    hidden_by_window: dict = field(default_factory=dict)
+    mask_by_window: dict = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
         keys, values = self.cache.layer(layer, key)
@@ -77,17 +77,18 @@ class Decode:
         keys[slots, :, self.position] = key[:, :, 0]
         values[slots, :, self.position] = value[:, :, 0]
         grouped = query.view(n, kv_heads, -1, size)  # query heads of one kv head side by side: no copy of the cache
-        scores = (grouped * scaling) @ keys[:n, :, : self.length].transpose(2, 3)
-        scores = scores.float().masked_fill_(self.hidden(window), float("-inf"))
-        return (scores.softmax(-1).to(value.dtype) @ values[:n, :, : self.length]).view(n, 1, -1, size)
+        return F.scaled_dot_product_attention(
+            grouped, keys[:n, :, : self.length], values[:n, :, : self.length], attn_mask=self.mask(window, query.dtype), scale=scaling
+        ).view(n, 1, -1, size)
 
-    def hidden(self, window: int | None) -> Tensor:
-        """Positions a query may not see, bool [n,1,1,L]: the future, whatever an earlier tenant left, and past the window."""
-        if window not in self.hidden_by_window:
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """-inf at positions a query may not see [n,1,1,L]: the future, whatever an earlier tenant left, and past the window."""
+        if window not in self.mask_by_window:
             at, now = torch.arange(self.length, device=self.position.device)[None], self.position[:, None]
             hidden = at > now if window is None else (at > now) | (at <= now - window)
-            self.hidden_by_window[window] = hidden[:, None, None, :]
-        return self.hidden_by_window[window]
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            self.mask_by_window[window] = mask[:, None, None, :]
+        return self.mask_by_window[window]
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling, sliding_window=None, slot_step=None, **kwargs):

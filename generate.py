@@ -247,13 +247,17 @@ def write_rollout(channel: Channel, rollout: Rollout):
     channel.behavior_logp[row, :count, :columns] = rollout.behavior_logp
 
 
-def evaluate(model, config: Config, stops: set[int], vocab: int, prompts, tokenizer) -> float:
-    """Fraction of `prompts` answered correctly by greedy decoding with the model's present weights."""
-    generator = Generator(
-        model, stops, slots=min(config.slots, len(prompts)), max_prompt=config.max_prompt_tokens,
-        max_new=config.max_new_tokens, vocab=vocab, prefill_tokens=config.micro_batch_tokens,
+def new_generator(config: Config, model, stops: set[int], vocab: int, loss: str) -> Generator:
+    return Generator(
+        model, stops, slots=config.slots, max_prompt=config.max_prompt_tokens, max_new=config.max_new_tokens, loss=loss,
+        top_k=config.top_k, num_samples=config.num_samples, temperature=config.temperature, vocab=vocab, seed=config.seed,
+        prefill_tokens=config.micro_batch_tokens,
     )  # fmt: skip
-    rollouts = generator.generate([Rollout(prompt.ids) for prompt in prompts])
+
+
+def evaluate(greedy: Generator, prompts, tokenizer) -> float:
+    """Fraction of `prompts` that a greedy generator answers correctly with its model's present weights."""
+    rollouts = greedy.generate([Rollout(prompt.ids) for prompt in prompts])
     texts = [tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for rollout in rollouts]
     return sum(is_correct(text, prompt.answer) for text, prompt in zip(texts, prompts)) / len(prompts)
 
@@ -269,11 +273,7 @@ def run(config: Config, channel: Channel, index: int, device: torch.device, trac
     held = load_prompts(config, tokenizer)[1] if index == 0 else []
     model = load_model(config.student_path, compute_dtype(config, device), device, attention="kv_slots")
     flat = flatten_parameters(model)
-    generator = Generator(
-        model, stops, slots=config.slots, max_prompt=config.max_prompt_tokens, max_new=config.max_new_tokens, loss=config.loss,
-        top_k=config.top_k, num_samples=config.num_samples, temperature=config.temperature, vocab=vocab, seed=config.seed,
-        prefill_tokens=config.micro_batch_tokens,
-    )  # fmt: skip
+    generator, greedy = (new_generator(config, model, stops, vocab, loss) for loss in (config.loss, "greedy"))
     timeline = Timeline(channel.busy[index : index + 1], trace, index, f"generator {index}")
     generator.version = -1
     pending: deque[int] = deque()
@@ -287,7 +287,7 @@ def run(config: Config, channel: Channel, index: int, device: torch.device, trac
                 generator.version = channel.pick_up(flat)
         if index == 0 and int(channel.eval_done) < int(channel.eval_due) <= generator.version + 1:
             with timeline.span("evaluate"):
-                channel.eval_accuracy.fill_(evaluate(model, config, stops, vocab, held, tokenizer))
+                channel.eval_accuracy.fill_(evaluate(greedy, held, tokenizer))
                 channel.eval_done.copy_(channel.eval_due)
         batch = []
         while pending and may_start(int(channel.ticket[pending[0]]), generator.version, config):

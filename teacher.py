@@ -36,10 +36,11 @@ def predicting_positions(prompt_len: int, length: int) -> slice:
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices grouped so that each group, padded to its longest, stays within `budget` tokens; similar lengths together."""
+    """Indices grouped so that each group, padded to its longest, stays within `budget` tokens, at most a third of them padding."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if 3 * lengths[i] >= 2 * longest > 0 and (len(batches[-1]) + 1) * longest <= budget:
             batches[-1].append(i)
         else:
             batches.append([i])

@@ -165,9 +165,11 @@ def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, r
             tickets.trained(rows)
             tickets.issue(learner.version)
             last = learner.version == config.steps
-            if evaluating and (last or learner.version % config.eval_every == 0):
-                metrics |= evaluate("eval_accuracy")
-            log.write(learner.version, metrics | before)
+            try:
+                if evaluating and (last or learner.version % config.eval_every == 0):
+                    metrics |= evaluate("eval_accuracy")
+            finally:  # the update was made, whoever died since
+                log.write(learner.version, metrics | before)
             before = {}
             if last or config.save_every and learner.version % config.save_every == 0:
                 saved = save()

@@ -1,10 +1,9 @@
 """Useful tokens per second of the slot generator against `model.generate`: `python -m benchmarks.generation`.
 
-Same random Qwen3 model, same prompts, same long-tailed response lengths. The generator samples first and its lengths
-(geometric: any of several stop ids ends a response) are then imposed on `model.generate`, which gets left-padded batches of
-as many rows as the generator has slots and runs until the longest of a batch is done. A useful token is one of a
-response, stop token included; rows that wait produce none. Both sample at temperature 1, on `--threads` threads, in
-alternation; the ratio is of medians.
+Same random Qwen3 model, same prompts, same long-tailed response lengths: lognormal, median 40 tokens, sigma 1, cut at
+--max-new-tokens. `model.generate` gets left-padded batches of as many rows as the generator has slots and runs until the longest
+of a batch is done. A useful token is one of a response, stop token included; rows that wait produce none. Both
+sample at temperature 1, on `--threads` threads, in alternation; the ratio is of medians.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria, Stoppi
 
 from generate import Generator, Rollout
 
-VOCAB, STOPS = 2048, set(range(2, 34))
+VOCAB, STOP_ID = 2048, 0
 
 
 def build_model(attention: str) -> Qwen3ForCausalLM:
@@ -46,12 +45,27 @@ class Lengths(StoppingCriteria):
         return input_ids.shape[1] - self.prompt >= self.lengths
 
 
-def run_ours(model, prompts, slots, max_new):
-    generator = Generator(model, STOPS, slots=slots, max_prompt=max(map(len, prompts)), max_new=max_new, loss="sampled_reverse_kl")
-    rollouts = [Rollout(ids, ticket=i) for i, ids in enumerate(prompts)]
+class ScriptedGenerator(Generator):
+    """Draws the stop token where `lengths` says and nowhere else, by its random numbers: id 0 has the lowest of them."""
+
+    lengths: list[int]
+
+    def add(self, rollouts):
+        first = len(self.active)
+        super().add(rollouts)
+        for slot, rollout in enumerate(rollouts, first):
+            self.uniforms[slot] = 0.5 + 0.5 * self.uniforms[slot]
+            self.uniforms[slot, self.lengths[rollout.ticket] - 1] = 0.0
+
+
+def run_ours(model, prompts, slots, lengths):
+    generator = ScriptedGenerator(model, {STOP_ID}, slots=slots, max_prompt=max(map(len, prompts)), max_new=max(lengths), loss="sampled_reverse_kl")
+    generator.lengths = lengths
     started = time.perf_counter()
-    lengths = [len(rollout.weight_version) for rollout in generator.generate(rollouts)]
-    return sum(lengths) / (time.perf_counter() - started), lengths
+    rollouts = generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts)])
+    seconds = time.perf_counter() - started
+    assert [len(rollout.weight_version) for rollout in rollouts] == lengths
+    return sum(lengths) / seconds
 
 
 def run_generate(model, prompts, slots, lengths):
@@ -69,8 +83,8 @@ def run_generate(model, prompts, slots, lengths):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--max-new-tokens", type=int, default=384)
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="write the figures to this file")
@@ -80,13 +94,13 @@ def main():
     ours, theirs = build_model("kv_slots"), build_model("sdpa")
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(64, VOCAB, (int(n),), generator=generator).tolist() for n in torch.randint(4, 33, (args.prompts,), generator=generator)]
+    lengths = (40 * torch.randn(args.prompts, generator=generator).exp()).long().clamp(1, args.max_new_tokens).tolist()
     print(f"{ours.num_parameters():,} parameters, {args.prompts} prompts, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
     results = []
     for slots in args.slots:
         speeds = {"ours": [], "generate": []}
         for _ in range(args.repeats):
-            speed, lengths = run_ours(ours, prompts, slots, args.max_new_tokens)
-            speeds["ours"].append(speed)
+            speeds["ours"].append(run_ours(ours, prompts, slots, lengths))
             speeds["generate"].append(run_generate(theirs, prompts, slots, lengths))
         median = {name: statistics.median(values) for name, values in speeds.items()}
         ratios = [a / b for a, b in zip(speeds["ours"], speeds["generate"])]

@@ -7,9 +7,8 @@ Both modes are `train.py` as shipped, in alternation, `--repeats` times each, on
            mean about 40, up to 160 tokens; scored by the built-in teacher, learning rate 1e-9 so that it stays so
 
 The synchronous mode is strict (--max-staleness 0: every token from the weights it trains) and streams finished rollouts
-to the teacher while the others decode. Each mode gets the threads that suit it best: all of --threads are tried for both,
-and the best median counts. Tokens per second are response tokens trained over the wall time of the updates after the first
-`--skip`; evaluation is off.
+to the teacher while the others decode. Each mode gets the threads per role that suit it best: a pilot run tries all of --threads.
+Tokens per second are response tokens trained over the wall time of the updates after the first `--skip`; evaluation is off.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ def run(mode: str, threads: int, flags: list[str], skip: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--skip", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--skip", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--mix", nargs="+", default=["default", "tail"], choices=["default", "tail"])
@@ -76,25 +75,26 @@ def main():
             flags = [f"--steps={args.steps}", *args.flags.split()]
             if mix == "tail":
                 flags += [f"--student={student}", "--lr=1e-9", "--max-new-tokens=160"]
-            runs = {(mode, threads): [] for mode in ("sync", "async") for threads in args.threads}
-            for _ in range(args.repeats):
-                for (mode, threads), results in runs.items():
-                    results.append(run(mode, threads, flags, args.skip))
             best = {}
             for mode in ("sync", "async"):
-                median = lambda threads: statistics.median(r["tokens_per_second"] for r in runs[mode, threads])  # noqa: E731, B023
-                threads = max(args.threads, key=median)
-                row = {name: statistics.median(r[name] for r in runs[mode, threads]) for name in runs[mode, threads][0]}
-                best[mode] = {"mix": mix, "mode": mode, "threads": threads, **row}
-                table.append(best[mode])
+                pilot = {threads: run(mode, threads, flags, args.skip)["tokens_per_second"] for threads in args.threads}
+                best[mode] = max(pilot, key=pilot.get)
+            runs = {"sync": [], "async": []}
+            for _ in range(args.repeats):
+                for mode, results in runs.items():
+                    results.append(run(mode, best[mode], flags, args.skip))
+            rows = {}
+            for mode, results in runs.items():
+                row = rows[mode] = {"mix": mix, "mode": mode, "threads": best[mode]}
+                row |= {name: statistics.median(r[name] for r in results) for name in results[0]}
                 print(
-                    f"{mix:8s} {mode:5s} {threads} threads/role  {row['tokens_per_second']:8.0f} tokens/s  busy: generator {row['generator_busy']:4.0%}, "
+                    f"{mix:8s} {mode:5s} {row['threads']} threads/role  {row['tokens_per_second']:6.0f} tokens/s  busy: generator {row['generator_busy']:4.0%}, "
                     f"teacher {row['teacher_busy']:4.0%}, learner {row['learner_busy']:4.0%}  lag {row['lag_mean']:.2f}", flush=True,
                 )  # fmt: skip
-            pairs = zip(runs["async", best["async"]["threads"]], runs["sync", best["sync"]["threads"]])
-            ratios = sorted(a["tokens_per_second"] / s["tokens_per_second"] for a, s in pairs)
-            best["async"]["ratio"] = best["async"]["tokens_per_second"] / best["sync"]["tokens_per_second"]
-            print(f"{mix:8s} async / sync: {best['async']['ratio']:.2f} (runs side by side: {ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+            ratios = sorted(a["tokens_per_second"] / s["tokens_per_second"] for a, s in zip(runs["async"], runs["sync"]))
+            rows["async"] |= {"ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1]}
+            print(f"{mix:8s} async / sync: median {statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs of runs", flush=True)
+            table += rows.values()
     if args.json:
         machine = {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": platform.machine(), "cores": os.cpu_count()}
         Path(args.json).write_text(json.dumps(machine | {"flags": args.flags, "steps": args.steps, "rows": table}, indent=1) + "\n")

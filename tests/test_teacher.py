@@ -115,12 +115,13 @@ def test_the_same_response_after_another_split_of_prompt_and_response_is_another
     assert not teacher._from_cache(table, 0)
 
 
-def test_token_batches_cover_everything_within_the_budget_padding_included():
+def test_token_batches_cover_everything_within_the_budget_and_are_at_most_a_third_padding():
     lengths = [5, 90, 3, 40, 41, 7, 7, 100]
     batches = token_batches(lengths, 120)
     assert sorted(i for batch in batches for i in batch) == list(range(8))
     assert all(len(batch) * max(lengths[i] for i in batch) <= 120 for batch in batches)
-    assert len(batches) == 4
+    assert all(3 * min(lengths[i] for i in batch) >= 2 * max(lengths[i] for i in batch) for batch in batches)
+    assert batches == [[7], [1], [4, 3], [5, 6, 0], [2]]
 
 
 def test_in_batch_order_the_rows_scored_together_do_not_depend_on_timing():
