@@ -1,13 +1,14 @@
 """Synchronous against asynchronous training, whole runs back to back: `python -m benchmarks.pipeline`.
 
-Both modes are `train.py` as shipped, in alternation, `--repeats` times each, on two mixes of response lengths:
+All modes are `train.py` as shipped, in alternation, `--repeats` times each, on two mixes of response lengths:
 
   default  the built-in task and models
   tail     a random student of the built-in size whose responses end at random (several stop ids): geometric lengths,
            mean about 40, up to 160 tokens; scored by the built-in teacher, learning rate 1e-9 so that it stays so
 
-The synchronous mode is strict (--max-staleness 0: every token from the weights it trains) and streams finished rollouts
-to the teacher while the others decode. Each mode gets the threads per role that suit it best: a pilot run tries all of --threads.
+Modes: `sync` is strict (--max-staleness 0: every token from the weights it trains) and streams finished rollouts to the
+teacher while the others decode; `async` is the default; `arrival` adds --order arrival, so that no update waits for one long
+answer. Each mode gets the threads per role that suit it best: a pilot run tries all of --threads.
 Tokens per second are response tokens trained over the wall time of the updates after the first `--skip`; evaluation is off.
 """
 
@@ -28,6 +29,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPS = list(range(130, 134))
+MODES = {"sync": ["--max-staleness=0"], "async": [], "arrival": ["--order=arrival"]}
 
 
 def long_tailed_student(directory: Path) -> Path:
@@ -49,7 +51,7 @@ def run(mode: str, threads: int, flags: list[str], skip: int) -> dict:
         output = Path(directory) / "run"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(ROOT / "train.py")]
         command += [f"--output-dir={output}", f"--cpu-threads={threads}", "--eval-every=0", *flags]
-        subprocess.run(command + (["--max-staleness=0"] if mode == "sync" else []), check=True, capture_output=True)
+        subprocess.run(command + MODES[mode], check=True, capture_output=True)
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     kept = records[skip:]
     seconds = records[-1]["wall_seconds"] - records[skip - 1]["wall_seconds"]
@@ -64,7 +66,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--mix", nargs="+", default=["default", "tail"], choices=["default", "tail"])
-    parser.add_argument("--flags", default="", help="further train.py flags for both modes")
+    parser.add_argument("--flags", default="", help="further train.py flags for every mode")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -75,26 +77,25 @@ def main():
             flags = [f"--steps={args.steps}", *args.flags.split()]
             if mix == "tail":
                 flags += [f"--student={student}", "--lr=1e-9", "--max-new-tokens=160"]
-            best = {}
-            for mode in ("sync", "async"):
-                pilot = {threads: run(mode, threads, flags, args.skip)["tokens_per_second"] for threads in args.threads}
-                best[mode] = max(pilot, key=pilot.get)
-            runs = {"sync": [], "async": []}
+            threads = {}
+            for mode in MODES:
+                pilot = {count: run(mode, count, flags, args.skip)["tokens_per_second"] for count in args.threads}
+                threads[mode] = max(pilot, key=pilot.get)
+            runs = {mode: [] for mode in MODES}
             for _ in range(args.repeats):
-                for mode, results in runs.items():
-                    results.append(run(mode, best[mode], flags, args.skip))
-            rows = {}
+                for mode in MODES:
+                    runs[mode].append(run(mode, threads[mode], flags, args.skip))
             for mode, results in runs.items():
-                row = rows[mode] = {"mix": mix, "mode": mode, "threads": best[mode]}
+                ratios = sorted(r["tokens_per_second"] / s["tokens_per_second"] for r, s in zip(results, runs["sync"]))
+                row = {"mix": mix, "mode": mode, "threads": threads[mode]}
                 row |= {name: statistics.median(r[name] for r in results) for name in results[0]}
+                row |= {"ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1]}
+                table.append(row)
                 print(
-                    f"{mix:8s} {mode:5s} {row['threads']} threads/role  {row['tokens_per_second']:6.0f} tokens/s  busy: generator {row['generator_busy']:4.0%}, "
-                    f"teacher {row['teacher_busy']:4.0%}, learner {row['learner_busy']:4.0%}  lag {row['lag_mean']:.2f}", flush=True,
+                    f"{mix:8s} {mode:8s} {row['threads']} threads/role  {row['tokens_per_second']:6.0f} tokens/s  {row['ratio']:.2f}x "
+                    f"({ratios[0]:.2f} to {ratios[-1]:.2f})  busy: generator {row['generator_busy']:4.0%}, teacher {row['teacher_busy']:4.0%}, "
+                    f"learner {row['learner_busy']:4.0%}  lag {row['lag_mean']:.2f}", flush=True,
                 )  # fmt: skip
-            ratios = sorted(a["tokens_per_second"] / s["tokens_per_second"] for a, s in zip(runs["async"], runs["sync"]))
-            rows["async"] |= {"ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1]}
-            print(f"{mix:8s} async / sync: median {statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} pairs of runs", flush=True)
-            table += rows.values()
     if args.json:
         machine = {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": platform.machine(), "cores": os.cpu_count()}
         Path(args.json).write_text(json.dumps(machine | {"flags": args.flags, "steps": args.steps, "rows": table}, indent=1) + "\n")
