@@ -22,16 +22,15 @@ from config import ConfigError
 
 
 class KVCache:
-    """Keys and values of every slot: per layer [S, kv heads, T, head size], made when a layer first writes."""
+    """Keys and values of every slot, [S, kv heads, T, head size] each, made when a layer first writes."""
 
     def __init__(self, slots: int, max_len: int):
         self.slots, self.max_len = slots, max_len
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(self, index: int, *like: Tensor) -> tuple[Tensor, Tensor]:
         if index not in self.layers:
-            shape = (self.slots, like.shape[1], self.max_len, like.shape[3])
-            self.layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+            self.layers[index] = tuple(x.new_zeros(self.slots, x.shape[1], self.max_len, x.shape[3]) for x in like)
         return self.layers[index]
 
     def move(self, source: int, target: int, length: int):
@@ -48,7 +47,7 @@ class Prefill:
     slots: Tensor
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-        keys, values = self.cache.layer(layer, key)
+        keys, values = self.cache.layer(layer, key, value)
         length = key.shape[2]
         keys[self.slots, :, :length] = key
         values[self.slots, :, :length] = value
@@ -71,7 +70,7 @@ class Decode:
     mask_by_window: dict = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-        keys, values = self.cache.layer(layer, key)
+        keys, values = self.cache.layer(layer, key, value)
         n, kv_heads, _, size = key.shape
         slots = torch.arange(n, device=key.device)
         keys[slots, :, self.position] = key[:, :, 0]
@@ -79,12 +78,13 @@ class Decode:
         grouped = query.view(n, kv_heads, -1, size)  # query heads of one kv head side by side: no copy of the cache
         return F.scaled_dot_product_attention(
             grouped, keys[:n, :, : self.length], values[:n, :, : self.length], attn_mask=self.mask(window, query.dtype), scale=scaling
-        ).view(n, 1, -1, size)
+        ).reshape(n, 1, -1, value.shape[3])
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """-inf at positions a query may not see [n,1,1,L]: the future, whatever an earlier tenant left, and past the window."""
         if window not in self.mask_by_window:
-            at, now = torch.arange(self.length, device=self.position.device)[None], self.position[:, None]
+            now = self.position.clamp(max=self.length - 1)[:, None]  # idle slots of a padded graph may be past it
+            at = torch.arange(self.length, device=now.device)[None]
             hidden = at > now if window is None else (at > now) | (at <= now - window)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
             self.mask_by_window[window] = mask[:, None, None, :]

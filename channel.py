@@ -208,7 +208,7 @@ class Tickets:
     def issue(self, version: int):
         """Give free rows to the tickets that weights of `version` admit, with their prompts, in one write."""
         rows, last = [], self.config.steps * self.config.batch_size
-        while self.next < last and may_start(self.next, version, self.config):
+        while self.free and self.next < last and may_start(self.next, version, self.config):
             ticket, self.next = self.next, self.next + 1
             if ticket in self.trained_ahead:
                 continue
@@ -241,3 +241,4 @@ class Tickets:
         while self.lowest in self.trained_ahead:
             self.trained_ahead.remove(self.lowest)
             self.lowest += 1
+        self.next = max(self.next, self.lowest)

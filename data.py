@@ -103,6 +103,8 @@ def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False) -> lis
         if not isinstance(text, str) or not text:
             raise DataError(f"{where}: the prompt is empty or not text")
         ids = tokenizer(text, add_special_tokens="prompt" in item).input_ids
+        if not ids:
+            raise DataError(f"{where}: the prompt has no tokens")
         if len(ids) > limit and not drop_long:
             raise DataError(f"{where}: {len(ids)} tokens, --max-prompt-tokens is {limit}: raise it or pass --drop-long-prompts")
         if len(ids) > limit:
@@ -165,4 +167,4 @@ def is_correct(response: str, answer: str) -> bool:
     if boxed:
         return boxed[-1].strip() == answer
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
-    return bool(numbers) and numbers[-1].replace(",", "") == answer
+    return bool(numbers) and numbers[-1].replace(",", "") == answer.replace(",", "")

@@ -9,8 +9,8 @@ around it; `python generate.py --model DIR --prompts FILE` samples from a checkp
 Slots are refilled while others decode (an eighth of them at a time), so no rollout waits for the longest. Active
 slots are kept at the front, [0, n), by moving the last into the hole: a step costs what n costs. Prefill only writes the cache:
 the decode step takes the last prompt token as its first input, so every token is sampled by the same code.
-A rollout's random numbers are fixed by (seed, ticket) when it starts: it does not depend on its neighbours,
-a resumed run draws the same, and a decode step is a pure function that a CUDA graph can hold.
+A rollout's random numbers are fixed by (seed, ticket) when it starts: they do not depend on its neighbours,
+a resumed run draws with the same, and a decode step is a pure function that a CUDA graph can hold.
 
 Tokens are drawn from softmax(logits / temperature) over the full vocabulary. Left out: top-p and top-k filters
 (they make importance weights wrong), paged KV blocks, prefix sharing, speculative decoding.
@@ -41,11 +41,11 @@ from model import compute_dtype, flatten_parameters, head_weight, last_hidden, l
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids drawn by inverting the cumulative sum: probs float64 [n,V] (any sum), uniforms float64 [n,k] -> int64 [n,k].
+    """Ids drawn by inverting the cumulative sum: probs [n,V] (any sum), uniforms float64 [n,k] -> int64 [n,k].
 
     In float32 the sum over 150,000 ids ends at 0.9999998 and the tail is distorted; in float64 the error is 1e-16.
     """
-    cumulative = probs.cumsum(-1)
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
     ids = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
     return ids.clamp_(max=probs.shape[1] - 1)
 
@@ -60,20 +60,16 @@ def propose(logits: Tensor, uniforms: Tensor, loss: str, top_k: int) -> tuple[Te
     if loss == "greedy":
         ids = logits.argmax(-1, keepdim=True)
         return ids, logp.gather(1, ids)
-    probs = logits.double().softmax(-1)
-    if loss != "stratified_reverse_kl":
-        ids = draw(probs, uniforms)
-        if loss == "sparse_reverse_kl":
-            ids = torch.cat([ids, logp.topk(top_k, dim=-1).indices], 1)
-        return ids, logp.gather(1, ids)
-    emitted = draw(probs, uniforms[:, :1])
+    emitted = draw(logp.exp(), uniforms[:, :1] if loss == "stratified_reverse_kl" else uniforms)
+    if loss not in ("sparse_reverse_kl", "stratified_reverse_kl"):
+        return emitted, logp.gather(1, emitted)
     top = logp.topk(top_k, dim=-1).indices
-    tail = draw(probs.scatter(1, top, 0.0), uniforms[:, 1:])
-    tail_log_mass = logp.scatter(1, top, float("-inf")).logsumexp(-1, keepdim=True)
-    ids = torch.cat([emitted, top, tail], 1)
-    behavior_logp = logp.gather(1, ids)
-    behavior_logp[:, 1 + top_k :] -= tail_log_mass
-    return ids, behavior_logp
+    ids = torch.cat([emitted, top], 1)
+    if loss == "sparse_reverse_kl":
+        return ids, logp.gather(1, ids)
+    tail_logp = logits.scatter(1, top, float("-inf")).log_softmax(-1)
+    tail = draw(tail_logp.exp(), uniforms[:, 1:])
+    return torch.cat([ids, tail], 1), torch.cat([logp.gather(1, ids), tail_logp.gather(1, tail)], 1)
 
 
 def draws_per_position(loss: str, num_samples: int) -> int:
@@ -247,9 +243,9 @@ def write_rollout(channel: Channel, rollout: Rollout):
     channel.behavior_logp[row, :count, :columns] = rollout.behavior_logp
 
 
-def new_generator(config: Config, model, stops: set[int], vocab: int, loss: str) -> Generator:
+def new_generator(config: Config, model, stops: set[int], vocab: int, loss: str, at_most: int) -> Generator:
     return Generator(
-        model, stops, slots=config.slots, max_prompt=config.max_prompt_tokens, max_new=config.max_new_tokens, loss=loss,
+        model, stops, slots=min(config.slots, at_most), max_prompt=config.max_prompt_tokens, max_new=config.max_new_tokens, loss=loss,
         top_k=config.top_k, num_samples=config.num_samples, temperature=config.temperature, vocab=vocab, seed=config.seed,
         prefill_tokens=config.micro_batch_tokens,
     )  # fmt: skip
@@ -273,7 +269,9 @@ def run(config: Config, channel: Channel, index: int, device: torch.device, trac
     held = load_prompts(config, tokenizer)[1] if index == 0 else []
     model = load_model(config.student_path, compute_dtype(config, device), device, attention="kv_slots")
     flat = flatten_parameters(model)
-    generator, greedy = (new_generator(config, model, stops, vocab, loss) for loss in (config.loss, "greedy"))
+    share = -(-config.table_rows // config.generators)  # of the rollouts in flight: no generator takes its neighbour's
+    generator = new_generator(config, model, stops, vocab, config.loss, share)
+    greedy = new_generator(config, model, stops, vocab, "greedy", max(1, len(held)))
     timeline = Timeline(channel.busy[index : index + 1], trace, index, f"generator {index}")
     generator.version = -1
     pending: deque[int] = deque()
@@ -313,6 +311,7 @@ def main():
     parser.add_argument("--prompts", required=True, help="JSONL: `prompt` text or `messages` list, optional `answer`")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     parser.add_argument("--max-prompt-tokens", type=int, default=2048)
+    parser.add_argument("--drop-long-prompts", action="store_true", help="leave out prompts above --max-prompt-tokens")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
@@ -320,7 +319,7 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = load_tokenizer("--model", args.model)
-        prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens)
+        prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens, args.drop_long_prompts)
         stops = stop_ids(args.model, tokenizer)
         model = load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device, attention="kv_slots")
     except ValueError as error:

@@ -181,7 +181,7 @@ class Learner:
 
     def load(self, checkpoint: Path) -> list[int]:
         """Restore optimiser and update counter (the model was loaded from the directory); returns `trained_ahead`."""
-        state = torch.load(checkpoint / "training_state.pt", map_location=self.device)
+        state = torch.load(checkpoint / "training_state.pt", map_location="cpu")  # Adam's step counts stay there, moments are moved
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
         self.version = state["version"]

@@ -1,7 +1,7 @@
 """Loading models and tokenizers, and the checks that must pass before anything starts.
 
-Any causal LM of transformers whose logits are `last_hidden_state @ embedding^T`: what the chunked head computes.
-Models with a bias, scale or soft-cap after the head are refused, by comparing numbers, not names.
+Any causal LM of transformers whose logits are `last_hidden_state @ embedding^T`, what the chunked head computes, and whose
+only memory of earlier tokens is attention, what the KV slots hold. Others are refused, by comparing numbers, not names.
 
 Left out: quantised models, adapters, teacher and student with different tokenizers.
 """
@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from attention import Decode, KVCache, Prefill
 from config import Config, ConfigError
 from kernels.head import head_logits
 
@@ -35,27 +36,41 @@ def load_tokenizer(flag: str, path: str):
 
 
 def load_model(path: str, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> nn.Module:
-    """The model, frozen, on `device`. Raises ConfigError if its head is more than a matrix product.
+    """The model, frozen, on `device`. `attention`: "kv_slots" for the generator; None for what transformers prefers.
 
-    `attention`: "kv_slots" for the generator (generate.py); None for what transformers prefers.
+    Raises ConfigError if its head is more than a matrix product or the slots do not hold all it remembers.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
     check_head(model, path)
     if attention:
-        model.set_attn_implementation(attention)
+        check_slots(model, path, attention)
     return model
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    tolerance = 0.05 if a.dtype == torch.bfloat16 else 1e-3
+    return torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * float(a.abs().max()))
 
 
 @torch.no_grad()
 def check_head(model: nn.Module, path: str):
     ids = torch.arange(4, device=model.device)[None]
     hidden = last_hidden(model, ids)[0]
-    logits, product = model(input_ids=ids, use_cache=False).logits[0].float(), head_logits(hidden, head_weight(model), 1.0)
-    tolerance = 0.05 if hidden.dtype == torch.bfloat16 else 1e-3
-    if not torch.allclose(logits, product, rtol=tolerance, atol=tolerance * float(logits.abs().max())):
+    if not agree(model(input_ids=ids, use_cache=False).logits[0], head_logits(hidden, head_weight(model), 1.0)):
         raise ConfigError(f"{path}: its logits are not hidden @ W^T (a bias, scale or soft-cap follows the head): such a model is not supported")
+
+
+@torch.no_grad()
+def check_slots(model: nn.Module, path: str, attention: str):
+    """Switch `model` to the KV slots and compare prefill and decode of 8 tokens with the plain forward pass."""
+    ids, last, cache = torch.arange(8, device=model.device)[None], torch.tensor([7], device=model.device), KVCache(1, 8)
+    expected = last_hidden(model, ids)[0, -1]
+    model.set_attn_implementation(attention)
+    last_hidden(model, ids[:, :-1], slot_step=Prefill(cache, last - 7))
+    if not agree(expected, last_hidden(model, ids[:, -1:], position_ids=last[None], slot_step=Decode(cache, last, 8))[0, 0]):
+        raise ConfigError(f"{path}: more than attention remembers earlier tokens (recurrent or convolution layers): such a model is not supported")
 
 
 def head_weight(model: nn.Module) -> Tensor:

@@ -144,8 +144,7 @@ class Teacher:
             logp.copy_(scored[i])
             if self.own_ids:
                 ids.copy_(known_ids[i])
-            if self.cache.max_bytes:
-                self.cache.put(key, known_ids[i].clone(), known_logp[i].clone())
+            self.cache.put(key, known_ids[i].clone(), known_logp[i].clone())
 
 
 def ready_rows(waiting: dict[int, int], next_ticket: int, config: Config) -> list[int]:

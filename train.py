@@ -110,6 +110,8 @@ def train(config: Config, rank: int, world: int):
     if rank > 0:
         return follow(learner, Channel(config, parameters, dtype, paths))
     output = start_output(config, checkpoint)
+    if config.eval_every and not held:
+        notes.append("no evaluation: it needs 10 --prompts, some with an answer, or --eval-prompts; --eval-every 0 says so")
     for note in notes:
         print(f"note: {note}")
     print(f"first prompt: {prompts[0].text!r}")
@@ -174,6 +176,9 @@ def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, r
             if last or config.save_every and learner.version % config.save_every == 0:
                 saved = save()
         broadcast(None)
+    except RoleDied:
+        broadcast(None)
+        raise
     finally:  # whatever ended the loop, what was learned is kept
         if saved < learner.version:
             save()

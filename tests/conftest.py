@@ -20,7 +20,7 @@ from config import Config  # noqa: E402
 from data import build_tokenizer  # noqa: E402
 from model import load_model  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 CPU = torch.device("cpu")
 FAMILIES = ("qwen3", "llama", "gemma3")
 

@@ -80,6 +80,24 @@ def test_a_reader_never_sees_weights_of_two_versions_mixed():
     assert writer.exitcode == 0
 
 
+def test_a_pickup_that_two_publishes_overtake_is_made_again():
+    """The writer comes back to the buffer that is being read: deterministic, by publishing from inside the copy."""
+    ours = make(parameters=8)
+    ours.publish(torch.full((8,), 1.0), 1)
+
+    class Slow(torch.Tensor):
+        def copy_(self, source):
+            half = source[:4].clone()
+            if int(ours.version) == 1:
+                for version in (2, 3):
+                    ours.publish(torch.full((8,), float(version)), version)
+            self[:4], self[4:] = half, source[4:]
+
+    flat = torch.empty(8).as_subclass(Slow)
+    assert ours.pick_up(flat) == 3
+    assert flat.tolist() == [3.0] * 8
+
+
 def test_too_little_memory_is_said_with_the_number_the_limit_and_the_fix(monkeypatch):
     with pytest.raises(MemoryError, match=r"need 954 MiB .* 95 MiB\s+are available: lower --batch-size \(4\)"):
         check_space(1_000_000_000, 100_000_000, CONFIG)
@@ -141,6 +159,18 @@ def test_resume_issues_every_ticket_once_also_in_arrival_order():
     resumed, again = tickets(config, version=1, trained_ahead=sorted(books.trained_ahead))
     again.issue(1)
     assert sorted(int(resumed.ticket[row]) for row in resumed.to_generator) == [0, 1, 2, 4, 6, 7, 10, 11, 12, 13, 14, 15]
+
+
+def test_resume_with_a_smaller_max_staleness_waits_for_free_rows():
+    strict = replace(CONFIG, order="arrival", max_staleness=0)  # 4 rows, and 7 tickets below 12 that were not trained
+    ours, books = tickets(strict, version=2, trained_ahead=[13, 14, 15])
+    issued = []
+    for version in (2, 3, 4):
+        books.issue(version)
+        issued.append(sorted(int(ours.ticket[row]) for row in ours.to_generator))
+        finish(ours, books, issued[-1])
+        books.trained(books.next_batch(version, lambda: True))
+    assert issued == [[5, 6, 7, 8], [9, 10, 11, 12], [16, 17, 18, 19]]
 
 
 def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_path):

@@ -179,7 +179,7 @@ def test_each_epoch_visits_every_prompt_samples_per_prompt_times_in_its_own_orde
 @pytest.mark.parametrize(
     "response, answer, correct",
     [
-        ("501,691", "501,691", True), (" 501,691\n", "501,691", True), ("501691", "501,691", False), ("501,692", "501,691", False),
+        ("501,691", "501,691", True), (" 501,691\n", "501,691", True), ("501691", "501,691", True), ("total 1,000.", "1,000", True), ("501,692", "501,691", False),
         ("so the answer is 42", "42", True), ("first 42, then 43", "42", False), (r"thus \boxed{1/2}", "1/2", True),
         (r"\boxed{7} or 8", "8", False), ("it costs 1,234 dollars", "1234", True), ("none", "3", False), ("x", "y", False),
     ],

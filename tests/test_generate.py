@@ -132,7 +132,7 @@ def test_draws_follow_the_full_softmax_tail_included(vocab):
     logits[0] += 12
     probs = logits.double().softmax(-1)
     draws = 3_000_000
-    ids = draw(probs[None], torch.rand(1, draws, dtype=torch.float64, generator=generator))[0]
+    ids = draw(logits.softmax(-1)[None], torch.rand(1, draws, dtype=torch.float64, generator=generator))[0]
     counts = torch.bincount(ids, minlength=vocab)
     assert chi_square_p(counts, probs) > 1e-3
     biased = probs.float().cumsum(0)  # the same test turns down a sampler that is one id off in the tail
@@ -143,7 +143,7 @@ def test_draws_follow_the_full_softmax_tail_included(vocab):
 def test_an_id_of_probability_1e_minus_9_is_drawn_as_often_as_it_should_be():
     """Where the float32 cumulative sum and float32 exponential races draw nothing at all."""
     vocab = 100_000
-    probs = torch.full((1, vocab), 1e-9, dtype=torch.float64)
+    probs = torch.full((1, vocab), 1e-9)
     probs[0, 0] = 1 - 1e-9 * (vocab - 1)
     draws = 5_000_000
     ids = draw(probs, torch.rand(1, draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
@@ -193,23 +193,45 @@ def test_only_ids_below_the_shared_vocabulary_are_drawn(model_dir):
     assert max(int(r.candidate_ids.max()) for r in rollouts) < 100
 
 
-def test_attention_variants_that_the_slots_do_not_have_are_refused():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+def test_models_whose_memory_the_slots_do_not_hold_are_refused(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, final_logit_softcapping=None, attn_logit_softcapping=50.0, attn_implementation="kv_slots",
-    )  # fmt: skip
-    generator = new_generator(Gemma2ForCausalLM(config).eval())
-    with pytest.raises(ConfigError, match="softcap"):
-        generator.generate([Rollout([3, 4, 5])])
+    common = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=8, eos_token_id=1, pad_token_id=0, bos_token_id=None)  # fmt: skip
+    soft_capped = Gemma2ForCausalLM(Gemma2Config(**common, final_logit_softcapping=None, attn_logit_softcapping=50.0))
+    linear = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, num_experts=0)
+    recurrent = Qwen3NextForCausalLM(
+        Qwen3NextConfig(**common, **linear, layer_types=["linear_attention", "full_attention"], mlp_only_layers=[0, 1])
+    )
+    for model, name, message in ((soft_capped, "gemma2", "softcap"), (recurrent, "qwen3_next", "more than attention remembers")):
+        model.save_pretrained(tmp_path / name)
+        load(str(tmp_path / name))
+        with pytest.raises(ConfigError, match=message):
+            load(str(tmp_path / name), "kv_slots")
+
+
+def test_decoding_does_not_rely_on_the_memory_layout_of_the_attention_kernel(model_dir, monkeypatch):
+    """On a GPU the memory-efficient kernel returns [n, q, H, D] transposed; the CPU's returns it contiguous."""
+    import attention
+
+    path = model_dir()
+    expected = new_generator(load(path, "kv_slots")).generate([Rollout(ids) for ids in prompts(5)])
+    plain = attention.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F, "scaled_dot_product_attention", lambda *a, **k: plain(*a, **k).transpose(1, 2).contiguous().transpose(1, 2)
+    )
+    for a, b in zip(expected, new_generator(load(path, "kv_slots")).generate([Rollout(ids) for ids in prompts(5)])):
+        assert a.response_ids == b.response_ids
 
 
 def test_flat_parameters_hold_tied_weights_once():
     model = build_model("qwen3")
     expected = sum(p.numel() for p in model.parameters())
-    assert flatten_parameters(model).numel() == expected
+    flat = flatten_parameters(model)
+    assert flat.numel() == expected
+    flat.fill_(3.0)
+    assert all(bool((p == 3.0).all()) for p in model.parameters())
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert expected < sum(p.numel() for p in build_model("llama").parameters())
 
