@@ -316,6 +316,8 @@ def main():
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.temperature < 0 or min(args.max_prompt_tokens, args.max_new_tokens, args.slots) < 1 or args.seed < 0:
+        parser.error("--max-prompt-tokens, --max-new-tokens and --slots are at least 1, --temperature and --seed at least 0")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = load_tokenizer("--model", args.model)

@@ -1,15 +1,16 @@
 """Claims about generation: the cache is exact, sampling is exact, slots do not disturb each other."""
 
+import json
 import math
 
 import pytest
 import torch
-from conftest import FAMILIES, build_model, load
+from conftest import FAMILIES, ROOT, build_model, load
 from torch.distributions import Chi2
 
 from channel import LENGTH, STOP
 from config import ConfigError
-from generate import Generator, Rollout, draw, propose
+from generate import Generator, Rollout, draw, main, propose
 from losses import LOSSES, candidate_columns
 from model import flatten_parameters
 
@@ -258,3 +259,27 @@ def test_padding_a_step_to_a_cuda_graphs_bucket_changes_nothing(family, model_di
     for a, b in zip(plain, padded.generate(rollouts[1])):
         assert a.response_ids == b.response_ids
         torch.testing.assert_close(a.behavior_logp, b.behavior_logp, atol=2e-5, rtol=0)
+
+
+def sample(monkeypatch, capsys, *flags):
+    monkeypatch.setattr("sys.argv", ["generate.py", *flags])
+    main()
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_command_line_answers_every_prompt_in_order_and_marks_the_answers(monkeypatch, capsys, tmp_path):
+    prompts = [("a47+b58=", "b501"), ("a47+b58+c91=", "b501,c691"), ("a10+b10=", "wrong")]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in prompts))
+    flags = [f"--model={ROOT}/assets/teacher", f"--prompts={tmp_path}/p.jsonl", "--max-new-tokens=40", "--slots=2"]
+    greedy = sample(monkeypatch, capsys, *flags, "--temperature=0")
+    assert [(r["prompt"], r["correct"], r["finish"]) for r in greedy] == [(p, a != "wrong", "stop") for p, a in prompts]
+    assert greedy[1]["response"] == "b501,c691" and greedy[1]["tokens"] == 10
+    first, second, other = (sample(monkeypatch, capsys, *flags, f"--seed={seed}") for seed in (0, 0, 1))
+    assert first == second and [r["tokens"] for r in first] == [r["tokens"] for r in other] == [r["tokens"] for r in greedy]
+
+
+@pytest.mark.parametrize("flag", ["--slots=0", "--max-new-tokens=0", "--temperature=-1"])
+def test_the_command_line_refuses_what_could_never_end(flag, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        sample(monkeypatch, capsys, "--model=x", "--prompts=y", flag)
+    assert "at least" in capsys.readouterr().err
