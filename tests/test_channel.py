@@ -1,8 +1,10 @@
 """Claims about what the roles share."""
 
+import json
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,24 +175,20 @@ def test_resume_with_a_smaller_max_staleness_waits_for_free_rows():
     assert issued == [[5, 6, 7, 8], [9, 10, 11, 12], [16, 17, 18, 19]]
 
 
-def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_path):
-    import json
-
+def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_path, monkeypatch):
+    clock = iter([1.0, 1.5, 1.5005, 1.9, 2.1, 2.2, 5.0, 6.0, 6.0, 6.5])  # begin and end of each span below
+    monkeypatch.setattr("log.time", SimpleNamespace(monotonic=lambda: next(clock)))
     ours, path = make(), tmp_path / "trace.json"
     open_trace(path)
     first, second = (Timeline(ours.busy[i : i + 1], path, i, f"role {i}") for i in (0, 1))
-    for _ in range(3):
-        with first.span("decode"):
+    for timeline, name in ((first, "decode"), (first, "decode"), (first, "decode"), (second, "score"), (second, "publish")):
+        with timeline.span(name):
             pass
-    with second.span("score"):
-        pass
-    with second.span("publish"):
-        pass
     first.flush()
     second.flush()
     close_trace(path)
     events = json.loads(path.read_text())
-    spans = [(e["tid"], e["name"]) for e in events if e["ph"] == "X"]
-    assert sorted(spans) == [(0, "decode"), (1, "publish"), (1, "score")]  # the three decodes are one
-    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"role 0", "role 1"}
-    assert ours.busy[0] > 0 and ours.busy[2] == 0
+    spans = [(e["tid"], e["name"], e["ts"] / 1e6, e["dur"] / 1e6) for e in events if e["ph"] == "X"]
+    merged, apart = (0, "decode", 1.0, pytest.approx(0.9)), (0, "decode", 2.1, pytest.approx(0.1))  # 0.5 ms between them, 100 ms
+    assert sorted(spans, key=lambda span: span[2]) == [merged, apart, (1, "score", 5.0, 1.0), (1, "publish", 6.0, 0.5)]
+    assert ours.busy[:2].tolist() == pytest.approx([0.9995, 1.5])
