@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 .PHONY: train test slow-test clean
 
 train: $(STAMP)
-	.venv/bin/torchrun --standalone --nproc-per-node=1 train.py $(ARGS)
+	.venv/bin/torchrun --standalone --nproc-per-node=1 -- train.py $(ARGS)
 
 test: $(STAMP)
 	.venv/bin/python -m pytest $(ARGS)

@@ -124,7 +124,7 @@ def parse(argv: list[str] | None = None) -> Config:
     """Command line to Config. Exits with a message on an unknown flag or a setting that cannot work."""
     formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=32, width=110)
     parser = argparse.ArgumentParser(
-        "train.py", usage="torchrun --standalone --nproc-per-node=1 train.py [--config FILE.yaml] [options]",
+        "train.py", usage="torchrun --standalone --nproc-per-node=1 -- train.py [--config FILE.yaml] [options]",
         description="Asynchronous on-policy distillation.", formatter_class=formatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE.yaml", help="options by name, as in a run's config.yaml; flags win over it")

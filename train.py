@@ -1,4 +1,4 @@
-"""Asynchronous on-policy distillation: `torchrun --standalone --nproc-per-node=1 train.py` (see --help).
+"""Asynchronous on-policy distillation: `torchrun --standalone --nproc-per-node=1 -- train.py` (see --help).
 
 torchrun starts the learner ranks; rank 0 makes the channel, starts the generators and the teacher, hands out tickets
 and watches everyone. Each update: wait for rollouts, train, publish, issue the next tickets, log.
@@ -155,7 +155,7 @@ def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, r
     tickets.issue(learner.version)
     if evaluating and learner.version == 0:
         before = evaluate("eval_accuracy_before")
-        print(f"accuracy before training {before.get('eval_accuracy_before', 0):.1%}", flush=True)
+        print(*(f"accuracy before training {value:.1%}" for value in before.values()), flush=True)
     log = Log(config, channel)
     try:
         while learner.version < config.steps and (rows := tickets.next_batch(learner.version, going_on)):
