@@ -68,7 +68,7 @@ class Config:
     slots: int = option(64, "sequences decoded at once by a generator", least=1)
     teacher_cache_mb: int = option(64, "LRU cache of teacher top-k scores, MiB; 0: off", least=0)
     dtype: str = option("auto", "of generation, teacher and autocast; auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16"))
-    cpu_threads: int = option(0, "threads of each role without a GPU; 0: all if synchronous, else cores / roles, 1 at least", least=0)
+    cpu_threads: int = option(0, "threads of each role without a GPU; 0: cores / roles, 1 at least", least=0)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
     eval_every: int = option(50, "updates between greedy evaluations; 0: never", least=0)
     save_every: int = option(100, "updates between checkpoints; 0: only at the end and when interrupted", least=0)
@@ -113,11 +113,20 @@ class Config:
         return candidate_columns(self.loss, self.top_k, self.num_samples)
 
     def dump(self) -> str:
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        """The YAML that starts an equal run; continuing is not a property of the run."""
+        return yaml.safe_dump({name: value for name, value in asdict(self).items() if name != "resume"}, sort_keys=False)
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+FLAGS = {flag(item.name) for item in fields(Config)}
+
+
+def unknown_flag(name: str) -> str:
+    near = difflib.get_close_matches(name, FLAGS, 1)
+    return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else ": see --help")
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -140,8 +149,7 @@ def parse(argv: list[str] | None = None) -> Config:
     try:
         values, unknown = parser.parse_known_args((yaml_flags(path) if path else []) + argv)
         if unknown:
-            near = difflib.get_close_matches(unknown[0], [flag(item.name) for item in fields(Config)], 1)
-            parser.error(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
+            raise ConfigError(unknown_flag(unknown[0]))
         del values.config
         return Config(**vars(values))
     except ConfigError as error:
@@ -156,7 +164,9 @@ def yaml_flags(path: str) -> list[str]:
         raise ConfigError(f"--config {path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: a mapping of option names is needed, as in a run's config.yaml")
-    flags = {flag(str(name)): value for name, value in values.items()}
+    flags = {flag(str(name)): "" if value is None else value for name, value in values.items()}
+    for unknown in flags.keys() - FLAGS:
+        raise ConfigError(f"--config {path}: {unknown_flag(unknown)}")
     return [
         f"--no-{name[2:]}" if value is False else name if value is True else f"{name}={value}" for name, value in flags.items()
     ]

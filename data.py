@@ -62,7 +62,7 @@ def build_tokenizer():
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9][A-O]?|[+=,a-h]"), "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("[A-O]"), ""), decoders.Fuse()])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
     fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return fast
 
@@ -71,15 +71,18 @@ def build_tokenizer():
 
 
 def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False) -> list[Prompt]:
-    """The prompts of a file, one JSON object per line. Raises DataError naming the line that cannot be used.
+    """The prompts of a file (UTF-8), one JSON object per line. Raises DataError naming the line that cannot be used.
 
     `prompt` is tokenized as plain text, with the tokenizer's own special tokens; `messages` go through the chat
     template, which puts in its own. `limit`: most tokens a prompt may have; `drop_long` leaves longer ones out.
     """
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}: give a file of JSON lines in UTF-8") from None
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
     prompts, dropped = [], 0
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -97,14 +100,16 @@ def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False) -> lis
         text = item.get("prompt")
         if "messages" in item:
             try:
+                if not isinstance(item["messages"], list):
+                    raise TypeError(f"it is {type(item['messages']).__name__}, a list is needed")
                 text = tokenizer.apply_chat_template(item["messages"], tokenize=False, add_generation_prompt=True)
             except Exception as error:  # jinja errors, wrong types: whatever the template raises on bad messages
                 raise DataError(f"{where}: the chat template refuses `messages`: {error}") from None
         if not isinstance(text, str) or not text:
             raise DataError(f"{where}: the prompt is empty or not text")
         ids = tokenizer(text, add_special_tokens="prompt" in item).input_ids
-        if not ids:
-            raise DataError(f"{where}: the prompt has no tokens")
+        if not ids or unknown & set(ids):
+            raise DataError(f"{where}: the prompt {'has characters that the tokenizer does not know' if ids else 'has no tokens'}: {text!r}")
         if len(ids) > limit and not drop_long:
             raise DataError(f"{where}: {len(ids)} tokens, --max-prompt-tokens is {limit}: raise it or pass --drop-long-prompts")
         if len(ids) > limit:

@@ -306,15 +306,16 @@ def run(config: Config, channel: Channel, index: int, device: torch.device, trac
 
 
 def main():
-    parser = argparse.ArgumentParser("generate.py", description="Sample from a checkpoint; one JSON object per prompt on stdout.")
+    about = "Sample from a checkpoint; one JSON object per prompt on stdout, accuracy where there are answers on stderr."
+    parser = argparse.ArgumentParser("generate.py", description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", required=True, help="model directory or hub id")
     parser.add_argument("--prompts", required=True, help="JSONL: `prompt` text or `messages` list, optional `answer`")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
-    parser.add_argument("--max-prompt-tokens", type=int, default=2048)
+    parser.add_argument("--temperature", type=float, default=1.0, help="softmax temperature; 0: greedy")
+    parser.add_argument("--max-prompt-tokens", type=int, default=2048, help="longest prompt, tokens")
     parser.add_argument("--drop-long-prompts", action="store_true", help="leave out prompts above --max-prompt-tokens")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest response, tokens")
+    parser.add_argument("--slots", type=int, default=64, help="sequences decoded at once")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     args = parser.parse_args()
     if args.temperature < 0 or min(args.max_prompt_tokens, args.max_new_tokens, args.slots) < 1 or args.seed < 0:
         parser.error("--max-prompt-tokens, --max-new-tokens and --slots are at least 1, --temperature and --seed at least 0")
@@ -329,14 +330,17 @@ def main():
     sampling = {"loss": "sampled_reverse_kl", "temperature": args.temperature} if args.temperature > 0 else {}
     longest = max(len(prompt.ids) for prompt in prompts)
     generator = Generator(model, stops, slots=args.slots, max_prompt=longest, max_new=args.max_new_tokens, seed=args.seed, **sampling)
-    rollouts = [Rollout(prompt.ids, ticket=i) for i, prompt in enumerate(prompts)]
+    rollouts, correct = [Rollout(prompt.ids, ticket=i) for i, prompt in enumerate(prompts)], []
     for prompt, rollout in zip(prompts, generator.generate(rollouts)):
         response = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
         result = {"prompt": prompt.text, "response": response, "tokens": len(rollout.response_ids)}
         result["finish"] = "stop" if rollout.finish == STOP else "length"
         if prompt.answer is not None:
-            result |= {"answer": prompt.answer, "correct": is_correct(response, prompt.answer)}
+            correct.append(is_correct(response, prompt.answer))
+            result |= {"answer": prompt.answer, "correct": correct[-1]}
         print(json.dumps(result, ensure_ascii=False))
+    if correct:
+        print(f"{sum(correct)} of {len(correct)} answers correct ({sum(correct) / len(correct):.1%})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Dropout is off: the student that trains is the student that sampled. Left out: F
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from contextlib import nullcontext
@@ -175,6 +176,8 @@ class Learner:
         tokenizer.save_pretrained(partial)
         state = {"version": self.version, "optimizer": self.optimizer.state_dict(), "trained_ahead": trained_ahead}
         torch.save(state, partial / "training_state.pt")
+        for path in partial.glob("*.safetensors"):
+            path.chmod(0o644)  # made unreadable for others
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         return target
@@ -196,20 +199,26 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def check_output(config: Config) -> Path | None:
-    """The checkpoint to resume from, None for a new run. Touches nothing.
+def check_output(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, None for a new run; and what the user should be told. Makes the directory, writes nothing.
 
-    Raises ConfigError if the directory holds another run, if there is nothing to resume, or if a setting that
-    decides which rollouts come next has changed since.
+    Raises ConfigError if the directory cannot be written or holds another run, if there is nothing to resume, or if a
+    setting that decides which rollouts come next has changed since.
     """
     output, used = Path(config.output_dir), Path(config.output_dir) / "config.yaml"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError(f"no permission to write into {output}")
+    except OSError as error:
+        raise ConfigError(f"--output-dir {output}: {error}: choose another directory") from None
     checkpoint = newest_checkpoint(output)
     if not config.resume:
         metrics = output / "metrics.jsonl"
         if checkpoint or metrics.exists() and metrics.stat().st_size:
-            fix = "--resume continues it" if checkpoint else "it has no checkpoint to resume from"
+            fix = f"--resume continues it after update {step_of(checkpoint)}" if checkpoint else "it has no checkpoint to resume from"
             raise ConfigError(f"--output-dir {output} holds another run: choose a new directory ({fix})")
-        return None
+        return None, []
     if checkpoint is None:
         raise ConfigError(f"--resume: no checkpoint (step_N) in --output-dir {output}: start without --resume")
     before = yaml.safe_load(used.read_text())
@@ -218,13 +227,14 @@ def check_output(config: Config) -> Path | None:
             raise ConfigError(f"--resume: {name} was {before.get(name)!r} and is {getattr(config, name)!r}: keep it")
     if step_of(checkpoint) >= config.steps:
         raise ConfigError(f"--resume: {output} has made {step_of(checkpoint)} updates already, --steps is {config.steps}: raise it")
-    return checkpoint
+    now = yaml.safe_load(config.dump())
+    changed = [f"{name} was {before.get(name)!r} and is now {value!r}" for name, value in now.items() if before.get(name) != value]
+    return checkpoint, [f"resuming from {checkpoint}", *changed]
 
 
 def start_output(config: Config, checkpoint: Path | None) -> Path:
     """Set up the output directory: config.yaml as used; metrics of updates that will be made again are dropped."""
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(config.dump())
     metrics = output / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if checkpoint and metrics.exists() else []

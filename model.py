@@ -8,10 +8,12 @@ Left out: quantised models, adapters, teacher and student with different tokeniz
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -22,9 +24,17 @@ from kernels.head import head_logits
 
 def check_path(flag: str, path: str):
     """A directory must exist; anything that does not look like a path is taken for a hub id."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not (Path(path) / "config.json").is_file():
+    place = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.parent.is_dir()
+    if looks_local and not (place / "config.json").is_file():
         raise ConfigError(f"{flag} {path}: no model there (config.json is missing): give a model directory or a hub id such as org/name")
+    index = place / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for shard in shards if looks_local and not list(place.glob("*.bin")) else ():
+        try:
+            safe_open(place / shard, "pt")
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{flag} {place / shard}: weights missing or damaged: {error}: fetch or save the model again") from None
 
 
 def load_tokenizer(flag: str, path: str):
@@ -38,11 +48,15 @@ def load_tokenizer(flag: str, path: str):
 def load_model(path: str, dtype: torch.dtype, device: torch.device, attention: str | None = None) -> nn.Module:
     """The model, frozen, on `device`. `attention`: "kv_slots" for the generator; None for what transformers prefers.
 
-    Raises ConfigError if its head is more than a matrix product or the slots do not hold all it remembers.
+    Raises ConfigError if its weights are not all there, its head is more than a matrix product or the slots do not
+    hold all it remembers.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:  # transformers would start them at random
+        raise ConfigError(f"{path}: {len(info['missing_keys'])} tensors are not in its files, {min(info['missing_keys'])} for one: wrong config.json?")
+    model = model.to(device).eval().requires_grad_(False)
     check_head(model, path)
     if attention:
         check_slots(model, path, attention)

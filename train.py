@@ -24,7 +24,7 @@ import teacher
 from channel import Channel, Tickets
 from config import Config, ConfigError, parse
 from data import DataError, load_prompts
-from learner import Learner, check_output, start_output
+from learner import Learner, check_output, newest_checkpoint, start_output
 from log import Log, Timeline, close_trace, open_trace
 from model import compute_dtype, load_model, shared_vocabulary
 
@@ -36,9 +36,9 @@ def place(config: Config, ranks: int) -> list[torch.device]:
 
 
 def set_up_process(config: Config, device: torch.device, ranks: int):
-    """Threads and precision of a role's process. Synchronous roles take turns, so each may have every core."""
+    """Threads and precision of a role's process."""
     roles, cores = ranks + config.generators + 1, len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.cpu_threads or (cores if config.max_staleness == 0 else max(1, cores // roles)))
+    torch.set_num_threads(config.cpu_threads or max(1, cores // roles))
     torch.set_float32_matmul_precision("highest")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -97,8 +97,9 @@ def train(config: Config, rank: int, world: int):
     """One learner rank: check everything that can be checked, load, make or open the channel, then lead or follow."""
     devices = place(config, world)
     set_up_process(config, devices[rank], world)
-    checkpoint = check_output(config)
-    tokenizer, _, vocab, notes = shared_vocabulary(config)
+    checkpoint, notes = check_output(config)
+    tokenizer, _, vocab, more = shared_vocabulary(config)
+    notes += more
     prompts, held = load_prompts(config, tokenizer)
     dtype = compute_dtype(config, devices[rank])
     model = load_model(str(checkpoint or config.student_path), torch.float32, devices[rank])
@@ -130,7 +131,7 @@ def train(config: Config, rank: int, world: int):
 
 def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, roles: Roles, tokenizer, evaluating: bool):
     """Rank 0: wait, train, publish, issue, evaluate, save, log. Ctrl-C ends the loop after the update at hand."""
-    output, interrupts, saved, before = Path(config.output_dir), [], learner.version, {}
+    output, interrupts, saved, before, accuracies = Path(config.output_dir), [], learner.version, {}, []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupts.append(1))
     timeline = Timeline(channel.busy[-1:], output / "trace.json", config.generators + 1, "learner")
@@ -145,19 +146,22 @@ def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, r
         channel.eval_due.fill_(learner.version + 1)
         while int(channel.eval_done) <= learner.version and going_on():
             time.sleep(0.002)
-        return {key: float(channel.eval_accuracy)} if int(channel.eval_done) > learner.version else {}
+        if int(channel.eval_done) <= learner.version:
+            return {}
+        accuracies.append(float(channel.eval_accuracy))
+        return {key: accuracies[-1]}
 
     def save() -> int:
         with timeline.span("save"):
             learner.save(output, tokenizer, sorted(tickets.trained_ahead))
         return learner.version
 
-    tickets.issue(learner.version)
-    if evaluating and learner.version == 0:
-        before = evaluate("eval_accuracy_before")
-        print(*(f"accuracy before training {value:.1%}" for value in before.values()), flush=True)
-    log = Log(config, channel)
     try:
+        tickets.issue(learner.version)
+        if evaluating and learner.version == 0:
+            before = evaluate("eval_accuracy_before")
+            print(*(f"accuracy before training {value:.1%}" for value in before.values()), flush=True)
+        log = Log(config, channel)
         while learner.version < config.steps and (rows := tickets.next_batch(learner.version, going_on)):
             broadcast(rows)
             with timeline.span("update"):
@@ -183,7 +187,9 @@ def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, r
         if saved < learner.version:
             save()
         timeline.flush()
-    print(f"{'done' if learner.version == config.steps else 'interrupted'} after update {learner.version}: {output}", flush=True)
+    gain = f", accuracy {accuracies[0]:.1%} -> {accuracies[-1]:.1%}" if len(accuracies) > 1 else ""
+    end = "done" if learner.version == config.steps else "interrupted"
+    print(f"{end} after update {learner.version}{gain}: {newest_checkpoint(output) or output}", flush=True)
 
 
 def follow(learner: Learner, channel: Channel):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -48,8 +49,12 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path, capsys):
     assert (config.lr, config.steps, config.resume, config.prompts) == (3e-4, 9, False, "a b.jsonl")
     path.write_text(config.dump())
     assert parse(["--config", str(path)]) == config
+    path.write_text(replace(config, resume=True).dump())
+    assert parse(["--config", str(path)]) == config  # the settings of a resumed run start a new one
     path.write_text("stepz: 7\n")
-    assert "unknown flag --stepz=7: did you mean --steps?" in refused(capsys, "--config", str(path))
+    assert f"--config {path}: unknown flag --stepz: did you mean --steps?" in refused(capsys, "--config", str(path))
+    path.write_text("prompts:\n")
+    assert parse(["--config", str(path)]).prompts == ""
     path.write_text("steps: many\n")
     assert "invalid int value: 'many'" in refused(capsys, "--config", str(path))
     path.write_text("- steps\n")
@@ -102,7 +107,8 @@ def write_lines(path, *lines):
         ([{"prompt": ""}], "line 1: the prompt is empty or not text"),
         ([{"prompt": 7}], "line 1: the prompt is empty or not text"),
         ([{"prompt": "1", "answer": ["x"]}], "line 1: `answer` is list"),
-        ([{"messages": "hello"}], "line 1: the chat template refuses `messages`"),
+        ([{"messages": "hello"}], "line 1: the chat template refuses `messages`: it is str, a list is needed"),
+        ([{"prompt": "1+1="}, {"prompt": "1 apple"}], "line 2: the prompt has characters that the tokenizer does not know: '1 apple'"),
     ],
 )
 def test_a_bad_prompt_file_is_refused_with_its_line(lines, message, tmp_path, tokenizer):
@@ -110,9 +116,16 @@ def test_a_bad_prompt_file_is_refused_with_its_line(lines, message, tmp_path, to
         read_jsonl(write_lines(tmp_path / "p.jsonl", *lines), tokenizer, 64)
 
 
-def test_a_missing_prompt_file_is_refused(tokenizer):
-    with pytest.raises(DataError, match="/nowhere.jsonl: no such file"):
-        read_jsonl("/nowhere.jsonl", tokenizer, 64)
+def test_a_prompt_file_that_cannot_be_read_is_refused(tmp_path, tokenizer):
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "caf\xe9"}\n'.encode("latin-1"))
+    for path, message in (("/nowhere.jsonl", "No such file"), (str(tmp_path), "Is a directory"), (str(tmp_path / "latin.jsonl"), "'utf-8' codec")):
+        with pytest.raises(DataError, match=f"{path}: cannot be read: .*{message}"):
+            read_jsonl(path, tokenizer, 64)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, tokenizer):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n', encoding="utf-8-sig")
+    assert [prompt.text for prompt in read_jsonl(str(tmp_path / "p.jsonl"), tokenizer, 64)] == ["1+1="]
 
 
 def test_a_prompt_above_the_limit_is_refused_or_dropped_on_request(tmp_path, tokenizer):
@@ -144,10 +157,10 @@ def test_only_plain_prompts_get_the_tokenizers_own_special_tokens(tmp_path):
     from data import build_tokenizer
 
     adds_bos = build_tokenizer()
-    adds_bos._tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    adds_bos._tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
     message = {"messages": [{"role": "user", "content": "1+2="}]}
     plain, chat = read_jsonl(write_lines(tmp_path / "p.jsonl", {"prompt": "1+2="}, message), adds_bos, 64)
-    assert plain.ids == [0, *chat.ids] and 0 not in chat.ids
+    assert plain.ids == [1, *chat.ids] and 1 not in chat.ids
 
 
 def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
@@ -194,6 +207,34 @@ def test_answers_are_matched_exactly_then_by_box_then_by_last_number(response, a
 def test_a_missing_model_directory_is_refused_at_once():
     with pytest.raises(ConfigError, match=r"--teacher /nowhere: no model there \(config.json is missing\)"):
         shared_vocabulary(Config(teacher="/nowhere"))
+    with pytest.raises(ConfigError, match="--teacher tests/nowhere: no model there"):  # not a hub id: tests is a directory here
+        shared_vocabulary(Config(teacher="tests/nowhere"))
+
+
+def test_weights_that_are_missing_or_cut_short_are_refused_at_once(model_dir, tmp_path):
+    broken = shutil.copytree(model_dir(), tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match=r"--teacher .*broken/model.safetensors: weights missing or damaged"):
+        shared_vocabulary(Config(teacher=str(broken)))
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"--teacher .*broken/model.safetensors: weights missing or damaged: No such file"):
+        shared_vocabulary(Config(teacher=str(broken)))
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(ConfigError, match=r"model-00001-of-00002.safetensors: weights missing or damaged"):
+        shared_vocabulary(Config(teacher=str(broken)))
+
+
+def test_a_model_whose_files_lack_a_tensor_is_refused_not_started_at_random(model_dir, tmp_path):
+    from conftest import load
+    from safetensors.torch import load_file, save_file
+
+    partial = shutil.copytree(model_dir(), tmp_path / "partial")
+    tensors = load_file(partial / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="1 tensors are not in its files, model.norm.weight for one"):
+        load(str(partial))
 
 
 def test_different_tokenizers_are_refused(model_dir, tmp_path, tokenizer):
@@ -260,9 +301,9 @@ def test_a_head_that_is_more_than_a_product_is_refused(tmp_path):
 
 def test_an_output_directory_that_holds_another_run_is_left_alone(tmp_path):
     config = Config(output_dir=str(tmp_path))
-    assert check_output(config) is None
+    assert check_output(config) == (None, [])
     start_output(config, None)
-    assert check_output(config) is None  # died before its first update: nothing to lose
+    assert check_output(config) == (None, [])  # died before its first update: nothing to lose
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match="holds another run: choose a new directory"):
         check_output(replace(config, lr=1.0))
@@ -274,6 +315,9 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path):
     config = Config(output_dir=str(tmp_path), resume=True, steps=9)
     with pytest.raises(ConfigError, match="--resume: no checkpoint"):
         check_output(config)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--output-dir .*file/x: .*Not a directory.*: choose another directory"):
+        check_output(Config(output_dir=str(tmp_path / "file" / "x")))
     start_output(replace(config, resume=False), None)
     (tmp_path / "step_4").mkdir()
     (tmp_path / "step_4" / "training_state.pt").touch()
@@ -282,7 +326,9 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path):
         check_output(replace(config, seed=5))
     with pytest.raises(ConfigError, match="has made 4 updates already, --steps is 4"):
         check_output(replace(config, steps=4))
-    assert check_output(config) == tmp_path / "step_4"
+    checkpoint, notes = check_output(replace(config, lr=0.5))
+    assert checkpoint == tmp_path / "step_4"
+    assert notes == [f"resuming from {checkpoint}", "lr was 0.001 and is now 0.5"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     start_output(config, tmp_path / "step_4")
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4  # updates 5 and 6 are made again

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,14 +201,15 @@ def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path
 
 
 def test_a_role_that_fails_ends_the_run_with_its_own_traceback(pair, tmp_path):
-    """The teacher's model is broken on disk: config and tokenizer are fine, the weights are not."""
-    import shutil
-
-    broken = tmp_path / "broken"
-    shutil.copytree(pair[1].split("=", 1)[1], broken)
-    (broken / "model.safetensors").write_bytes(b"not a tensor file")
-    out = finish(start(tmp_path / "run", pair[0], f"--teacher={broken}", "--steps=3"), expect=1)
-    assert "teacher died" in out and "load_model" in out
+    """The teacher's config asks for more layers than its weight file has, which only loading finds out."""
+    broken = shutil.copytree(pair[1].split("=", 1)[1], tmp_path / "broken")
+    settings = json.loads((broken / "config.json").read_text())
+    layers = settings["num_hidden_layers"] + 1
+    settings |= {"num_hidden_layers": layers, "layer_types": settings["layer_types"][:1] * layers}
+    (broken / "config.json").write_text(json.dumps(settings))
+    out = finish(start(tmp_path / "run", pair[0], f"--teacher={broken}", "--steps=3", ranks=2), expect=1)
+    assert "teacher died" in out and "load_model" in out and "tensors are not in its files" in out
+    assert out.count("train.py: error") == 1  # the other rank was told and left by itself
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
