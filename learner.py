@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from channel import LENGTH, Channel
 from config import Config, ConfigError
-from kernels.head import candidate_logp, candidate_loss
+from kernels.head import candidate_logp, candidate_loss, fused_loss
 from losses import make_loss, reverse_kl_estimate, second_moment_threshold
 from model import head_weight
 from teacher import response_hidden, token_batches
@@ -61,11 +61,12 @@ class Learner:
         mine = by_length[self.rank :: self.world]  # similar work for every rank
         batches = [[rows[mine[i]] for i in group] for group in token_batches([lengths[i] for i in mine], self.config.micro_batch_tokens)]
         tokens = sum(lengths) - sum(int(table.prompt_len[row]) for row in rows)
-        loss = make_loss(self.config, self._m2_threshold(table, batches))
+        threshold = self._m2_threshold(table, batches)
+        losses = make_loss(self.config, threshold), fused_loss(self.config, threshold)
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
-            for name, value in self._backward(table, batch, loss, tokens).items():
+            for name, value in self._backward(table, batch, losses, tokens).items():
                 sums[name] = sums.get(name, 0) + value
         sums = self._sum_over_ranks(sums)
         lr = self.config.lr * min(1.0, (self.version + 1) / max(1, self.config.warmup_steps))
@@ -83,11 +84,11 @@ class Learner:
             "response_tokens_mean": tokens / len(rows),
         }  # fmt: skip
 
-    def _backward(self, table: Channel, rows: list[int], loss, tokens: int) -> dict[str, Tensor]:
+    def _backward(self, table: Channel, rows: list[int], losses: tuple, tokens: int) -> dict[str, Tensor]:
         """Add the gradient of one micro-batch; return sums over its positions."""
         ids, teacher_logp, behavior_logp = self._candidates(table, rows)
         total, student_logp = candidate_loss(
-            self._hidden(table, rows), self._head(), ids, lambda s, part: loss(s, teacher_logp[part], behavior_logp[part]),
+            self._hidden(table, rows), self._head(), ids, teacher_logp, behavior_logp, *losses,
             1.0 / self.config.temperature, self.config.head_chunk,
         )  # fmt: skip
         (total / tokens).backward()

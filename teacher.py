@@ -22,7 +22,7 @@ from torch import Tensor
 
 from channel import Channel
 from config import Config
-from kernels.head import logp_chunks
+from kernels.head import gather, logit_chunks
 from log import Timeline
 from model import compute_dtype, head_weight, last_hidden, load_model, shared_vocabulary
 
@@ -128,15 +128,16 @@ class Teacher:
     def _compute(self, table: Channel, rows: list[int]):
         views = [self._views(table, row) for row in rows]
         hidden = response_hidden(self.model, table, rows)
-        wanted = torch.cat([ids for _, ids, _ in views]).to(hidden.device, torch.int64)
+        given = 1 if self.own_ids else self.config.columns["total"].stop  # columns of candidate_ids that are filled in by now
+        wanted = torch.cat([ids[:, :given] for _, ids, _ in views]).to(hidden.device, torch.int64)
         weight, config = head_weight(self.model)[: self.vocab], self.config
         known_ids, known_logp, scored = [], [], []
-        for part, logp in logp_chunks(hidden, weight.to(hidden.dtype), 1.0 / config.temperature, config.head_chunk):
-            ids = torch.cat([wanted[part, :1], logp.topk(self.top_k, dim=-1).indices], 1)
-            known_ids.append(ids.int().cpu())
-            known_logp.append(logp.gather(1, ids).float().cpu())
-            if not self.own_ids:
-                scored.append(logp.gather(1, wanted[part]).float().cpu())
+        for part, logits in logit_chunks(hidden, weight.to(hidden.dtype), 1.0 / config.temperature, config.head_chunk):
+            ids = torch.cat([wanted[part], logits.topk(self.top_k, dim=-1).indices], 1)
+            logp, known = gather(logits, ids)[0].float().cpu(), [0, *range(given, ids.shape[1])]
+            known_ids.append(ids[:, known].int().cpu())
+            known_logp.append(logp[:, known])
+            scored.append(logp[:, :given])
         counts = [len(ids) for _, ids, _ in views]
         known_ids, known_logp = torch.cat(known_ids).split(counts), torch.cat(known_logp).split(counts)
         scored = known_logp if self.own_ids else torch.cat(scored).split(counts)

@@ -116,7 +116,7 @@ def train(config: Config, rank: int, world: int):
     for note in notes:
         print(f"note: {note}")
     print(f"first prompt: {prompts[0].text!r}")
-    print(f"{len(prompts)} prompts, {len(held)} held out; {parameters:,} parameters; {config.loss}, head in plain torch")
+    print(f"{len(prompts)} prompts, {len(held)} held out; {parameters:,} parameters; {config.loss}, head in {'Triton kernels' if devices[rank].type == 'cuda' else 'plain torch'}")
     print(f"devices: {', '.join(map(str, devices))} (learner x{world}, generator x{config.generators}, teacher)", flush=True)
     open_trace(output / "trace.json")
     tickets = Tickets(config, channel, prompts, learner.version, trained_ahead)

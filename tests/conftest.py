@@ -11,6 +11,10 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():  # read by Triton when a kernel is defined; no effect on the children's plain torch path
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import (  # noqa: E402
     Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM,
 )  # fmt: skip

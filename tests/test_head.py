@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import LOSS_CONFIGS, label
 
-from kernels.head import candidate_logp, candidate_loss, logp_chunks
+from kernels.head import candidate_logp, candidate_loss, fused_loss, gather, logit_chunks
 from losses import make_loss
 
 N, D, V = 41, 13, 127
@@ -28,8 +28,8 @@ def dense(config, hidden, weight, ids, t, b, scale):
 
 
 def chunked(config, hidden, weight, ids, t, b, scale, chunk):
-    loss = make_loss(config, m2_threshold=0.02)
-    return candidate_loss(hidden, weight, ids, lambda s, rows: loss(s, t[rows], b[rows]), scale, chunk)[0]
+    losses = make_loss(config, m2_threshold=0.02), fused_loss(config, m2_threshold=0.02)
+    return candidate_loss(hidden, weight, ids, t, b, *losses, scale, chunk)[0]
 
 
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
@@ -76,9 +76,10 @@ def test_forward_only_log_probabilities_agree_with_dense_logits():
 
 def test_half_precision_hidden_states_give_float32_log_probabilities():
     hidden, weight, *_ = problem(LOSS_CONFIGS[0], torch.float32)
-    for _, logp in logp_chunks(hidden.detach().bfloat16(), weight.detach().bfloat16(), 1.0, 16):
-        assert logp.dtype == torch.float32
-        assert (logp.exp().sum(-1) - 1).abs().max() < 1e-5
+    for _, logits in logit_chunks(hidden.detach().bfloat16(), weight.detach().bfloat16(), 1.0, 16):
+        assert logits.dtype == torch.float32
+        logp, _ = gather(logits, torch.arange(V).expand(len(logits), V))
+        assert logp.dtype == torch.float32 and (logp.exp().sum(-1) - 1).abs().max() < 1e-5
 
 
 def test_no_tensor_of_positions_by_vocabulary_is_ever_made():

@@ -1,0 +1,67 @@
+"""Compile every kernel ahead of time, no GPU needed; one line each: kernel, target, shape, registers, spilled bytes.
+
+`python tests/compile_kernels.py`. Exits with 1 if anything spills. What it compiles is what `launch_shape` launches.
+"""
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kernels import rows, sampled_reverse_kl, sparse_reverse_kl  # noqa: E402
+from losses import CORRECTIONS  # noqa: E402
+
+POINTERS = {"ids": "*i64", **dict.fromkeys(("teacher_logp", "behavior_logp", "loss", "student_logp", "logp", "logsumexp", "c"), "*fp32")}
+SCALARS = {"m2_threshold": "fp32", **dict.fromkeys(("V", "C", "first", "first_exact", "first_draw", "grad_stride"), "i32")}
+SAMPLED = sampled_reverse_kl.sampled_reverse_kl_kernel
+VARIANTS = [(SAMPLED, {"SIGNAL": "current", "CORRECTION": c}) for c in CORRECTIONS] + [(SAMPLED, {"SIGNAL": "rollout", "CORRECTION": "ppo"})]
+KERNELS = [(rows.gather_kernel, {}), (rows.scatter_kernel, {}), (sparse_reverse_kl.sparse_reverse_kl_kernel, {}), VARIANTS[0]]
+CASES = [("*fp32", "*bf16", 151936, 64, KERNELS + VARIANTS[1:])]  # logits, gradient, V, C
+CASES += [("*bf16", "*bf16", 151936, 256, KERNELS), ("*fp32", "*fp32", 151936, 256, KERNELS)]
+CASES += [("*bf16", "*bf16", 173, 256, KERNELS), ("*fp32", "*bf16", 173, 1, KERNELS)]
+
+
+def compile_kernel(kernel, arch: int, logits: str, grad: str, vocab: int, candidates: int, constants: dict):
+    shape = rows.launch_shape(vocab, candidates)
+    options = {"num_warps": shape.pop("num_warps")}
+    constants, names = shape | constants, kernel.arg_names
+    types = POINTERS | SCALARS | {"logits": logits, "grad": grad} | dict.fromkeys(constants, "constexpr")
+    aligned = [name for name in names if types[name].startswith("*") or name in ("V", "grad_stride") and vocab % 16 == 0]
+    source = ASTSource(
+        kernel, {name: types[name] for name in names}, {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )  # fmt: skip
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(ptx: str, arch: int) -> tuple[int, int]:
+    """(registers a thread, bytes spilled), as ptxas reports them."""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+        report = subprocess.run([ptxas, "-v", target, file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"Used (\d+) registers", report)[1]), sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+
+
+def main():
+    spilled = 0
+    for arch, (logits, grad, vocab, candidates, kernels) in itertools.product((80, 90), CASES):
+        for kernel, constants in kernels:
+            ptx = compile_kernel(kernel, arch, logits, grad, vocab, candidates, constants).asm["ptx"]
+            registers, bytes_spilled = resources(ptx, arch)
+            spilled += bytes_spilled
+            print(kernel.__name__, *constants.values(), f"sm_{arch}", logits, grad, vocab, candidates, registers, bytes_spilled)
+    sys.exit(spilled > 0)
+
+
+if __name__ == "__main__":
+    main()

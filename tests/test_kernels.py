@@ -1,0 +1,217 @@
+"""Claims about the Triton kernels, in Triton's interpreter on the CPU, or on the GPU where there is one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import LOSS_CONFIGS, ROOT, label
+
+from config import Config
+from kernels import head, rows
+from kernels.head import candidate_loss, candidate_logp, fused_loss
+from losses import make_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N, D, V = 41, 13, 1271
+
+
+@pytest.fixture
+def triton_path(monkeypatch):
+    """Switch to the kernels; float64 stays plain torch, as on a GPU."""
+
+    def switch(on: bool = True):
+        monkeypatch.setattr(head, "uses_triton", lambda x: on and x.dtype != torch.float64)
+
+    switch()
+    return switch
+
+
+@pytest.fixture(autouse=True)
+def round_like_hardware(monkeypatch):
+    """Triton 3.7's interpreter cuts float32 to bfloat16; compiled kernels round to nearest even."""
+    if DEVICE == "cuda":
+        return
+    import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(data, source, target, mode):
+        if source == tl.float32 and target == tl.bfloat16:
+            bits = data.view(numpy.uint32)
+            data = (bits + numpy.uint32(0x7FFF) + ((bits >> 16) & numpy.uint32(1))).view(numpy.float32)  # then cut
+        return original(data, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+def problem(config, positions=N, vocab=V, seed=0, different_ids=9):
+    """float64 hidden, weight, ids, t, b. Few different ids, so that they repeat within a row."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = config.columns["total"].stop
+    hidden = torch.randn(positions, D, dtype=torch.float64, generator=generator)
+    weight = torch.randn(vocab, D, dtype=torch.float64, generator=generator) * 0.5
+    ids = torch.randint(0, different_ids, (positions, columns), generator=generator) * ((vocab - 1) // max(1, different_ids - 1))
+    t = torch.randn(positions, columns, dtype=torch.float64, generator=generator) - 3
+    b = (hidden @ weight.t()).log_softmax(-1).gather(1, ids) + 0.2 * torch.randn(positions, columns, dtype=torch.float64, generator=generator)
+    return [x.to(DEVICE) for x in (hidden, weight, ids, t, b)]
+
+
+def run(config, hidden, weight, ids, t, b, scale=1.0, chunk=16, upstream=1.0):
+    """Loss, gradients of hidden and weight, student_logp; weight is a float32 master also for bfloat16 hidden states."""
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    losses = make_loss(config, m2_threshold=0.02), fused_loss(config, m2_threshold=0.02)
+    total, student_logp = candidate_loss(hidden, weight, ids, t, b, *losses, scale, chunk)
+    return total.detach(), *torch.autograd.grad(upstream * total, (hidden, weight)), student_logp
+
+
+def single(problem, hidden_dtype=torch.float32):
+    hidden, weight, ids, t, b = problem
+    return [hidden.to(hidden_dtype), weight.float(), ids, t.float(), b.float()]
+
+
+def assert_no_worse_than_torch(config, inputs, triton_path, **options):
+    """The bound is the error of plain torch at the same precision, against the float64 result on the same numbers."""
+    reference = run(config, *[x.double() if x.is_floating_point() else x for x in inputs], **options)
+    triton_path(False)
+    plain = run(config, *inputs, **options)
+    triton_path(True)
+    ours = run(config, *inputs, **options)
+    for name, e, p, o in zip(("loss", "grad_hidden", "grad_weight", "student_logp"), reference, plain, ours):
+        assert o.dtype == p.dtype, name
+        assert (o - e).norm() <= 1.5 * (p - e).norm() + 1e-6 * e.norm(), name  # 1e-6: a log-probability of -8 in float32
+
+
+@pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
+def test_loss_and_gradients_are_as_exact_as_plain_torch(config, triton_path):
+    assert_no_worse_than_torch(config, single(problem(config)), triton_path, scale=0.8, upstream=3.0)
+
+
+@pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[1], LOSS_CONFIGS[-1]], ids=label)
+def test_bfloat16_hidden_states_are_no_worse_and_their_gradient_fills_half_the_rows(config, triton_path):
+    assert_no_worse_than_torch(config, single(problem(config), torch.bfloat16), triton_path, scale=1.0, upstream=0.5)
+
+
+@pytest.mark.parametrize("vocab", [2, 37, 256, 5000, 20011])
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_vocabularies_that_divide_by_nothing(vocab, hidden_dtype, triton_path):
+    """From below one block to several, the last one partly filled."""
+    config = LOSS_CONFIGS[-1]
+    assert_no_worse_than_torch(config, single(problem(config, positions=3, vocab=vocab, different_ids=min(vocab, 9)), hidden_dtype), triton_path)
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 31, 33, 100, 256])
+@pytest.mark.parametrize("loss", ["forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl"])
+def test_from_1_to_256_candidates_repeated_ids_add_up(loss, candidates, triton_path):
+    config = Config(loss=loss, top_k=candidates, num_samples=candidates)
+    for different_ids in (1, 50):
+        assert_no_worse_than_torch(config, single(problem(config, positions=3, different_ids=different_ids)), triton_path)
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_is_the_exact_one_of_the_logits_as_rounded(logits_dtype, triton_path, monkeypatch):
+    """Whatever the logits were rounded to, from there on the only error is that of the gradient's own rounding."""
+    monkeypatch.setattr(head, "LOGITS_DTYPE", logits_dtype)
+    config = LOSS_CONFIGS[-1]
+    hidden, weight, ids, t, b = single(problem(config), torch.bfloat16)
+    logits = head.head_logits(hidden, weight.bfloat16(), 1.0, logits_dtype)
+    assert logits.dtype == logits_dtype
+    z = logits.double().requires_grad_()
+    s = z.log_softmax(-1).gather(1, ids)
+    (expected,) = torch.autograd.grad(make_loss(config)(s, t.double(), b.double()).sum(), z)
+    _, student_logp, gradient = fused_loss(config)(logits, ids, t, b, torch.bfloat16)
+    assert gradient.dtype == torch.bfloat16 and gradient.data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(student_logp.double(), s.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[1], LOSS_CONFIGS[2], LOSS_CONFIGS[-1]], ids=label)
+def test_absent_candidates_contribute_nothing_and_rows_without_any_have_zero_gradient(config, triton_path):
+    hidden, weight, ids, t, b = single(problem(config))
+    absent = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.3
+    absent[5] = absent[17] = True
+    inputs = [hidden, weight, ids.masked_fill(absent, -1), t.masked_fill(absent, 0.0), b.masked_fill(absent, 0.0)]
+    assert_no_worse_than_torch(config, inputs, triton_path)
+    ours = run(config, *inputs)
+    assert (ours[1][[5, 17]] == 0).all() and (ours[3][absent] == 0).all()
+
+
+def test_log_probabilities_for_teacher_and_m2po_come_from_the_same_kernel(triton_path):
+    hidden, weight, ids, _, _ = problem(LOSS_CONFIGS[0])
+    exact = candidate_logp(hidden, weight, ids)
+    ours = candidate_logp(hidden.float(), weight.float(), ids, chunk=7)
+    triton_path(False)
+    plain = candidate_logp(hidden.float(), weight.float(), ids, chunk=7)
+    assert (ours - exact).norm() <= 1.5 * (plain - exact).norm() + 2e-7 * exact.norm()
+
+
+def test_logits_of_any_size_neither_overflow_nor_vanish():
+    """A running maximum in every lane: rows that rise, fall, or hold one huge logit."""
+    z = torch.linspace(-300, 300, 40_000, device=DEVICE)
+    logits = torch.stack([z, z.flip(0), torch.full_like(z, -1e4), torch.full_like(z, -1e30)])
+    logits[3, 39_999] = 50.0
+    ids = torch.tensor([[0, 39_999]], device=DEVICE).expand(4, 2).contiguous()
+    expected = logits.double().log_softmax(-1).gather(1, ids)
+    torch.testing.assert_close(rows.gather(logits, ids)[0].double(), expected, rtol=1e-6, atol=1e-4)
+
+
+def test_the_learner_reaches_the_kernels_by_itself(triton_path, model_dir, monkeypatch):
+    """An update through them equals the one in plain torch; every loss but forward KL has its own."""
+    from test_learner import ROWS, new_learner, stale_table
+
+    for name, config in (("sampled_reverse_kl", LOSS_CONFIGS[2]), ("stratified_reverse_kl", LOSS_CONFIGS[-1]), ("forward_kl", LOSS_CONFIGS[0])):
+        triton_path(False)
+        table = stale_table(model_dir, config)
+        plain = new_learner(model_dir(seed=2), config).update(table, ROWS)
+        triton_path(True)
+        calls = []
+        for module, kernel in ((rows, "gather"), (rows, "scatter")):
+            original = getattr(module, kernel)
+            monkeypatch.setattr(module, kernel, lambda *args, original=original, kernel=kernel: calls.append(kernel) or original(*args))
+        ours = new_learner(model_dir(seed=2), config).update(table, ROWS)
+        assert bool(calls) == (name == "forward_kl")
+        for key in plain:
+            assert ours[key] == pytest.approx(plain[key], rel=1e-4, abs=1e-6), (name, key)
+
+
+def test_what_a_kernel_cannot_take_is_refused(triton_path):
+    logits, ids = torch.zeros(4, 8, device=DEVICE), torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
+    for bad in ((logits.half(), ids), (logits.t(), ids), (logits, ids[:3]), (logits, ids.expand(2, 4, 2).transpose(0, 1)[:, 0].t().t()[:, ::2])):
+        with pytest.raises(ValueError, match="needs 4 contiguous rows|needs 8 contiguous rows|float32 or bfloat16 are needed"):
+            rows.gather(*bad)
+    fused = fused_loss(Config(loss="sampled_reverse_kl", num_samples=2, correction="m2po"))
+    with pytest.raises(ValueError, match="m2po needs m2_threshold"):
+        fused(logits, ids, torch.zeros(4, 2, device=DEVICE), torch.zeros(4, 2, device=DEVICE), torch.float32)
+
+
+def test_every_kernel_compiles_for_sm_80_and_sm_90_and_spills_nothing(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, ROOT / "tests" / "compile_kernels.py"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("gather_kernel", "scatter_kernel", "sparse_reverse_kl_kernel", "sampled_reverse_kl_kernel"):
+        for arch in ("sm_80", "sm_90"):
+            assert any(line.startswith(name) and arch in line for line in result.stdout.splitlines())
+
+
+def test_peak_memory_grows_with_the_chunk_not_with_the_positions():
+    """Resident size of a process of its own. Full logits of the last run would be 512 MiB, a chunk's are 8 and 128."""
+    code = """
+import resource, torch
+from config import Config
+from kernels.head import candidate_loss
+from losses import make_loss
+torch.set_num_threads(1)
+def peak(positions, chunk):
+    hidden, weight = torch.randn(positions, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
+    ids, x = torch.randint(0, 8192, (positions, 4)), torch.full((positions, 4), -5.0)
+    candidate_loss(hidden, weight, ids, x, x, make_loss(Config(loss="sampled_reverse_kl")), None, 1.0, chunk)[0].backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(peak(512, 256), peak(16384, 256), peak(16384, 4096))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    few, many, large_chunk = map(float, result.stdout.split())
+    assert many - few < 32, result.stdout
+    assert large_chunk - many > 100, result.stdout
