@@ -77,10 +77,11 @@ def row_scatter(row, grad_row, ids_row, c_row, lse, V, C, LANES: tl.constexpr, D
 @triton.jit
 def gather_kernel(
     logits,  # [n,V] float32 or bfloat16, read
+    grad,  # unused: every row kernel takes the same first arguments
     ids,  # [n,C] int64, read; -1: none
     logp,  # [n,C] float32, written
     logsumexp,  # [n] float32, written
-    V, C, LANES: tl.constexpr, DEPTH: tl.constexpr, CANDIDATES: tl.constexpr,
+    V, C, grad_stride, LANES: tl.constexpr, DEPTH: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     lse = row_logsumexp(logits + n * V, V, LANES, DEPTH)
@@ -102,40 +103,45 @@ def scatter_kernel(
     row_scatter(logits + n * V, grad + n * grad_stride, ids + n * C, c + n * C, tl.load(logsumexp + n), V, C, LANES, DEPTH, CANDIDATES)
 
 
+def launch(kernel, logits: Tensor, dtype: torch.dtype, columns: tuple[Tensor, ...], outputs: tuple[Tensor, ...], *scalars, **constants) -> Tensor:
+    """Run a row kernel: kernel(logits, grad, *columns, *outputs, V, C, grad_stride, *scalars); returns grad [n,V].
+
+    `dtype`: the gradient's; grad is the memory of logits, each row where its logits began. `columns` and `outputs` have
+    n rows, the first is ids [n,C]. One launch shape per V: LANES * DEPTH logits a step, up to 16 of them a thread,
+    8 to 32 warps. Raises ValueError on what the kernels cannot take.
+    """
+    (n, V), C = logits.shape, columns[0].shape[1]
+    if logits.dtype not in (torch.float32, torch.bfloat16) or V >= 2**30:
+        raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype}: float32 or bfloat16 are needed, below 2^30 ids")
+    for tensor in (logits, *columns, *outputs):
+        if not tensor.is_contiguous() or tensor.device != logits.device or tensor.shape[0] != n:
+            raise ValueError(f"{tuple(tensor.shape)} on {tensor.device}: needs {n} contiguous rows on {logits.device}")
+    grad = logits.view(dtype)[:, :V]
+    if n:
+        kernel[(n,)](logits, grad, *columns, *outputs, V, C, grad.stride(0), *scalars, **constants, **launch_shape(V, C))
+    return grad
+
+
 def launch_shape(vocab: int, candidates: int) -> dict:
-    """Constants of a launch: LANES * DEPTH logits per step, up to 16 of them a thread, 8 to 32 warps."""
     lanes = min(8192, max(256, triton.next_power_of_2(vocab) // 8))
     return {"LANES": lanes, "DEPTH": 2, "CANDIDATES": triton.next_power_of_2(candidates), "num_warps": max(8, min(32, lanes // 256))}
 
 
-def check(logits: Tensor, *columns: Tensor):
-    """Raise ValueError unless the kernels can take these tensors: dtype, contiguity, device and number of rows."""
-    if logits.dtype not in (torch.float32, torch.bfloat16) or logits.shape[1] >= 2**30:
-        raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype}: float32 or bfloat16 are needed, below 2^30 ids")
-    for tensor in (logits, *columns):
-        if not tensor.is_contiguous() or tensor.device != logits.device or tensor.shape[0] != logits.shape[0]:
-            raise ValueError(f"{tuple(tensor.shape)} on {tensor.device}: needs {logits.shape[0]} contiguous rows on {logits.device}")
-
-
-def gradient_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The memory of logits [n,V] as [n,V] of the gradient's dtype, each row where its logits began."""
-    return logits.view(dtype)[:, : logits.shape[1]]
+def launch_loss(kernel, logits: Tensor, dtype: torch.dtype, columns: tuple[Tensor, ...], *scalars, **constants) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a fused loss; returns (loss float32 [n], student_logp float32 [n,C], gradient [n,V])."""
+    student_logp, c = logits.new_empty(2, *columns[0].shape, dtype=torch.float32)
+    loss = logits.new_empty(len(logits), dtype=torch.float32)
+    grad = launch(kernel, logits, dtype, columns, (loss, student_logp, c), *scalars, **constants)
+    return loss, student_logp, grad
 
 
 def gather(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of given ids: logits [n,V], ids int64 [n,C] -> (float32 [n,C], logsumexp float32 [n])."""
-    check(logits, ids)
-    (n, V), C = logits.shape, ids.shape[1]
-    logp, logsumexp = (torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in ((n, C), (n,)))
-    if n:
-        gather_kernel[(n,)](logits, ids, logp, logsumexp, V, C, **launch_shape(V, C))
+    logp, logsumexp = (logits.new_empty(shape, dtype=torch.float32) for shape in (ids.shape, len(logits)))
+    launch(gather_kernel, logits, logits.dtype, (ids,), (logp, logsumexp))
     return logp, logsumexp
 
 
 def scatter(logits: Tensor, ids: Tensor, c: Tensor, logsumexp: Tensor, dtype: torch.dtype) -> Tensor:
     """Overwrite logits [n,V] with the gradient, given c = dL/ds float32 [n,C]; returns it as `dtype` [n,V]."""
-    check(logits, ids, c, logsumexp)
-    (n, V), C, grad = logits.shape, ids.shape[1], gradient_view(logits, dtype)
-    if n:
-        scatter_kernel[(n,)](logits, grad, ids, c, logsumexp, V, C, grad.stride(0), **launch_shape(V, C))
-    return grad
+    return launch(scatter_kernel, logits, dtype, (ids, c, logsumexp), ())

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows import check, gradient_view, launch_shape, row_gather, row_logsumexp, row_scatter
+from kernels.rows import launch_loss, row_gather, row_logsumexp, row_scatter
 from losses import DECOUPLED_CAP, PPO_CLIP
 
 HIGHEST, LOWEST, CAP = (tl.constexpr(x) for x in (1 + PPO_CLIP, 1 - PPO_CLIP, DECOUPLED_CAP))
@@ -48,7 +48,7 @@ def sampled_reverse_kl_kernel(
     loss,  # [n] float32, written
     student_logp,  # [n,C] float32, written
     c,  # [n,C] float32, scratch
-    V, C, first_exact, first_draw, m2_threshold, grad_stride,
+    V, C, grad_stride, first_exact, first_draw, m2_threshold,
     SIGNAL: tl.constexpr, CORRECTION: tl.constexpr, LANES: tl.constexpr, DEPTH: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
@@ -72,19 +72,13 @@ def sampled_reverse_kl(
     logits: Tensor, ids: Tensor, teacher_logp: Tensor, behavior_logp: Tensor, dtype: torch.dtype,
     first_exact: int = 0, first_draw: int = 0, signal: str = "current", correction: str = "is", m2_threshold: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [n], student_logp [n,C], gradient [n,V] as `dtype` in the memory of `logits`), the first two float32.
+    """What sparse_reverse_kl takes and returns, with behavior_logp float32 [n,C] beside teacher_logp.
 
-    logits [n,V] float32 or bfloat16, ids int64 [n,C] (-1: none), teacher_logp and behavior_logp float32 [n,C]. Columns
-    [first_exact, first_draw) are summed exactly, those from first_draw on are draws. Raises ValueError on anything else.
+    Columns [first_exact, first_draw) are summed exactly, those from first_draw on are draws.
     """
-    check(logits, ids, teacher_logp, behavior_logp)
     if correction == "m2po" and m2_threshold is None:
         raise ValueError("correction m2po needs m2_threshold, computed over the whole update")
-    (n, V), C, grad = logits.shape, ids.shape[1], gradient_view(logits, dtype)
-    loss, (student_logp, c) = logits.new_empty(n, dtype=torch.float32), logits.new_empty(2, n, C, dtype=torch.float32)
-    if n:
-        sampled_reverse_kl_kernel[(n,)](
-            logits, grad, ids, teacher_logp, behavior_logp, loss, student_logp, c, V, C, first_exact, first_draw,
-            m2_threshold or 0.0, grad.stride(0), SIGNAL=signal, CORRECTION=correction, **launch_shape(V, C),
-        )  # fmt: skip
-    return loss, student_logp, grad
+    return launch_loss(
+        sampled_reverse_kl_kernel, logits, dtype, (ids, teacher_logp, behavior_logp), first_exact, first_draw, m2_threshold or 0.0,
+        SIGNAL=signal, CORRECTION=correction,
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows import check, gradient_view, launch_shape, row_gather, row_logsumexp, row_scatter
+from kernels.rows import launch_loss, row_gather, row_logsumexp, row_scatter
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def sparse_reverse_kl_kernel(
     loss,  # [n] float32, written
     student_logp,  # [n,C] float32, written
     c,  # [n,C] float32, scratch
-    V, C, first, grad_stride, LANES: tl.constexpr, DEPTH: tl.constexpr, CANDIDATES: tl.constexpr,
+    V, C, grad_stride, first, LANES: tl.constexpr, DEPTH: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     lse = row_logsumexp(logits + n * V, V, LANES, DEPTH)
@@ -41,16 +41,6 @@ def sparse_reverse_kl_kernel(
 
 
 def sparse_reverse_kl(logits: Tensor, ids: Tensor, teacher_logp: Tensor, dtype: torch.dtype, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [n], student_logp [n,C], gradient [n,V] as `dtype` in the memory of `logits`), the first two float32.
-
-    logits [n,V] float32 or bfloat16, ids int64 [n,C] (-1: none), teacher_logp float32 [n,C]. Raises ValueError on
-    anything else.
-    """
-    check(logits, ids, teacher_logp)
-    (n, V), C, grad = logits.shape, ids.shape[1], gradient_view(logits, dtype)
-    loss, (student_logp, c) = logits.new_empty(n, dtype=torch.float32), logits.new_empty(2, n, C, dtype=torch.float32)
-    if n:
-        sparse_reverse_kl_kernel[(n,)](
-            logits, grad, ids, teacher_logp, loss, student_logp, c, V, C, first, grad.stride(0), **launch_shape(V, C)
-        )  # fmt: skip
-    return loss, student_logp, grad
+    """logits [n,V] float32 or bfloat16, ids int64 [n,C] (-1: none), teacher_logp float32 [n,C] ->
+    (loss [n], student_logp [n,C], gradient [n,V] as `dtype` in the memory of logits), the first two float32."""
+    return launch_loss(sparse_reverse_kl_kernel, logits, dtype, (ids, teacher_logp), first)
