@@ -31,8 +31,8 @@ class ConfigError(ValueError):
     """A setting that cannot work; the message names the value, the limit and the fix."""
 
 
-def option(default, help: str, choices: tuple = (), least: float | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+def option(default, help: str, choices: tuple = (), least: float | None = None, most: float = sys.float_info.max):
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Config:
     student: str = option("builtin", "student to train: directory or hub id; builtin: the shipped one")
     prompts: str = option("", "JSONL of training prompts: `prompt` text or `messages` list, optional `answer`; empty: built-in task")
     eval_prompts: str = option("", "JSONL of evaluation prompts with answers; empty: hold some of --prompts out")
-    eval_size: int = option(256, "evaluation prompts, at most a tenth of --prompts when held out of it", least=1)
+    eval_size: int = option(256, "evaluation prompts, at most a tenth of --prompts when held out of it", least=1, most=10_000)
     drop_long_prompts: bool = option(False, "drop prompts above --max-prompt-tokens instead of stopping")
     max_prompt_tokens: int = option(64, "longest prompt, tokens", least=1)
     max_new_tokens: int = option(40, "longest response, tokens, stop token included", least=1)
@@ -63,12 +63,12 @@ class Config:
     max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", least=1e-12)
     micro_batch_tokens: int = option(8192, "padded tokens of a forward pass at the learner and at the teacher", least=1)
     head_chunk: int = option(1024, "positions whose logits exist at once", least=1)
-    seed: int = option(0, "seed of prompts order and sampling", least=0)
-    generators: int = option(1, "generation processes per node", least=1)
+    seed: int = option(0, "seed of prompt order and sampling", least=0, most=2**32 - 1)
+    generators: int = option(1, "generation processes", least=1)
     slots: int = option(64, "sequences decoded at once by a generator", least=1)
     teacher_cache_mb: int = option(64, "LRU cache of teacher top-k scores, MiB; 0: off", least=0)
     dtype: str = option("auto", "of generation, teacher and autocast; auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16"))
-    cpu_threads: int = option(0, "threads of each role without a GPU; 0: cores / roles, 1 at least", least=0)
+    cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles, 1 at least", least=0)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
     eval_every: int = option(50, "updates between greedy evaluations; 0: never", least=0)
     save_every: int = option(100, "updates between checkpoints; 0: only at the end and when interrupted", least=0)
@@ -76,11 +76,12 @@ class Config:
 
     def __post_init__(self):
         for item in fields(self):
-            value, choices, least = getattr(self, item.name), item.metadata["choices"], item.metadata["least"]
+            value, choices, least, most = (getattr(self, item.name), *(item.metadata[key] for key in ("choices", "least", "most")))
             if choices and value not in choices:
                 raise ConfigError(f"{flag(item.name)} is {value!r}: one of {', '.join(choices)}")
-            if least is not None and not (least <= value < float("inf")):
-                raise ConfigError(f"{flag(item.name)} is {value}: {least} is the least")
+            if least is not None and not least <= value <= most:
+                limit = f"{most} is the most" if value > most and most < sys.float_info.max else f"{least} is the least"
+                raise ConfigError(f"{flag(item.name)} is {value}: {limit}")
         if self.loss != "sampled_reverse_kl" and (self.signal, self.correction) != ("current", "is"):
             raise ConfigError(f"--signal and --correction belong to sampled_reverse_kl; --loss is {self.loss}: leave them out")
         if self.table_rows > 16_384:
@@ -126,6 +127,8 @@ FLAGS = {flag(item.name) for item in fields(Config)}
 
 def unknown_flag(name: str) -> str:
     near = difflib.get_close_matches(name, FLAGS, 1)
+    if not name.startswith("-"):
+        return f"unexpected argument {name}: options are --name value, or --name alone for yes and --no-name for no"
     return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else ": see --help")
 
 
@@ -160,8 +163,8 @@ def yaml_flags(path: str) -> list[str]:
     """A YAML mapping of option names as the flags it stands for, so that both are checked alike."""
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: {error}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: a mapping of option names is needed, as in a run's config.yaml")
     flags = {flag(str(name)): "" if value is None else value for name, value in values.items()}

@@ -89,9 +89,9 @@ def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False) -> lis
         try:
             item = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON: {error}") from None
+            raise DataError(f"{where}: not JSON: {error}: one object per line is needed") from None
         if not isinstance(item, dict) or ("prompt" in item) == ("messages" in item):
-            raise DataError(f"{where}: needs an object with either `prompt` (text) or `messages` (chat list)")
+            raise DataError(f"{where}: needs an object with either `prompt` (text) or `messages` (chat list), not both")
         answer = item.get("answer")
         if answer is not None and not isinstance(answer, (str, int, float)):
             raise DataError(f"{where}: `answer` is {type(answer).__name__}, text or a number is needed")
@@ -106,7 +106,7 @@ def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False) -> lis
             except Exception as error:  # jinja errors, wrong types: whatever the template raises on bad messages
                 raise DataError(f"{where}: the chat template refuses `messages`: {error}") from None
         if not isinstance(text, str) or not text:
-            raise DataError(f"{where}: the prompt is empty or not text")
+            raise DataError(f"{where}: the prompt is empty or not text: {json.dumps(item)[:80]}")
         ids = tokenizer(text, add_special_tokens="prompt" in item).input_ids
         if not ids or unknown & set(ids):
             raise DataError(f"{where}: the prompt {'has characters that the tokenizer does not know' if ids else 'has no tokens'}: {text!r}")

@@ -239,7 +239,7 @@ def write_rollout(channel: Channel, rollout: Rollout):
     channel.length[row] = start + count
     channel.finish[row] = rollout.finish
     channel.weight_version[row, :count] = torch.tensor(rollout.weight_version, dtype=torch.int32)
-    channel.candidate_ids[row, :count, :columns] = rollout.candidate_ids
+    channel.candidate_ids[row, :count, :columns] = rollout.candidate_ids  # for forward_kl column 0; the teacher adds its own
     channel.behavior_logp[row, :count, :columns] = rollout.behavior_logp
 
 
@@ -308,7 +308,7 @@ def run(config: Config, channel: Channel, index: int, device: torch.device, trac
 def main():
     about = "Sample from a checkpoint; one JSON object per prompt on stdout, accuracy where there are answers on stderr."
     parser = argparse.ArgumentParser("generate.py", description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", required=True, help="model directory or hub id")
+    parser.add_argument("--model", required=True, help="model directory or hub id; builtin: the shipped student")
     parser.add_argument("--prompts", required=True, help="JSONL: `prompt` text or `messages` list, optional `answer`")
     parser.add_argument("--temperature", type=float, default=1.0, help="softmax temperature; 0: greedy")
     parser.add_argument("--max-prompt-tokens", type=int, default=2048, help="longest prompt, tokens")
@@ -317,14 +317,14 @@ def main():
     parser.add_argument("--slots", type=int, default=64, help="sequences decoded at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     args = parser.parse_args()
-    if args.temperature < 0 or min(args.max_prompt_tokens, args.max_new_tokens, args.slots) < 1 or args.seed < 0:
-        parser.error("--max-prompt-tokens, --max-new-tokens and --slots are at least 1, --temperature and --seed at least 0")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not 0 <= args.temperature < float("inf") or args.seed >= 2**32 or min(args.max_prompt_tokens, args.max_new_tokens, args.slots) < 1 or args.seed < 0:
+        parser.error("--max-prompt-tokens, --max-new-tokens and --slots are at least 1, --temperature and --seed at least 0 and finite")
+    device, path = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Config(student=args.model).student_path
     try:
-        tokenizer = load_tokenizer("--model", args.model)
+        tokenizer = load_tokenizer("--model", path)
         prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens, args.drop_long_prompts)
-        stops = stop_ids(args.model, tokenizer)
-        model = load_model(args.model, torch.bfloat16 if device.type == "cuda" else torch.float32, device, attention="kv_slots")
+        stops = stop_ids(path, tokenizer)
+        model = load_model(path, torch.bfloat16 if device.type == "cuda" else torch.float32, device, attention="kv_slots")
     except ValueError as error:
         sys.exit(f"generate.py: {error}")
     sampling = {"loss": "sampled_reverse_kl", "temperature": args.temperature} if args.temperature > 0 else {}

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import time
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -85,7 +86,10 @@ class Learner:
         }  # fmt: skip
 
     def _backward(self, table: Channel, rows: list[int], losses: tuple, tokens: int) -> dict[str, Tensor]:
-        """Add the gradient of one micro-batch; return sums over its positions."""
+        """Add the gradient of one micro-batch; return sums over its positions.
+
+        A position's candidates, left to right: the emitted token (the first of the draws), the top-K, the tail draws.
+        """
         ids, teacher_logp, behavior_logp = self._candidates(table, rows)
         total, student_logp = candidate_loss(
             self._hidden(table, rows), self._head(), ids, teacher_logp, behavior_logp, *losses,
@@ -184,10 +188,13 @@ class Learner:
         return target
 
     def load(self, checkpoint: Path) -> list[int]:
-        """Restore optimiser and update counter (the model was loaded from the directory); returns `trained_ahead`."""
+        """Restore optimiser and update counter (the model was loaded from the directory).
+
+        Returns `trained_ahead`: the tickets of later batches that arrival order has trained already.
+        """
         state = torch.load(checkpoint / "training_state.pt", map_location="cpu")  # Adam's step counts stay there, moments are moved
         self.optimizer.load_state_dict(state["optimizer"])
-        self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
+        self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay  # of the matrices; every update sets lr
         self.version = state["version"]
         return state["trained_ahead"]
 
@@ -206,23 +213,28 @@ def check_output(config: Config) -> tuple[Path | None, list[str]]:
     Raises ConfigError if the directory cannot be written or holds another run, if there is nothing to resume, or if a
     setting that decides which rollouts come next has changed since.
     """
-    output, used = Path(config.output_dir), Path(config.output_dir) / "config.yaml"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not os.access(output, os.W_OK):
-            raise PermissionError(f"no permission to write into {output}")
-    except OSError as error:
-        raise ConfigError(f"--output-dir {output}: {error}: choose another directory") from None
+    output = Path(config.output_dir)
     checkpoint = newest_checkpoint(output)
     if not config.resume:
         metrics = output / "metrics.jsonl"
         if checkpoint or metrics.exists() and metrics.stat().st_size:
             fix = f"--resume continues it after update {step_of(checkpoint)}" if checkpoint else "it has no checkpoint to resume from"
             raise ConfigError(f"--output-dir {output} holds another run: choose a new directory ({fix})")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            if not os.access(output, os.W_OK):
+                raise PermissionError("no permission to write into it")
+        except OSError as error:
+            raise ConfigError(f"--output-dir {output}: {error}: choose another directory") from None
         return None, []
     if checkpoint is None:
         raise ConfigError(f"--resume: no checkpoint (step_N) in --output-dir {output}: start without --resume")
-    before = yaml.safe_load(used.read_text())
+    try:
+        before = yaml.safe_load((output / "config.yaml").read_text())
+        if not zipfile.is_zipfile(checkpoint / "training_state.pt"):
+            raise OSError(f"{checkpoint}/training_state.pt is damaged, without {checkpoint} an older one is taken")
+    except OSError as error:
+        raise ConfigError(f"--resume: {error}") from None
     for name in MUST_MATCH:
         if before.get(name) != getattr(config, name):
             raise ConfigError(f"--resume: {name} was {before.get(name)!r} and is {getattr(config, name)!r}: keep it")
@@ -236,7 +248,10 @@ def check_output(config: Config) -> tuple[Path | None, list[str]]:
 def start_output(config: Config, checkpoint: Path | None) -> Path:
     """Set up the output directory: config.yaml as used; metrics of updates that will be made again are dropped."""
     output = Path(config.output_dir)
-    (output / "config.yaml").write_text(config.dump())
+    used = output / "config.yaml"
+    if checkpoint and used.read_text() != config.dump():
+        used.rename(output / f"config_until_{checkpoint.name}.yaml")
+    used.write_text(config.dump())
     metrics = output / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True) if checkpoint and metrics.exists() else []
     metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step_of(checkpoint)))

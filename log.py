@@ -93,7 +93,7 @@ class Log:
         self.file.write(json.dumps(record) + "\n")
         slower = max(("generator", "teacher"), key=share.get)
         print(
-            f"update {step:4d}/{self.config.steps}  loss {record['loss']:8.4f}  reverse KL {record['reverse_kl']:7.4f}  "
+            f"update {step:4d}/{self.config.steps}  reverse KL {record['reverse_kl']:7.4f}  loss {record['loss']:8.4f}  "
             f"{record['tokens_per_second']:7.0f} tokens/s  lag {record['lag_mean']:.2f}  "
             f"learner {share['learner']:4.0%} busy, else waits for the {slower} ({share[slower]:.0%} busy)"
             + (f"  accuracy {record['eval_accuracy']:.1%}" if "eval_accuracy" in record else ""), flush=True,

@@ -116,7 +116,7 @@ def train(config: Config, rank: int, world: int):
     for note in notes:
         print(f"note: {note}")
     print(f"first prompt: {prompts[0].text!r}")
-    print(f"{len(prompts)} prompts, {len(held)} held out; {parameters:,} parameters; {config.loss}, head in {'Triton kernels' if devices[rank].type == 'cuda' else 'plain torch'}")
+    print(f"{len(prompts)} prompts to train on, {len(held)} others to evaluate on; {parameters:,} parameters; {config.loss}, head in {'Triton kernels' if devices[rank].type == 'cuda' else 'plain torch'}")
     print(f"devices: {', '.join(map(str, devices))} (learner x{world}, generator x{config.generators}, teacher)", flush=True)
     open_trace(output / "trace.json")
     tickets = Tickets(config, channel, prompts, learner.version, trained_ahead)
@@ -143,7 +143,7 @@ def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, r
 
     def evaluate(key: str) -> dict[str, float]:
         """Greedy accuracy of the weights just published; the learner waits, so that they are these weights."""
-        channel.eval_due.fill_(learner.version + 1)
+        channel.eval_due.fill_(learner.version + 1)  # one more than the version: 0 means that none is due
         while int(channel.eval_done) <= learner.version and going_on():
             time.sleep(0.002)
         if int(channel.eval_done) <= learner.version:
@@ -222,6 +222,8 @@ def main():
             dist.destroy_process_group()
     except (ConfigError, DataError, MemoryError, FloatingPointError, RoleDied) as error:
         sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted before the first update")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from config import Config, ConfigError, parse
@@ -30,7 +31,11 @@ def refused(capsys, *argv):
         (["--steps", "0"], "--steps is 0: 1 is the least"),
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--temperature", "0"], "--temperature is 0.0: 0.001 is the least"),
-        (["--lr", "nan"], "--lr is nan"),
+        (["--lr", "nan"], "--lr is nan: 1e-12 is the least"),
+        (["--lr", "inf"], "--lr is inf"),
+        (["--seed", "4294967296"], "--seed is 4294967296: 4294967295 is the most"),
+        (["--eval-size", "1000000"], "--eval-size is 1000000: 10000 is the most"),
+        (["--resume", "false"], "unexpected argument false: options are --name value"),
         (["--loss", "kl"], "invalid choice: 'kl'"),
         (["--loss", "forward_kl", "--correction", "ppo"], "--signal and --correction belong to sampled_reverse_kl"),
         (["--batch-size", "9000"], "18000 rollouts in flight, the limit is 16384: lower --batch-size"),
@@ -285,7 +290,6 @@ def test_different_stop_ids_of_teacher_and_student_are_said(tmp_path, tokenizer,
 
 
 def test_a_head_that_is_more_than_a_product_is_refused(tmp_path):
-    import torch
     from conftest import load
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -320,15 +324,28 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path):
         check_output(Config(output_dir=str(tmp_path / "file" / "x")))
     start_output(replace(config, resume=False), None)
     (tmp_path / "step_4").mkdir()
-    (tmp_path / "step_4" / "training_state.pt").touch()
+    state = tmp_path / "step_4" / "training_state.pt"
+    torch.save({"version": 4}, state)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 7)))
     with pytest.raises(ConfigError, match="--resume: seed was 0 and is 5: keep it"):
         check_output(replace(config, seed=5))
     with pytest.raises(ConfigError, match="has made 4 updates already, --steps is 4"):
         check_output(replace(config, steps=4))
+    whole = state.read_bytes()
+    state.write_bytes(whole[:100])
+    with pytest.raises(ConfigError, match="--resume: .*step_4/training_state.pt is damaged, without .*step_4 an older one is taken"):
+        check_output(config)
+    state.write_bytes(whole)
     checkpoint, notes = check_output(replace(config, lr=0.5))
     assert checkpoint == tmp_path / "step_4"
     assert notes == [f"resuming from {checkpoint}", "lr was 0.001 and is now 0.5"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     start_output(config, tmp_path / "step_4")
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4  # updates 5 and 6 are made again
+    assert not list(tmp_path.glob("config_until*"))
+    start_output(replace(config, lr=0.5), checkpoint)
+    assert yaml.safe_load((tmp_path / "config_until_step_4.yaml").read_text())["lr"] == 1e-3
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 0.5
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="--resume: .*No such file.*config.yaml"):
+        check_output(config)

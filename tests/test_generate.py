@@ -278,7 +278,7 @@ def test_the_command_line_answers_every_prompt_in_order_and_marks_the_answers(mo
     assert first == second and [r["tokens"] for r in first] == [r["tokens"] for r in other] == [r["tokens"] for r in greedy]
 
 
-@pytest.mark.parametrize("flag", ["--slots=0", "--max-new-tokens=0", "--temperature=-1"])
+@pytest.mark.parametrize("flag", ["--slots=0", "--max-new-tokens=0", "--temperature=-1", "--temperature=nan", "--seed=4294967296"])
 def test_the_command_line_refuses_what_could_never_end(flag, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         sample(monkeypatch, capsys, "--model=x", "--prompts=y", flag)
