@@ -123,7 +123,6 @@ class Channel:
             nbytes = math.prod(shape) * item.dtype.itemsize
             places.append((item, shape, offset, nbytes))
             offset += -(-nbytes // 4096) * 4096  # whole pages
-        self.parent = os.getppid()
         self._kept = []  # descriptors that must stay open as long as anyone opens us by path
         if paths is None:
             check_space(offset, available_memory(), config)
@@ -134,7 +133,10 @@ class Channel:
                 fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, 2**18)
             self._kept = [memory, *(end for pipe in pipes for end in pipe)]
             paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in (memory, *(pipe[0] for pipe in pipes))]
-        self.paths = paths
+            leader = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun; a shell may go and leave us running
+        else:
+            leader = int(paths[0].split("/")[2])  # rank 0
+        self.paths, self.leader = paths, os.pidfd_open(leader)
         block = torch.from_file(paths[0], shared=True, size=offset, dtype=torch.uint8)
         for item, shape, start, nbytes in places:
             setattr(self, item.name, block[start : start + nbytes].view(item.dtype).view(shape))
@@ -142,8 +144,8 @@ class Channel:
             setattr(self, name, RowQueue(path))
 
     def running(self) -> bool:
-        """False once rank 0 said stop or the process that started us is gone: every loop and wait asks."""
-        return not self.stop.item() and os.getppid() == self.parent
+        """False once rank 0 said stop or the process that leads us is gone: every loop and wait asks."""
+        return not self.stop.item() and not select.select([self.leader], [], [], 0)[0]
 
     # ---- weight mailbox ---------------------------------------------------------------------------
 

@@ -129,7 +129,9 @@ def load_prompts(config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
         train = read_jsonl(config.prompts, tokenizer, limit, drop)
     else:  # evaluation prompts are the same for every seed, so that runs compare
         pairs = running_sums(20_000, config.seed, heldout=False), running_sums(config.eval_size, 12345, heldout=True)
-        train, held = ([Prompt(text, tokenizer(text).input_ids, answer) for text, answer in part] for part in pairs)
+        train, held = (
+            [Prompt(text, ids, answer) for (text, answer), ids in zip(part, tokenizer([text for text, _ in part]).input_ids)] for part in pairs
+        )
         if len(max(train + held, key=lambda prompt: len(prompt.ids)).ids) > limit:
             raise DataError(f"built-in prompts have up to {4 * ADDENDS[-1]} tokens, --max-prompt-tokens is {limit}: raise it")
     if config.eval_prompts:

@@ -32,7 +32,7 @@ from torch import Tensor
 from attention import Decode, KVCache, Prefill
 from channel import LENGTH, STOP, Channel, may_start
 from config import Config
-from data import is_correct, load_prompts, read_jsonl
+from data import Prompt, is_correct, read_jsonl
 from kernels.head import head_logits
 from log import Timeline
 from model import compute_dtype, flatten_parameters, head_weight, last_hidden, load_model, load_tokenizer, shared_vocabulary, stop_ids
@@ -258,15 +258,14 @@ def evaluate(greedy: Generator, prompts, tokenizer) -> float:
     return sum(is_correct(text, prompt.answer) for text, prompt in zip(texts, prompts)) / len(prompts)
 
 
-def run(config: Config, channel: Channel, index: int, device: torch.device, trace: Path):
-    """A generation process, until rank 0 says stop or is gone.
+def run(config: Config, channel: Channel, index: int, device: torch.device, held: list[Prompt], trace: Path):
+    """A generation process, until rank 0 says stop or is gone. Generator 0 evaluates on the prompts `held`.
 
     1. take rows (tickets) for the free slots          4. start the tickets that the inequality admits
     2. pick up new weights, if refresh allows it now   5. decode one token for every active slot
     3. evaluate, if rank 0 waits for it (generator 0)  6. write finished rollouts to their rows, pass them on
     """
     tokenizer, stops, vocab, _ = shared_vocabulary(config)
-    held = load_prompts(config, tokenizer)[1] if index == 0 else []
     model = load_model(config.student_path, compute_dtype(config, device), device, attention="kv_slots")
     flat = flatten_parameters(model)
     share = -(-config.table_rows // config.generators)  # of the rollouts in flight: no generator takes its neighbour's

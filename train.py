@@ -13,7 +13,16 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
+
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
+    # The process that the roles will be forked from imports the libraries while we do. It leaves interrupts to us.
+    forkserver.set_forkserver_preload(["transformers.models.auto.modeling_auto", "transformers.generation"])
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    forkserver.ensure_running()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 import torch
 import torch.distributed as dist
@@ -49,14 +58,14 @@ def ignore_interrupts():
         signal.signal(number, signal.SIG_IGN)
 
 
-def worker(index: int, config: Config, paths: list[str], parameters: int, devices: list[torch.device], ranks: int, first: int, trace: Path):
+def worker(index: int, config: Config, paths: list[str], parameters: int, devices: list[torch.device], ranks: int, held: list, first: int, trace: Path):
     """Entry of a spawned role: generators 0..G-1, then the teacher. Being interrupted is rank 0's business."""
     ignore_interrupts()
     device = devices[ranks + index]
     set_up_process(config, device, ranks)
     channel = Channel(config, parameters, compute_dtype(config, device), paths)
     if index < config.generators:
-        generate.run(config, channel, index, device, trace)
+        generate.run(config, channel, index, device, held, trace)
     else:
         teacher.run(config, channel, first, device, trace)
 
@@ -70,7 +79,7 @@ class Roles:
 
     def __init__(self, config: Config, channel: Channel, arguments: tuple):
         self.channel, self.names = channel, [*(f"generator {i}" for i in range(config.generators)), "teacher"]
-        self.context = mp.start_processes(worker, arguments, len(self.names), join=False, daemon=True)
+        self.context = mp.start_processes(worker, arguments, len(self.names), join=False, daemon=True, start_method="forkserver")
 
     def check(self):
         """Raise RoleDied as soon as any role has left."""
@@ -121,7 +130,7 @@ def train(config: Config, rank: int, world: int):
     open_trace(output / "trace.json")
     tickets = Tickets(config, channel, prompts, learner.version, trained_ahead)
     learner.publish(channel)
-    roles = Roles(config, channel, (config, paths, parameters, devices, world, tickets.lowest, output / "trace.json"))
+    roles = Roles(config, channel, (config, paths, parameters, devices, world, held, tickets.lowest, output / "trace.json"))
     try:
         lead(config, learner, channel, tickets, roles, tokenizer, evaluating=bool(held) and config.eval_every > 0)
     finally:

@@ -197,9 +197,12 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90_and_spills_nothing(tmp_path):
 
 
 def test_peak_memory_grows_with_the_chunk_not_with_the_positions():
-    """Resident size of a process of its own. Full logits of the last run would be 512 MiB, a chunk's are 8 and 128."""
-    code = """
-import resource, torch
+    """Highest resident size of a process of its own (ru_maxrss would begin with its parent's).
+
+    Full logits of 16,384 positions would take 512 MiB, a chunk's take 8 and 128.
+    """
+    code = r"""
+import re, torch
 from config import Config
 from kernels.head import candidate_loss
 from losses import make_loss
@@ -208,8 +211,8 @@ def peak(positions, chunk):
     hidden, weight = torch.randn(positions, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
     ids, x = torch.randint(0, 8192, (positions, 4)), torch.full((positions, 4), -5.0)
     candidate_loss(hidden, weight, ids, x, x, make_loss(Config(loss="sampled_reverse_kl")), None, 1.0, chunk)[0].backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(peak(512, 256), peak(16384, 256), peak(16384, 4096))
+    return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
+print(peak(2048, 256), peak(16384, 256), peak(16384, 4096))
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     few, many, large_chunk = map(float, result.stdout.split())

@@ -176,7 +176,7 @@ def die_and_collect(process, victim, within=20.0):
     """SIGKILL the descendant whose command line and order match; returns output; nothing may survive."""
     read_until(process, r"update +2/")
     family = children(process.pid)
-    roles = sorted(pid for pid, line in family.items() if "spawn_main" in line)  # generator, teacher: in order of birth
+    roles = sorted(pid for pid, line in family.items() if "forkserver" in line)[1:]  # in order of birth: the server, generator, teacher
     rank0 = next(pid for pid, line in family.items() if "train.py" in line)
     os.kill({"generator": roles[0], "teacher": roles[1], "learner": rank0}[victim], signal.SIGKILL)
     started = time.monotonic()
