@@ -316,7 +316,8 @@ def main():
     parser.add_argument("--slots", type=int, default=64, help="sequences decoded at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     args = parser.parse_args()
-    if not 0 <= args.temperature < float("inf") or args.seed >= 2**32 or min(args.max_prompt_tokens, args.max_new_tokens, args.slots) < 1 or args.seed < 0:
+    least = min(args.max_prompt_tokens, args.max_new_tokens, args.slots)
+    if least < 1 or not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**32:
         parser.error("--max-prompt-tokens, --max-new-tokens and --slots are at least 1, --temperature and --seed at least 0 and finite")
     device, path = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Config(student=args.model).student_path
     try:

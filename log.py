@@ -1,4 +1,4 @@
-"""What a run writes while it runs: metrics.jsonl, trace.json and the progress line.
+"""What a run writes beside its checkpoints: the output directory with config.yaml, metrics.jsonl, trace.json; the progress line.
 
 docs/metrics.md defines every metric. The trace is in Chrome's event format, one track per role: open it in Perfetto
 to see who waits for whom.
@@ -7,15 +7,80 @@ to see who waits for whom.
 from __future__ import annotations
 
 import json
+import os
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from channel import Channel
-from config import Config
+from config import Config, ConfigError
+
+MUST_MATCH = ("student", "prompts", "eval_prompts", "eval_size", "seed", "batch_size", "samples_per_prompt", "order",
+              "max_prompt_tokens", "drop_long_prompts")  # fmt: skip
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    return max((path for path in output_dir.glob("step_*") if (path / "training_state.pt").is_file()), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def check_output(config: Config) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, None for a new run; and what the user should be told. Makes the directory, writes nothing.
+
+    Raises ConfigError if the directory cannot be written or holds another run, if there is nothing to resume, or if a
+    setting that decides which rollouts come next has changed since.
+    """
+    output = Path(config.output_dir)
+    checkpoint = newest_checkpoint(output)
+    if not config.resume:
+        metrics = output / "metrics.jsonl"
+        if checkpoint or metrics.exists() and metrics.stat().st_size:
+            fix = f"--resume continues it after update {step_of(checkpoint)}" if checkpoint else "it has no checkpoint to resume from"
+            raise ConfigError(f"--output-dir {output} holds another run: choose a new directory ({fix})")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            if not os.access(output, os.W_OK):
+                raise PermissionError("no permission to write into it")
+        except OSError as error:
+            raise ConfigError(f"--output-dir {output}: {error}: choose another directory") from None
+        return None, []
+    if checkpoint is None:
+        raise ConfigError(f"--resume: no checkpoint (step_N) in --output-dir {output}: start without --resume")
+    try:
+        before = yaml.safe_load((output / "config.yaml").read_text())
+        if not zipfile.is_zipfile(checkpoint / "training_state.pt"):
+            raise OSError(f"{checkpoint}/training_state.pt is damaged, without {checkpoint} an older one is taken")
+    except OSError as error:
+        raise ConfigError(f"--resume: {error}") from None
+    for name in MUST_MATCH:
+        if before.get(name) != getattr(config, name):
+            raise ConfigError(f"--resume: {name} was {before.get(name)!r} and is {getattr(config, name)!r}: keep it")
+    if step_of(checkpoint) >= config.steps:
+        raise ConfigError(f"--resume: {output} has made {step_of(checkpoint)} updates already, --steps is {config.steps}: raise it")
+    now = yaml.safe_load(config.dump())
+    changed = [f"{name} was {before.get(name)!r} and is now {value!r}" for name, value in now.items() if before.get(name) != value]
+    return checkpoint, [f"resuming from {checkpoint}", *changed]
+
+
+def start_output(config: Config, checkpoint: Path | None) -> Path:
+    """Set up the output directory: config.yaml as used; metrics of updates that will be made again are dropped."""
+    output = Path(config.output_dir)
+    used = output / "config.yaml"
+    if checkpoint and used.read_text() != config.dump():
+        used.rename(output / f"config_until_{checkpoint.name}.yaml")
+    used.write_text(config.dump())
+    metrics = output / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if checkpoint and metrics.exists() else []
+    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step_of(checkpoint)))
+    return output
 
 
 class Timeline:

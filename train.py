@@ -33,8 +33,8 @@ import teacher
 from channel import Channel, Tickets
 from config import Config, ConfigError, parse
 from data import DataError, load_prompts
-from learner import Learner, check_output, newest_checkpoint, start_output
-from log import Log, Timeline, close_trace, open_trace
+from learner import Learner
+from log import Log, Timeline, check_output, close_trace, newest_checkpoint, open_trace, start_output
 from model import compute_dtype, load_model, shared_vocabulary
 
 
@@ -58,7 +58,7 @@ def ignore_interrupts():
         signal.signal(number, signal.SIG_IGN)
 
 
-def worker(index: int, config: Config, paths: list[str], parameters: int, devices: list[torch.device], ranks: int, held: list, first: int, trace: Path):
+def worker(index: int, config: Config, paths: list[str], parameters: int, devices: list, ranks: int, held: list, first: int, trace: Path):
     """Entry of a spawned role: generators 0..G-1, then the teacher. Being interrupted is rank 0's business."""
     ignore_interrupts()
     device = devices[ranks + index]
@@ -125,7 +125,8 @@ def train(config: Config, rank: int, world: int):
     for note in notes:
         print(f"note: {note}")
     print(f"first prompt: {prompts[0].text!r}")
-    print(f"{len(prompts)} prompts to train on, {len(held)} others to evaluate on; {parameters:,} parameters; {config.loss}, head in {'Triton kernels' if devices[rank].type == 'cuda' else 'plain torch'}")
+    print(f"{len(prompts)} prompts to train on, {len(held)} others to evaluate on; {parameters:,} parameters")
+    print(f"{config.loss}, head in {'Triton kernels' if devices[rank].type == 'cuda' else 'plain torch'}")
     print(f"devices: {', '.join(map(str, devices))} (learner x{world}, generator x{config.generators}, teacher)", flush=True)
     open_trace(output / "trace.json")
     tickets = Tickets(config, channel, prompts, learner.version, trained_ahead)

@@ -11,7 +11,7 @@ import yaml
 
 from config import Config, ConfigError, parse
 from data import ADDENDS, DataError, TicketOrder, is_correct, load_prompts, read_jsonl, running_sums
-from learner import check_output, start_output
+from log import check_output, start_output
 from model import shared_vocabulary, stop_ids
 
 

@@ -13,7 +13,8 @@ from test_teacher import MAX_NEW, full_logp, scored_table
 from channel import Channel
 from config import Config
 from kernels import head
-from learner import Learner, newest_checkpoint
+from learner import Learner
+from log import newest_checkpoint
 from losses import make_loss, second_moment_threshold
 from model import flatten_parameters, head_weight
 
