@@ -16,9 +16,10 @@ from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
 
+PRELOAD = ["transformers.models.auto.modeling_auto", "transformers.generation"]
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     # The process that the roles will be forked from imports the libraries while we do. It leaves interrupts to us.
-    forkserver.set_forkserver_preload(["transformers.models.auto.modeling_auto", "transformers.generation"])
+    forkserver.set_forkserver_preload(PRELOAD)
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     forkserver.ensure_running()
     for number, handler in handlers.items():

@@ -235,3 +235,19 @@ def test_bad_input_is_one_line_not_a_traceback(tmp_path):
     run = subprocess.run([sys.executable, str(ROOT / "train.py"), f"--output-dir={tmp_path}/x", "--teacher=/nowhere"], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.strip().startswith("train.py: error: --teacher /nowhere: no model there")
     assert "Traceback" not in run.stderr
+
+
+def test_what_the_roles_are_forked_from_has_asked_for_no_gpu():
+    """CUDA refuses to work in a process forked after the first question about devices."""
+    from train import PRELOAD
+
+    code = f"""
+import importlib, torch
+def refuse(*args, **kwargs):
+    raise RuntimeError("a device was asked for")
+for name in ("is_available", "device_count", "_lazy_init", "current_device", "get_device_capability", "get_device_properties"):
+    setattr(torch.cuda, name, refuse)
+for name in {PRELOAD}:
+    importlib.import_module(name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
