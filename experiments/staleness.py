@@ -1,0 +1,153 @@
+"""How stale can on-policy distillation be? Accuracy and divergence against exact lag: `python -m experiments.staleness`.
+
+Every run is a `Lagged` run on the built-in task: rollouts come from the weights exactly `lag` updates ago. The grid is
+starts x losses x lags x seeds; one line of the CSV per evaluation. Runs are independent, one process each, one thread
+each; a CSV that exists is continued. --quick is one start, four losses, two lags, one seed. docs/staleness.md reads the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from tqdm import tqdm
+
+from config import Config
+from experiments.lagged import Lagged
+
+VOCAB = 173
+BASE = Config(batch_size=64, lr=3e-4, eval_size=128, warmup_steps=10, teacher_cache_mb=0)
+LAGS = (0, 2, 8, 32)
+
+
+def sampled(signal: str, correction: str, samples: int) -> dict:
+    return {"loss": "sampled_reverse_kl", "signal": signal, "correction": correction, "num_samples": samples}
+
+
+LOSSES = {
+    "forward KL 16": {"loss": "forward_kl", "top_k": 16},
+    "dense reverse KL": {"loss": "sparse_reverse_kl", "top_k": VOCAB},  # every id: exact, only the prefixes are stale
+    "rollout signal": sampled("rollout", "none", 1),
+    "rollout signal + IS": sampled("rollout", "is", 1),
+    "current signal": sampled("current", "none", 1),
+    "current signal + IS": sampled("current", "is", 1),
+    "rollout signal + PPO clip": sampled("rollout", "ppo", 1),
+    "current signal + PPO clip": sampled("current", "ppo", 1),
+    "decoupled": sampled("rollout", "decoupled", 1),
+    "M2PO": sampled("rollout", "m2po", 1),
+    "rollout signal + IS, N=16": sampled("rollout", "is", 16),
+    "current signal, N=16": sampled("current", "none", 16),
+    "current signal + IS, N=4": sampled("current", "is", 4),
+    "current signal + IS, N=16": sampled("current", "is", 16),
+    "current signal + IS, N=32": sampled("current", "is", 32),
+    "current signal + IS, N=64": sampled("current", "is", 64),
+    "sparse K=16": {"loss": "sparse_reverse_kl", "top_k": 16},
+    "sparse K=32": {"loss": "sparse_reverse_kl", "top_k": 32},
+    "sparse K=64": {"loss": "sparse_reverse_kl", "top_k": 64},
+    "stratified 12+4": {"loss": "stratified_reverse_kl", "top_k": 12, "num_samples": 4},
+    "stratified 28+4": {"loss": "stratified_reverse_kl", "top_k": 28, "num_samples": 4},
+    "stratified 60+4": {"loss": "stratified_reverse_kl", "top_k": 60, "num_samples": 4},
+}
+QUICK = ("forward KL 16", "rollout signal", "current signal + IS, N=16", "stratified 28+4")
+SAME_WITHOUT_LAG = {  # b = s up to rounding: signal and correction make no difference
+    name: "current signal + IS" if settings["num_samples"] == 1 else f"current signal + IS, N={settings['num_samples']}"
+    for name, settings in LOSSES.items() if settings["loss"] == "sampled_reverse_kl"
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    start: str  # "weak" or "strong"
+    loss: str
+    lag: int
+    seed: int
+
+
+COLUMNS = ("start", "loss", "lag", "seed", "update", "accuracy", "forward_kl", "reverse_kl", "grad_norm", "drift_kl", "support_mass_student")
+
+
+def run(job: Job, student: str, steps: int, every: int, lr: float) -> list[dict]:
+    """Lines of the CSV: one per evaluation, metrics of updates as means since the last one."""
+    torch.set_num_threads(1)
+    config = replace(BASE, student=student, seed=job.seed, steps=steps, lr=lr, **LOSSES[job.loss])
+    lagged, lines, since = Lagged(config, job.lag), [], []
+    for step in range(1, steps + 1):
+        since.append(lagged.update())
+        if step % every == 0:
+            divergence = lagged.divergence()
+            means = {key: sum(m[key] for m in since) / len(since) for key in ("grad_norm", "drift_kl", "support_mass_student")}
+            lines.append({**vars(job), "update": step, "accuracy": lagged.accuracy(), **vars(divergence), **means})
+            since = []
+    return lines
+
+
+def strong_student(directory: Path, target: float = 0.9) -> str:
+    """The built-in student after synchronous forward KL up to `target` accuracy; made once, deterministic."""
+    if not (directory / "config.json").exists():
+        torch.set_num_threads(1)
+        lagged = Lagged(replace(BASE, lr=1e-3, seed=1000, steps=400, **LOSSES["forward KL 16"]), lag=0)
+        while lagged.accuracy() < target:
+            for _ in range(5):
+                lagged.update()
+        lagged.save(directory)
+    return str(directory)
+
+
+def grid(starts, losses, lags, seeds) -> list[Job]:
+    """Jobs, seed by seed, so that a run that is stopped early has whole seeds; none twice (SAME_WITHOUT_LAG)."""
+    jobs = [Job(start, loss, lag, seed) for seed in range(seeds) for start in starts for lag in lags for loss in losses]
+    return [job for job in jobs if job.lag or SAME_WITHOUT_LAG.get(job.loss, job.loss) == job.loss]
+
+
+def read(path: Path) -> list[dict]:
+    """Lines of a CSV as dictionaries with numbers, and those without lag that stand for others repeated under their names."""
+    with open(path, newline="") as file:
+        lines = [{k: v if k in ("start", "loss") else int(v) if k in ("lag", "seed", "update") else float(v) for k, v in line.items()}
+                 for line in csv.DictReader(file)]  # fmt: skip
+    copies = [
+        {**line, "loss": name} for line in lines for name, same in SAME_WITHOUT_LAG.items() if line["lag"] == 0 and same == line["loss"] != name
+    ]
+    return lines + copies
+
+
+def _work(arguments):
+    return run(*arguments)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/staleness.csv"))
+    parser.add_argument("--quick", action="store_true", help="three minutes: the main effect, one seed")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=150, help="updates of a run")
+    parser.add_argument("--every", type=int, default=50, help="updates between evaluations")
+    parser.add_argument("--lags", type=int, nargs="+", default=LAGS)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--starts", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    if args.quick:
+        args.starts, args.losses, args.lags, args.seeds = ["weak"], list(QUICK), (0, 8), 1
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    students = {"weak": "builtin"}
+    if "strong" in args.starts:
+        students["strong"] = strong_student(args.out.parent / "strong_student")
+    done = {Job(*(line[key] for key in ("start", "loss", "lag", "seed"))) for line in read(args.out)} if args.out.exists() else set()
+    jobs = [job for job in grid(args.starts, args.losses, args.lags, args.seeds) if job not in done]
+    work = [(job, students[job.start], args.steps, args.every, {"weak": 3e-4, "strong": 1e-4}[job.start]) for job in jobs]
+    with open(args.out, "a", newline="") as file, mp.get_context("forkserver").Pool(args.workers) as pool:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not done:
+            writer.writeheader()
+        for lines in tqdm(pool.imap(_work, work), total=len(work), unit="run"):  # in order: two studies give one CSV
+            writer.writerows(lines)
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()
