@@ -133,7 +133,8 @@ class Channel:
                 fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, 2**18)
             self._kept = [memory, *(end for pipe in pipes for end in pipe)]
             paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in (memory, *(pipe[0] for pipe in pipes))]
-            leader = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun; a shell may go and leave us running
+            # torchrun, if it started us and we can see it; a shell may go and leave us running
+            leader = "RANK" in os.environ and os.getppid() or os.getpid()
         else:
             leader = int(paths[0].split("/")[2])  # rank 0
         self.paths, self.leader = paths, os.pidfd_open(leader)

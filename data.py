@@ -108,12 +108,12 @@ def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False) -> lis
         if not isinstance(text, str) or not text:
             raise DataError(f"{where}: the prompt is empty or not text: {json.dumps(item)[:80]}")
         ids = tokenizer(text, add_special_tokens="prompt" in item).input_ids
-        if not ids or unknown & set(ids):
-            raise DataError(f"{where}: the prompt {'has characters that the tokenizer does not know' if ids else 'has no tokens'}: {text!r}")
         if len(ids) > limit and not drop_long:
             raise DataError(f"{where}: {len(ids)} tokens, --max-prompt-tokens is {limit}: raise it or pass --drop-long-prompts")
         if len(ids) > limit:
             dropped += 1
+        elif not ids or unknown & set(ids):
+            raise DataError(f"{where}: the prompt {'has characters that the tokenizer does not know' if ids else 'has no tokens'}: {text!r}")
         else:
             prompts.append(Prompt(text, ids, None if answer is None else str(answer)))
     if not prompts:

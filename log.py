@@ -25,7 +25,8 @@ MUST_MATCH = ("student", "prompts", "eval_prompts", "eval_size", "seed", "batch_
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    return max((path for path in output_dir.glob("step_*") if (path / "training_state.pt").is_file()), key=step_of, default=None)
+    complete = (path.parent for path in output_dir.glob("step_*/training_state.pt"))
+    return max((path for path in complete if path.name.removeprefix("step_").isdigit()), key=step_of, default=None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -55,11 +56,11 @@ def check_output(config: Config) -> tuple[Path | None, list[str]]:
     if checkpoint is None:
         raise ConfigError(f"--resume: no checkpoint (step_N) in --output-dir {output}: start without --resume")
     try:
-        before = yaml.safe_load((output / "config.yaml").read_text())
+        before = dict(yaml.safe_load((output / "config.yaml").read_text()))
         if not zipfile.is_zipfile(checkpoint / "training_state.pt"):
-            raise OSError(f"{checkpoint}/training_state.pt is damaged, without {checkpoint} an older one is taken")
-    except OSError as error:
-        raise ConfigError(f"--resume: {error}") from None
+            raise OSError(f"training_state.pt is damaged, without {checkpoint} an older one is taken")
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--resume: {output}/config.yaml or {checkpoint} cannot be read: {error}") from None
     for name in MUST_MATCH:
         if before.get(name) != getattr(config, name):
             raise ConfigError(f"--resume: {name} was {before.get(name)!r} and is {getattr(config, name)!r}: keep it")
@@ -78,8 +79,9 @@ def start_output(config: Config, checkpoint: Path | None) -> Path:
         used.rename(output / f"config_until_{checkpoint.name}.yaml")
     used.write_text(config.dump())
     metrics = output / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if checkpoint and metrics.exists() else []
-    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step_of(checkpoint)))
+    lines = metrics.read_text().splitlines() if checkpoint and metrics.exists() else []
+    whole = (line for line in lines if line.endswith("}"))  # a machine that went down may have cut the last one
+    metrics.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step_of(checkpoint)))
     return output
 
 

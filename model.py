@@ -25,16 +25,20 @@ from kernels.head import head_logits
 def check_path(flag: str, path: str):
     """A directory must exist; anything that does not look like a path is taken for a hub id."""
     place = Path(path)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.parent.is_dir()
+    no_hub_id = path.startswith((".", "/", "~")) or path.count("/") != 1
+    looks_local = no_hub_id or place.parent.is_dir()
     if looks_local and not (place / "config.json").is_file():
-        raise ConfigError(f"{flag} {path}: no model there (config.json is missing): give a model directory or a hub id such as org/name")
-    index = place / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    for shard in shards if looks_local and not list(place.glob("*.bin")) else ():
-        try:
-            safe_open(place / shard, "pt")
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{flag} {place / shard}: weights missing or damaged: {error}: fetch or save the model again") from None
+        why = "" if no_hub_id else f"; {place.parent} is a directory here, so this is not taken for a hub id"
+        raise ConfigError(f"{flag} {path}: no model there (config.json is missing{why}): give a model directory or a hub id such as org/name")
+    if not looks_local or list(place.glob("pytorch_model*.bin")):
+        return
+    shard, index = place / "model.safetensors", place / "model.safetensors.index.json"
+    try:
+        whole = shard.is_file() or not index.is_file()
+        for shard in [shard] if whole else {place / name for name in json.loads(index.read_text())["weight_map"].values()}:
+            safe_open(shard, "pt")
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ConfigError(f"{flag} {shard}: weights missing or damaged: {error}: fetch or save the model again") from None
 
 
 def load_tokenizer(flag: str, path: str):

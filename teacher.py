@@ -138,6 +138,7 @@ class Teacher:
             known_ids.append(ids[:, known].int().cpu())
             known_logp.append(logp[:, known])
             scored.append(logp[:, :given])
+            del logits  # before the next chunk's are made
         counts = [len(ids) for _, ids, _ in views]
         known_ids, known_logp = torch.cat(known_ids).split(counts), torch.cat(known_logp).split(counts)
         scored = known_logp if self.own_ids else torch.cat(scored).split(counts)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
@@ -20,6 +22,7 @@ PRELOAD = ["transformers.models.auto.modeling_auto", "transformers.generation"]
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     # The process that the roles will be forked from imports the libraries while we do. It leaves interrupts to us.
     forkserver.set_forkserver_preload(PRELOAD)
+    tempfile.tempdir = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # a socket's path may have 107 characters
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     forkserver.ensure_running()
     for number, handler in handlers.items():
@@ -191,8 +194,9 @@ def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, r
             if last or config.save_every and learner.version % config.save_every == 0:
                 saved = save()
         broadcast(None)
-    except RoleDied:
-        broadcast(None)
+    except (RoleDied, OSError):  # a full disk, say; after FloatingPointError every rank has left
+        with suppress(RuntimeError):  # a follower may be gone too
+            broadcast(None)
         raise
     finally:  # whatever ended the loop, what was learned is kept
         if saved < learner.version:

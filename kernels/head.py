@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOGITS_DTYPE = torch.float32  # what a bfloat16 head product is rounded to for the loss; docs/decisions.md compares
 
@@ -71,8 +72,11 @@ def scatter(logits: Tensor, ids: Tensor, c: Tensor, logsumexp: Tensor, dtype: to
 @torch.no_grad()
 def candidate_logp(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float = 1.0, chunk: int = 1024) -> Tensor:
     """Log-probabilities of given ids: hidden [N,D], weight [V,D], ids int64 [N,C] -> [N,C]. No gradient."""
-    parts = [gather(logits, ids[rows])[0] for rows, logits in logit_chunks(hidden, weight, scale, chunk)]
-    return torch.cat(parts) if parts else hidden.new_zeros(ids.shape)
+    logp = torch.empty(ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    for rows, logits in logit_chunks(hidden, weight, scale, chunk):
+        logp[rows] = gather(logits, ids[rows])[0]
+        del logits  # before the next chunk's are made
+    return logp
 
 
 def fused_loss(config, m2_threshold: float | None = None) -> Callable | None:
@@ -102,33 +106,33 @@ def unfused_loss(loss: Callable, logits: Tensor, ids: Tensor, t: Tensor, b: Tens
     with torch.enable_grad():
         value = loss(s.requires_grad_(), t, b)
         (c,) = torch.autograd.grad(value.sum(), s)
-    return value.detach(), s.detach(), scatter(logits, ids, c.masked_fill_(ids < 0, 0.0), logsumexp, dtype)
+    return value.detach(), s.detach(), scatter(logits, ids, c.masked_fill(ids < 0, 0.0).contiguous(), logsumexp, dtype)
 
 
 class _CandidateLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids, teacher_logp, behavior_logp, loss, fused, scale, chunk):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        student_logp = []
+        student_logp = torch.empty(ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
         compute_weight = weight.to(hidden.dtype)
         for rows, logits in logit_chunks(hidden, compute_weight, scale, chunk, LOGITS_DTYPE):
             candidates = ids[rows], teacher_logp[rows], behavior_logp[rows]
             if fused and uses_triton(logits):
-                value, s, g = fused(logits, *candidates, hidden.dtype)
+                value, student_logp[rows], g = fused(logits, *candidates, hidden.dtype)
             else:
-                value, s, g = unfused_loss(loss, logits, *candidates, hidden.dtype)
+                value, student_logp[rows], g = unfused_loss(loss, logits, *candidates, hidden.dtype)
             total += value.sum(dtype=torch.float64)
-            student_logp.append(s)
             grad_hidden[rows] = torch.mm(g, compute_weight).mul_(scale)
             add_product(grad_weight, g.t(), hidden[rows], scale)
-        student_logp = torch.cat(student_logp) if student_logp else hidden.new_zeros(ids.shape)
+            del logits, g  # one chunk's memory, before the next chunk's logits are made
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(student_logp)
         return total, student_logp
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_total, _):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None, None, None, None

@@ -2,11 +2,8 @@
 
     n  rows (positions of a chunk)      V  vocabulary      C  candidates of a position
 
-    log-probability of candidate k      s_k = z[ids_k] - logsumexp(z)
-    gradient, given c_k = dL/ds_k       dL/dz_j = sum_{k: ids_k = j} c_k  -  softmax(z)_j * sum_k c_k
-
-Traffic a row: the logits are read twice and the gradient is written once; how much of the second read the L2
-cache serves depends on V (docs/kernels.md). An id of -1 means that there is no candidate: it has s = 0 and c = 0.
+The mathematics is in kernels/head.py. Traffic a row: the logits are read twice and the gradient is written once; how much of the
+second read the L2 cache serves depends on V (docs/kernels.md). An id of -1 means that there is no candidate: s = 0, c = 0.
 
 The gradient goes where the logits were. It has the dtype of the next matrix product, so that no pass over it is
 needed to convert it: a bfloat16 gradient of float32 logits fills the first half of its row's bytes. Equal ids add up
@@ -53,7 +50,7 @@ def row_gather(row, ids_row, lse, C, CANDIDATES: tl.constexpr):
 def row_scatter(row, grad_row, ids_row, c_row, lse, V, C, LANES: tl.constexpr, DEPTH: tl.constexpr, CANDIDATES: tl.constexpr):
     """Overwrite a row of logits with the gradient; c [C], in memory, is 0 where there is no candidate."""
     NARROW: tl.constexpr = grad_row.dtype.element_ty.primitive_bitwidth < row.dtype.element_ty.primitive_bitwidth
-    PART: tl.constexpr = min(CANDIDATES, 32)  # all pairs of 256 candidates at once would not fit into registers
+    PART: tl.constexpr = max(1, min(CANDIDATES, 8192 // CANDIDATES))  # all pairs at once would not fit into registers
     k, there, s = row_gather(row, ids_row, lse, C, CANDIDATES)
     ids = tl.load(ids_row + k, mask=k < C, other=-1)
     c_sum = tl.sum(tl.load(c_row + k, mask=k < C, other=0.0), 0)
@@ -111,9 +108,11 @@ def launch(kernel, logits: Tensor, dtype: torch.dtype, columns: tuple[Tensor, ..
     8 to 32 warps. Raises ValueError on what the kernels cannot take.
     """
     (n, V), C = logits.shape, columns[0].shape[1]
-    if logits.dtype not in (torch.float32, torch.bfloat16) or V >= 2**30:
-        raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype}: float32 or bfloat16 are needed, below 2^30 ids")
+    if logits.dtype not in (torch.float32, torch.bfloat16) or dtype.itemsize > logits.dtype.itemsize or V >= 2**30:
+        raise ValueError(f"logits {tuple(logits.shape)} {logits.dtype}, gradient {dtype}: float32 or bfloat16 are needed, below 2^30 ids")
     for tensor in (logits, *columns, *outputs):
+        if tensor.dim() == 2 and tensor is not logits and tensor.shape[1] != C:
+            raise ValueError(f"{tuple(tensor.shape)}: needs {C} columns, as many as ids")
         if not tensor.is_contiguous() or tensor.device != logits.device or tensor.shape[0] != n:
             raise ValueError(f"{tuple(tensor.shape)} on {tensor.device}: needs {n} contiguous rows on {logits.device}")
     grad = logits.view(dtype)[:, :V]

@@ -5,7 +5,6 @@
 
 s_k = z[ids_k] - logsumexp(z). The sampled loss has draws only; the stratified one the sampler's top-K as exact
 columns and draws from the rest. A = t - s or t - b by SIGNAL, w by CORRECTION, both decided at compile time.
-Traffic a row: 2 V logits read, V gradient entries written, of which the second read may be served by L2.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def sampled_reverse_kl_kernel(
     exact = tl.exp(s) * (s - t)
     coefficient = tl.where(k < first_draw, tl.where(k >= first_exact, exact, 0.0), draw)
     coefficient = tl.where(there, coefficient, 0.0)
-    tl.store(loss + n, tl.sum(coefficient * s, 0))
+    tl.store(loss + n, tl.sum(tl.where(k >= first_exact, coefficient * s, 0.0), 0))
     tl.store(student_logp + n * C + k, s, mask=k < C)
     tl.store(c + n * C + k, coefficient, mask=k < C)
     tl.debug_barrier()  # every thread sees the whole of c

@@ -4,7 +4,6 @@
     c_k    e^{s_k} (s_k - t_k + 1)
 
 s_k = z[ids_k] - logsumexp(z). The columns before `first` carry no loss; their s is returned all the same.
-Traffic a row: 2 V logits read, V gradient entries written, of which the second read may be served by L2.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ def sparse_reverse_kl_kernel(
     lse = row_logsumexp(logits + n * V, V, LANES, DEPTH)
     k, there, s = row_gather(logits + n * V, ids + n * C, lse, C, CANDIDATES)
     t = tl.load(teacher_logp + n * C + k, mask=k < C, other=0.0)
-    p = tl.where(there & (k >= first), tl.exp(s), 0.0)
-    tl.store(loss + n, tl.sum(p * (s - t), 0))
+    counts = there & (k >= first)
+    tl.store(loss + n, tl.sum(tl.where(counts, tl.exp(s) * (s - t), 0.0), 0))
     tl.store(student_logp + n * C + k, s, mask=k < C)
-    tl.store(c + n * C + k, p * (s - t + 1.0), mask=k < C)
+    tl.store(c + n * C + k, tl.where(counts, tl.exp(s) * (s - t + 1.0), 0.0), mask=k < C)
     tl.debug_barrier()  # every thread sees the whole of c
     row_scatter(logits + n * V, grad + n * grad_stride, ids + n * C, c + n * C, lse, V, C, LANES, DEPTH, CANDIDATES)
 

@@ -158,6 +158,7 @@ def test_logits_of_any_size_neither_overflow_nor_vanish():
     torch.testing.assert_close(rows.gather(logits, ids)[0].double(), expected, rtol=1e-6, atol=1e-4)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="tiny models on the CPU; tests/test_gpu.py trains on the GPU")
 def test_the_learner_reaches_the_kernels_by_itself(triton_path, model_dir, monkeypatch):
     """An update through them equals the one in plain torch; every loss but forward KL has its own."""
     from test_learner import ROWS, new_learner, stale_table
@@ -177,11 +178,65 @@ def test_the_learner_reaches_the_kernels_by_itself(triton_path, model_dir, monke
             assert ours[key] == pytest.approx(plain[key], rel=1e-4, abs=1e-6), (name, key)
 
 
+def test_a_loss_may_have_any_derivative_with_absent_candidates(triton_path):
+    """Autograd hands out an expanded tensor here: written in place, one absent candidate would be all of them."""
+    logits = torch.randn(5, 30, device=DEVICE)
+    ids = torch.tensor([[3, -1, 7]], device=DEVICE).expand(5, 3).contiguous()
+    x = torch.zeros(5, 3, device=DEVICE)
+    gradients = []
+    for on in (True, False):
+        triton_path(on)
+        gradients.append(head.unfused_loss(lambda s, t, b: (s - t).sum(-1), logits.clone(), ids, x, x, torch.float32)[2])
+    expected = -2 * logits.softmax(-1)
+    expected[:, [3, 7]] += 1
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter computes what tl.where then discards
+def test_a_column_without_loss_may_be_impossible(triton_path):
+    """-inf logits of the emitted token do not reach the loss: 0 * inf would be NaN."""
+    for config in (LOSS_CONFIGS[1], LOSS_CONFIGS[-1]):
+        hidden, weight, ids, t, b = single(problem(config, different_ids=50))
+        ids = torch.arange(ids.shape[1], device=DEVICE).expand_as(ids).contiguous()
+        logits = head.head_logits(hidden, weight, 1.0)
+        logits[:, 0] = float("-inf")
+        loss, _, gradient = fused_loss(config)(logits, ids, t, b, torch.float32)
+        assert loss.isfinite().all() and gradient.isfinite().all() and (gradient[:, 0] == 0).all()
+
+
+def test_one_chunk_of_logits_at_a_time(triton_path, monkeypatch):
+    """When a chunk's logits are made, the last chunk's are gone."""
+    import weakref
+
+    made, original = [], head.head_logits
+
+    def watch(*args):
+        assert not [ref for ref in made if ref() is not None]
+        logits = original(*args)
+        made.append(weakref.ref(logits.untyped_storage()))
+        return logits
+
+    monkeypatch.setattr(head, "head_logits", watch)
+    config = LOSS_CONFIGS[-1]
+    hidden, weight, ids, t, b = single(problem(config))
+    modes = (True, False) if DEVICE == "cuda" else (False,)  # the interpreter keeps a reference to its last arguments
+    for on in modes:
+        triton_path(on)
+        run(config, hidden, weight, ids, t, b, chunk=8)
+        candidate_logp(hidden, weight, ids, chunk=8)
+    assert len(made) == len(modes) * 2 * 6
+
+
 def test_what_a_kernel_cannot_take_is_refused(triton_path):
     logits, ids = torch.zeros(4, 8, device=DEVICE), torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
     for bad in ((logits.half(), ids), (logits.t(), ids), (logits, ids[:3]), (logits, ids.expand(2, 4, 2).transpose(0, 1)[:, 0].t().t()[:, ::2])):
         with pytest.raises(ValueError, match="needs 4 contiguous rows|needs 8 contiguous rows|float32 or bfloat16 are needed"):
             rows.gather(*bad)
+    with pytest.raises(ValueError, match="gradient torch.float32: float32 or bfloat16 are needed"):
+        rows.scatter(logits.bfloat16(), ids, torch.zeros(4, 2, device=DEVICE), torch.zeros(4, device=DEVICE), torch.float32)
+    with pytest.raises(ValueError, match=r"\(4, 3\): needs 2 columns"):
+        fused_loss(LOSS_CONFIGS[1])(logits, ids, torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 2, device=DEVICE), torch.float32)
     fused = fused_loss(Config(loss="sampled_reverse_kl", num_samples=2, correction="m2po"))
     with pytest.raises(ValueError, match="m2po needs m2_threshold"):
         fused(logits, ids, torch.zeros(4, 2, device=DEVICE), torch.zeros(4, 2, device=DEVICE), torch.float32)
