@@ -3,7 +3,6 @@
 `python tests/compile_kernels.py`. Exits with 1 if anything spills. What it compiles is what `launch_shape` launches.
 """
 
-import itertools
 import re
 import subprocess
 import sys
@@ -54,7 +53,7 @@ def resources(ptx: str, arch: int) -> tuple[int, int]:
 
 def main():
     spilled = 0
-    for arch, (logits, grad, vocab, candidates, kernels) in itertools.product((80, 90), CASES):
+    for arch, (logits, grad, vocab, candidates, kernels) in [(80, case) for case in CASES[:2]] + [(90, case) for case in CASES]:
         for kernel, constants in kernels:
             ptx = compile_kernel(kernel, arch, logits, grad, vocab, candidates, constants).asm["ptx"]
             registers, bytes_spilled = resources(ptx, arch)

@@ -14,7 +14,7 @@ from kernels.head import candidate_loss, candidate_logp, fused_loss
 from losses import make_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-N, D, V = 41, 13, 1271
+N, D, V = 19, 13, 1271
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def problem(config, positions=N, vocab=V, seed=0, different_ids=9):
     return [x.to(DEVICE) for x in (hidden, weight, ids, t, b)]
 
 
-def run(config, hidden, weight, ids, t, b, scale=1.0, chunk=16, upstream=1.0):
+def run(config, hidden, weight, ids, t, b, scale=1.0, chunk=8, upstream=1.0):
     """Loss, gradients of hidden and weight, student_logp; weight is a float32 master also for bfloat16 hidden states."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     losses = make_loss(config, m2_threshold=0.02), fused_loss(config, m2_threshold=0.02)
@@ -225,7 +225,7 @@ def test_one_chunk_of_logits_at_a_time(triton_path, monkeypatch):
         triton_path(on)
         run(config, hidden, weight, ids, t, b, chunk=8)
         candidate_logp(hidden, weight, ids, chunk=8)
-    assert len(made) == len(modes) * 2 * 6
+    assert len(made) == len(modes) * 2 * 3
 
 
 def test_what_a_kernel_cannot_take_is_refused(triton_path):
