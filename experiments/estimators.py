@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from config import Config
 from experiments.lagged import CPU, Lagged
-from experiments.staleness import BASE, LAGS, LOSSES
+from experiments.staleness import BASE, LAGS, LOSSES, task
 from generate import Rollout, draws_per_position, propose, write_rollout
 from kernels.head import head_logits, unfused_loss
 from losses import make_loss, second_moment_threshold, sparse_reverse_kl, stratified_reverse_kl
@@ -142,7 +142,7 @@ def main():
     torch.set_num_threads(1)
     settings = {name: fields for name, fields in LOSSES.items() if fields["loss"] != "forward_kl"}
     config = replace(BASE, seed=args.seed, lr=args.lr, steps=max(args.updates), **LOSSES[TRAINING])
-    lagged = Lagged(config, lag=0, keep=max(LAGS))
+    lagged = Lagged(config, 0, *task(), keep=max(LAGS))
     sampler = load_model(config.student_path, torch.float32, CPU)
     weights = flatten_parameters(sampler)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from channel import Channel, Tickets
 from config import Config
-from data import Prompt, load_prompts
+from data import Prompt
 from generate import Rollout, evaluate, new_generator, write_rollout
 from kernels.head import head_logits
 from learner import Learner
@@ -40,12 +40,10 @@ class Divergence:
 class Lagged:
     """`config` as for train.py (max_staleness is ignored: the lag is exact); `prompts` and `held` as from load_prompts."""
 
-    def __init__(self, config: Config, lag: int, prompts: list[Prompt] | None = None, held: list[Prompt] | None = None, keep: int = 0):
+    def __init__(self, config: Config, lag: int, prompts: list[Prompt], held: list[Prompt], keep: int = 0):
         """`keep`: versions of the parameters to remember beside those that the lag needs."""
         self.config = config = replace(config, max_staleness=0, teacher_cache_mb=0, order="batch")
         self.tokenizer, stops, self.vocab, _ = shared_vocabulary(config)
-        if prompts is None:
-            prompts, held = load_prompts(config, self.tokenizer)
         self.held = held
         self.learner = Learner(load_model(config.student_path, torch.float32, CPU), config, self.vocab, torch.float32)
         self.teacher = Teacher(load_model(config.teacher_path, torch.float32, CPU), config, self.vocab)
