@@ -39,7 +39,7 @@ from config import Config, ConfigError, parse
 from data import DataError, load_prompts
 from learner import Learner
 from log import Log, Timeline, check_output, close_trace, newest_checkpoint, open_trace, start_output
-from model import compute_dtype, load_model, shared_vocabulary
+from model import check_path, compute_dtype, load_model, shared_vocabulary
 
 
 def place(config: Config, ranks: int) -> list[torch.device]:
@@ -115,6 +115,8 @@ def train(config: Config, rank: int, world: int):
     notes += more
     prompts, held = load_prompts(config, tokenizer)
     dtype = compute_dtype(config, devices[rank])
+    if checkpoint:
+        check_path("--resume", str(checkpoint))
     model = load_model(str(checkpoint or config.student_path), torch.float32, devices[rank])
     learner = Learner(model, config, vocab, dtype, rank, world)
     trained_ahead = learner.load(checkpoint) if checkpoint else []

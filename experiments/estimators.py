@@ -119,15 +119,15 @@ class Snapshot:
         if config.correction == "m2po":
             ids, b = self.draw(config, generator)
             threshold = second_moment_threshold(self.s.gather(1, ids) - b)
-        mean = self.gradient(expected_logit_gradient(config, self.s, self.t, self.b, threshold))
-        scale, variance = self.exact.norm(), 0.0
+        mean, exact = self.gradient(expected_logit_gradient(config, self.s, self.t, self.b, threshold)).double(), self.exact.double()
+        scale, variance = exact.norm(), 0.0
         for _ in range(draws if config.loss != "sparse_reverse_kl" else 0):  # sparse: nothing is random
             ids, b = self.draw(config, generator)
             _, _, g = unfused_loss(make_loss(config, threshold), self.logits.detach().clone(), ids, self.t.gather(1, ids), b, torch.float32)
             variance += float((self.gradient(g) - mean).square().sum()) / draws
         return {
-            "norm": float(scale), "bias": float((mean - self.exact).norm() / scale), "variance": variance / float(scale) ** 2,
-            "cosine": float(torch.dot(mean, self.exact) / (mean.norm() * scale)),
+            "norm": float(scale), "bias": float((mean - exact).norm() / scale), "variance": variance / float(scale) ** 2,
+            "cosine": float(torch.dot(mean, exact) / (mean.norm() * scale)),
         }  # fmt: skip
 
 

@@ -253,3 +253,12 @@ for name in {PRELOAD}:
     importlib.import_module(name)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_damaged_checkpoint_is_named_on_resume(pair, tmp_path):
+    output = tmp_path / "run"
+    finish(start(output, *pair, "--max-staleness=0", "--steps=2", "--eval-every=0"))
+    weights = output / "step_2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    out = finish(start(output, *pair, "--max-staleness=0", "--steps=4", "--eval-every=0", "--resume"), expect=1)
+    assert f"--resume {weights}: weights missing or damaged" in out and "Traceback" not in out
