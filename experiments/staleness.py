@@ -2,7 +2,7 @@
 
 Every run is a `Lagged` run on the built-in task: rollouts come from the weights exactly `lag` updates ago. The grid is
 starts x losses x lags x seeds; one line of the CSV per evaluation. Runs are independent, one process each, one thread
-each; a CSV that exists is continued. --quick is one start, four losses, two lags, one seed. docs/staleness.md reads the result.
+each; a CSV that exists is continued. --quick is one start, four losses, two lags, one seed, in a CSV of its own.
 """
 
 from __future__ import annotations
@@ -133,13 +133,25 @@ def read(path: Path) -> list[dict]:
     return lines + copies
 
 
+def summary(lines: list[dict]) -> str:
+    """A line per start and loss: mean accuracy over seeds at the last evaluation, lag by lag."""
+    last, groups = max(line["update"] for line in lines), {}
+    for line in sorted(lines, key=lambda line: line["lag"]):
+        if line["update"] == last:
+            groups.setdefault((line["start"], line["loss"]), {}).setdefault(line["lag"], []).append(line["accuracy"])
+    return "\n".join(
+        f"{start:6s} {loss:26s} " + "  ".join(f"lag {lag}: {sum(values) / len(values):5.1%}" for lag, values in lags.items())
+        for (start, loss), lags in groups.items()
+    )
+
+
 def _work(arguments):
     return run(*arguments)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/staleness.csv"), help="continued if it exists")
+    parser.add_argument("--out", type=Path, help="CSV, continued if it exists; default experiments/results/staleness.csv, with --quick runs/staleness_quick.csv")
     parser.add_argument("--quick", action="store_true", help="three minutes: the main effect, one seed")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=80, help="updates of a run")
@@ -151,6 +163,7 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.starts, args.losses, args.lags, args.seeds = ["weak"], list(QUICK), (0, 8), 1
+    args.out = args.out or Path("runs/staleness_quick.csv" if args.quick else "experiments/results/staleness.csv")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     students = {"weak": "builtin"}
     if "strong" in args.starts:
@@ -165,6 +178,7 @@ def main():
         for lines in tqdm(pool.imap(_work, work), total=len(work), unit="run"):  # in order: two studies give one CSV
             writer.writerows(lines)
             file.flush()
+    print(summary(read(args.out)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from experiments.estimators import dense_logit_gradient, expected_logit_gradient
 from experiments.lagged import Lagged
-from experiments.staleness import BASE, LAGS, LOSSES, SAME_WITHOUT_LAG, Job, grid, read, run, task
+from experiments.staleness import BASE, LAGS, LOSSES, SAME_WITHOUT_LAG, Job, grid, read, run, summary, task
 
 
 def policies(lag, positions=5, vocab=40):
@@ -70,3 +70,9 @@ def test_no_run_is_made_twice_and_none_is_missing(tmp_path):
             assert Job("weak", stands_in, 0, seed) in jobs and all(Job("weak", name, lag, seed) in jobs for lag in LAGS[1:])
     (tmp_path / "s.csv").write_text("start,loss,lag,seed,update,accuracy\nweak,current signal + IS,0,0,20,0.5\n")
     assert {line["loss"] for line in read(tmp_path / "s.csv")} == {name for name, same in SAME_WITHOUT_LAG.items() if same == "current signal + IS"} | {"current signal + IS"}
+
+
+def test_the_summary_is_the_mean_over_seeds_of_the_last_evaluation():
+    line = {"start": "weak", "loss": "M2PO", "lag": 8, "update": 80}
+    lines = [line | {"accuracy": 0.25}, line | {"accuracy": 0.75}, line | {"update": 20, "accuracy": 1.0}, line | {"lag": 0, "accuracy": 1.0}]
+    assert summary(lines).split() == "weak M2PO lag 0: 100.0% lag 8: 50.0%".split()
