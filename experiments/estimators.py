@@ -21,19 +21,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from config import Config
 from experiments.lagged import CPU, Lagged
-from experiments.staleness import BASE, LAGS, LOSSES, task
-from generate import Rollout, draws_per_position, propose, write_rollout
-from kernels.head import head_logits, unfused_loss
+from experiments.staleness import BASE, LAGS, LOSSES, append, task
+from generate import draws_per_position, propose
+from kernels.head import unfused_loss
 from losses import make_loss, second_moment_threshold, sparse_reverse_kl, stratified_reverse_kl
-from model import flatten_parameters, head_weight, load_model
-from teacher import response_hidden
+from model import flatten_parameters, load_model
 
 TRAINING = "stratified 28+4"  # the loss of the run whose snapshots are looked at
-COLUMNS = ("update", "lag", "estimator", "candidates", "positions", "drift_kl", "norm", "bias", "cosine", "variance")
+BATCHES = (1_000, 10_000, 100_000, 1_000_000)  # tokens
+RESULTS = Path("experiments/results/estimators.csv")
+COLUMNS = ("seed", "update", "lag", "estimator", "candidates", "positions", "drift_kl", "norm", "bias", "cosine", "repulsion", "variance")
 
 
 def derivative(loss, s: Tensor) -> Tensor:
@@ -78,30 +78,24 @@ def dense_logit_gradient(s: Tensor, t: Tensor) -> Tensor:
     return u - s.exp() * u.sum(-1, keepdim=True)
 
 
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+
+
 class Snapshot:
     """Student, teacher and an older sampler on one batch of the sampler's rollouts; gradients through the student."""
 
     def __init__(self, lagged: Lagged, sampler, weights: Tensor):
         """`sampler`: a plain model whose flat parameters are set to `weights`."""
-        rows = range(lagged.config.batch_size)
-        lagged.weights.copy_(weights)
-        rollouts = [Rollout(prompt.ids, ticket=lagged.learner.version * 1000 + row, row=row) for row, prompt in zip(rows, lagged.held)]
-        for rollout in rollouts:
-            lagged.channel.tokens[rollout.row, : len(rollout.prompt_ids)] = torch.tensor(rollout.prompt_ids, dtype=torch.int32)
-            lagged.channel.prompt_len[rollout.row] = len(rollout.prompt_ids)
-        for rollout in lagged.plain.generate(rollouts):
-            write_rollout(lagged.channel, rollout)
+        rows = lagged.fresh_rows(weights, lagged.held[: lagged.config.batch_size], ticket=lagged.learner.version * 1000)
         self.parameters = lagged.learner.parameters
-
-        def logits(model) -> Tensor:
-            hidden = response_hidden(model, lagged.channel, [r.row for r in rollouts])
-            return head_logits(hidden, head_weight(model)[: lagged.vocab], 1.0 / lagged.config.temperature)
-
-        self.logits = logits(lagged.learner.model)
+        self.logits = lagged.logits(lagged.learner.model, rows)
         with torch.no_grad():
-            self.sampler_logits = logits(sampler)
-            self.s, self.b, self.t = (z.detach().log_softmax(-1) for z in (self.logits, self.sampler_logits, logits(lagged.teacher.model)))
+            self.sampler_logits, teacher_logits = (lagged.logits(model, rows) for model in (sampler, lagged.teacher.model))
+            self.s, self.b, self.t = (z.detach().log_softmax(-1) for z in (self.logits, self.sampler_logits, teacher_logits))
         self.exact = self.gradient(dense_logit_gradient(self.s, self.t))
+        kl = (self.s.exp() * (self.s - self.t)).sum(-1, keepdim=True)
+        self.repulsion = self.gradient(kl * (self.b.exp() - self.s.exp())).double()
 
     def gradient(self, logit_gradient: Tensor) -> Tensor:
         """G of the mean over positions, flat."""
@@ -114,7 +108,11 @@ class Snapshot:
         return propose(self.sampler_logits, uniforms, config.loss, config.top_k)
 
     def measure(self, config: Config, draws: int, seed: int) -> dict[str, float]:
-        """Relative to the exact gradient's norm: bias, cosine of the mean with it, variance (a squared norm)."""
+        """Relative to the exact gradient's norm: bias, cosine of the mean with it, variance (a squared norm).
+
+        `repulsion` is the cosine of the bias with the gradient of KL(s || t) (b - p): what a signal of mean KL > 0 does to the
+        samples of a stale sampler when nothing weights them, push the student away from where the sampler is.
+        """
         generator, threshold = torch.Generator().manual_seed(seed), None
         if config.correction == "m2po":
             ids, b = self.draw(config, generator)
@@ -127,43 +125,78 @@ class Snapshot:
             variance += float((self.gradient(g) - mean).square().sum()) / draws
         return {
             "norm": float(scale), "bias": float((mean - exact).norm() / scale), "variance": variance / float(scale) ** 2,
-            "cosine": float(torch.dot(mean, exact) / (mean.norm() * scale)),
+            "cosine": cosine(mean, exact), "repulsion": cosine(mean - exact, self.repulsion),
         }  # fmt: skip
+
+
+def at_snapshot(job: tuple[int, int, int]) -> list[dict]:
+    """Lines of the CSV for one (seed, update, draws): the run up to `update`, then every estimator at every lag there."""
+    seed, update, draws = job
+    torch.set_num_threads(1)
+    config = replace(BASE, seed=seed, lr=3e-4, steps=80, **LOSSES[TRAINING])
+    lagged = Lagged(config, 0, *task(), keep=max(LAGS))
+    for _ in range(update):
+        lagged.update()
+    sampler = load_model(config.student_path, torch.float32, CPU)
+    weights, lines = flatten_parameters(sampler), []
+    for lag in LAGS:
+        weights.copy_(lagged.versions[-1 - lag])
+        snapshot = Snapshot(lagged, sampler, weights)
+        where = {"seed": seed, "update": update, "lag": lag, "positions": len(snapshot.s)}
+        drift = float((snapshot.b.exp() * (snapshot.b - snapshot.s)).sum(-1).mean())
+        for name, fields in LOSSES.items():
+            if fields["loss"] != "forward_kl":
+                estimator = replace(config, **fields)
+                columns = estimator.columns["total"].stop
+                lines.append({**where, "estimator": name, "candidates": columns, "drift_kl": drift, **snapshot.measure(estimator, draws, seed)})
+    return lines
+
+
+def read(path: Path) -> list[dict]:
+    """Lines of a CSV with numbers, and `error_M`: the relative squared error bias^2 + variance P / M of a batch of M tokens."""
+    with open(path, newline="") as file:
+        lines = [{k: v if k == "estimator" else float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+    for line in lines:
+        line |= {f"error_{m}": line["bias"] ** 2 + line["variance"] * line["positions"] / m for m in BATCHES}
+    return lines
+
+
+def jobs_for(cells: set[tuple], seeds: range, updates=(40, 80), draws: int = 50) -> list[tuple[int, int, int]]:
+    """Every snapshot has all cells."""
+    return [(seed, update, draws) for seed in seeds for update in updates]
+
+
+def study(path: Path, jobs: list[tuple[int, int, int]], workers: int = 0) -> list[dict]:
+    """Append the lines of those `jobs` that the CSV does not hold; all its lines. `workers`: 0 is one per core."""
+    done = {(line["seed"], line["update"]) for line in read(path)} if path.exists() else set()
+    if jobs := [job for job in jobs if job[:2] not in done]:
+        append(path, COLUMNS, at_snapshot, jobs, workers)
+    return read(path)
+
+
+def summary(lines: list[dict], lag: int) -> str:
+    """A line per estimator: means over seeds and snapshots at one lag."""
+    rows = [f"lag {lag:2d}                     candidates    bias  st.dev.   error of {'  '.join(f'{m:>9,}' for m in BATCHES)} tokens"]
+    for name in dict.fromkeys(line["estimator"] for line in lines):
+        chosen = [line for line in lines if line["estimator"] == name and line["lag"] == lag]
+        mean = {key: sum(line[key] for line in chosen) / len(chosen) for key in chosen[0] if key != "estimator"}
+        errors = "  ".join(f"{mean[f'error_{m}'] ** 0.5:9.3f}" for m in BATCHES)
+        rows.append(f"{name:26s} {mean['candidates']:10.0f}  {mean['bias']:6.3f}  {mean['variance'] ** 0.5:7.3f}            {errors}")
+    return "\n".join(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/estimators.csv"))
-    parser.add_argument("--updates", type=int, nargs="+", default=[40, 80, 120], help="snapshots after these updates")
-    parser.add_argument("--draws", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--updates", type=int, nargs="+", default=[40, 80], help="snapshots after these updates")
+    parser.add_argument("--draws", type=int, default=50)
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    settings = {name: fields for name, fields in LOSSES.items() if fields["loss"] != "forward_kl"}
-    config = replace(BASE, seed=args.seed, lr=args.lr, steps=max(args.updates), **LOSSES[TRAINING])
-    lagged = Lagged(config, 0, *task(), keep=max(LAGS))
-    sampler = load_model(config.student_path, torch.float32, CPU)
-    weights = flatten_parameters(sampler)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        bar = tqdm(total=len(args.updates) * len(LAGS) * len(settings), unit="estimator")
-        for update in args.updates:
-            while lagged.learner.version < update:
-                lagged.update()
-            for lag in LAGS:
-                weights.copy_(lagged.versions[-1 - lag])
-                snapshot = Snapshot(lagged, sampler, weights)
-                drift = float((snapshot.b.exp() * (snapshot.b - snapshot.s)).sum(-1).mean())
-                for name, fields in settings.items():
-                    estimator = replace(config, **fields)
-                    line = snapshot.measure(estimator, args.draws, args.seed)
-                    writer.writerow({"update": update, "lag": lag, "estimator": name, "candidates": estimator.columns["total"].stop,
-                                     "positions": len(snapshot.s), "drift_kl": drift, **line})  # fmt: skip
-                    file.flush()
-                    bar.update()
+    if min(args.updates) < max(LAGS):
+        parser.error(f"--updates {min(args.updates)}: a snapshot needs at least {max(LAGS)} updates, the largest lag")
+    lines = study(args.out, jobs_for(set(), range(args.seeds), args.updates, args.draws), args.workers)
+    print("\n\n".join(summary(lines, lag) for lag in LAGS))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What staleness buys: the real pipeline at several --max-staleness: `python -m experiments.frontier`.
 
-Whole runs of `train.py` on the built-in task, every loss x order x staleness x seed in turn, one thread per role. A line
-of the CSV per run: tokens/s between evaluations, measured lag, seconds and updates to 90 % accuracy (evaluations, which
-stop the learner, taken off), final accuracy. A CSV that exists is continued.
+Whole runs of `train.py` on the built-in task, every loss x order x staleness x seed in turn, one thread per role. A line of
+the CSV per run: tokens/s, measured lag, seconds and updates to 90 % accuracy, final accuracy. Evaluations, which stop the
+learner, are taken off the clock; their length is in trace.json. A CSV that exists is continued.
 """
 
 from __future__ import annotations
@@ -16,66 +16,97 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tqdm import tqdm
+from experiments.staleness import append
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path("experiments/results/frontier.csv")
 LOSSES = {
-    "forward KL 32": ["--loss=forward_kl", "--top-k=32"],
-    "current signal + IS, N=32": ["--loss=sampled_reverse_kl", "--num-samples=32"],
     "stratified 28+4": ["--loss=stratified_reverse_kl", "--top-k=28", "--num-samples=4"],
+    "current signal + IS, N=32": ["--loss=sampled_reverse_kl", "--num-samples=32"],
+    "forward KL 32": ["--loss=forward_kl", "--top-k=32"],
 }
+STALENESS = (0, 1, 2, 4, 8)
+STEPS, EVERY, TARGET = 80, 5, 0.9  # updates of a run, between evaluations; accuracy
+BUSY = ("generator_busy", "teacher_busy", "learner_busy")
 COLUMNS = ("loss", "order", "max_staleness", "seed", "tokens_per_second", "lag_mean", "lag_max", "drift_kl", "seconds_to_90", "updates_to_90",
-           "accuracy", "generator_busy", "teacher_busy", "learner_busy")  # fmt: skip
+           "accuracy", *BUSY)  # fmt: skip
 
 
-def run(loss: str, order: str, staleness: int, seed: int, steps: int, every: int) -> dict:
+def measure(records: list[dict], evaluations: list[float], every: int) -> dict[str, float | None]:
+    """Columns of the CSV from metrics.jsonl and the seconds that the evaluation after every `every` updates took."""
+
+    def seconds(step: int) -> float:
+        return records[step - 1]["wall_seconds"] - sum(evaluations[: step // every])
+
+    reached = next((record["step"] for record in records if record.get("eval_accuracy", 0) >= TARGET), None)
+    return {
+        "tokens_per_second": sum(record["tokens"] for record in records) / seconds(len(records)), "accuracy": records[-1]["eval_accuracy"],
+        "seconds_to_90": reached and seconds(reached), "updates_to_90": reached, "lag_max": max(record["lag_max"] for record in records),
+        **{key: statistics.mean(record[key] for record in records) for key in ("lag_mean", "drift_kl", *BUSY)},
+    }  # fmt: skip
+
+
+def run(job: tuple[str, str, int, int]) -> list[dict]:
+    """The CSV's one line for a (loss, order, max_staleness, seed)."""
+    loss, order, staleness, seed = job
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "run"
-        command = [sys.executable, ROOT / "train.py", f"--output-dir={output}", f"--order={order}", f"--max-staleness={staleness}", f"--seed={seed}",
-                   f"--steps={steps}", f"--eval-every={every}", "--save-every=0", "--cpu-threads=1", *LOSSES[loss]]  # fmt: skip
+        command = [sys.executable, str(ROOT / "train.py"), f"--output-dir={output}", f"--order={order}", f"--max-staleness={staleness}", f"--seed={seed}",
+                   f"--steps={STEPS}", f"--eval-every={EVERY}", "--eval-size=128", "--save-every=0", "--cpu-threads=1", *LOSSES[loss]]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    starts = [0.0, *(record["wall_seconds"] for record in records)]
-    # the interval after an evaluation begins when the evaluation has ended: only the update that evaluates is left out
-    spans = {r["step"]: end - start for r, start, end in zip(records, starts, starts[1:])}
-    plain = [r for r in records[5:] if "eval_accuracy" not in r]
-    typical = statistics.median(spans[r["step"]] for r in plain)
-    reached = next((r["step"] for r in records if r.get("eval_accuracy", 0) >= 0.9), None)
-    seconds = sum(min(spans[step], 3 * typical) for step in range(1, reached + 1)) if reached else None
-    mean = lambda key: statistics.mean(r[key] for r in plain)  # noqa: E731
-    return {
-        "loss": loss, "order": order, "max_staleness": staleness, "seed": seed, "lag_mean": mean("lag_mean"), "lag_max": max(r["lag_max"] for r in records),
-        "tokens_per_second": sum(r["tokens"] for r in plain) / sum(spans[r["step"]] for r in plain), "drift_kl": mean("drift_kl"),
-        "seconds_to_90": seconds, "updates_to_90": reached, "accuracy": records[-1]["eval_accuracy"],
-        **{key: mean(key) for key in ("generator_busy", "teacher_busy", "learner_busy")},
-    }  # fmt: skip
+        spans = [event for event in json.loads((output / "trace.json").read_text()) if event["name"] == "evaluate"]
+    evaluations = [span["dur"] / 1e6 for span in sorted(spans, key=lambda span: span["ts"])][1:]  # the first is before the clock starts
+    return [{**dict(zip(COLUMNS, job)), **measure(records, evaluations, EVERY)}]
+
+
+def read(path: Path) -> list[dict]:
+    """Lines of a CSV with numbers; a target that was not reached is None."""
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    kinds = {"loss": str, "order": str, "max_staleness": int, "seed": int}
+    return [{key: kinds.get(key, float)(text) if text else None for key, text in line.items()} for line in lines]
+
+
+def grid(losses, staleness, seeds: int) -> list[tuple[str, str, int, int]]:
+    """Jobs, seed by seed. Without staleness there is one batch to take rollouts from, hence one order."""
+    orders = ("batch", "arrival")
+    return [(loss, order, s, seed) for seed in range(seeds) for loss in losses for s in staleness for order in orders if s or order == "batch"]
+
+
+def study(path: Path, jobs: list[tuple[str, str, int, int]]) -> list[dict]:
+    """Append the lines of those `jobs` that the CSV does not hold, one run at a time; all its lines."""
+    done = {tuple(line[key] for key in COLUMNS[:4]) for line in read(path)} if path.exists() else set()
+    if jobs := [job for job in jobs if job not in done]:
+        append(path, COLUMNS, run, jobs, workers=1)
+    return read(path)
+
+
+def jobs_for(cells: set[tuple], seeds: range) -> list[tuple]:
+    """Jobs of some (loss, order, max_staleness)."""
+    return [(*cell, seed) for seed in seeds for cell in sorted(cells)]
+
+
+def summary(lines: list[dict]) -> str:
+    """A line per loss, order and staleness: means over seeds."""
+    rows = ["                           order    staleness  seeds  tokens/s  mean lag  seconds to 90 %  accuracy"]
+    for cell in dict.fromkeys(tuple(line[key] for key in COLUMNS[:3]) for line in lines):
+        chosen = [line for line in lines if tuple(line[key] for key in COLUMNS[:3]) == cell]
+        rate, lag, accuracy = (statistics.mean(line[key] for line in chosen) for key in ("tokens_per_second", "lag_mean", "accuracy"))
+        reached = [line["seconds_to_90"] for line in chosen if line["seconds_to_90"]]
+        seconds = f"{statistics.mean(reached):.1f} ({len(reached)} of {len(chosen)})" if reached else "never"
+        rows.append(f"{cell[0]:26s} {cell[1]:8s} {cell[2]:9d}  {len(chosen):5d}  {rate:8.0f}  {lag:8.2f}  {seconds:>15s}  {accuracy:8.1%}")
+    return "\n".join(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("experiments/results/frontier.csv"), help="continued if it exists")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--every", type=int, default=10, help="updates between evaluations")
-    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2, 4, 8])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--staleness", type=int, nargs="+", default=STALENESS)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = set()
-    if args.out.exists():
-        with open(args.out, newline="") as file:
-            done = {(r["loss"], r["order"], int(r["max_staleness"]), int(r["seed"])) for r in csv.DictReader(file)}
-    jobs = [
-        (loss, order, staleness, seed) for seed in range(args.seeds) for loss in args.losses for order in ("batch", "arrival") for staleness in args.staleness
-        if staleness or order == "batch"  # without staleness there is one batch to take rollouts from
-    ]  # fmt: skip
-    with open(args.out, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if not done:
-            writer.writeheader()
-        for job in tqdm([job for job in jobs if job not in done], unit="run"):
-            writer.writerow(run(*job, args.steps, args.every))
-            file.flush()
+    print(summary(study(args.out, grid(args.losses, args.staleness, args.seeds))))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from data import Prompt
 from generate import Rollout, evaluate, new_generator, write_rollout
 from kernels.head import head_logits
 from learner import Learner
-from model import flatten_parameters, head_weight, last_hidden, load_model, shared_vocabulary
-from teacher import Teacher, predicting_positions
+from model import flatten_parameters, head_weight, load_model, shared_vocabulary
+from teacher import Teacher, response_hidden
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ class Lagged:
         self.tickets = Tickets(config, self.channel, prompts, 0, [])
         self.generator = new_generator(config, sampler, stops, self.vocab, config.loss, config.batch_size)
         self.greedy = new_generator(config, sampler, stops, self.vocab, "greedy", max(1, len(held)))
-        self.plain = new_generator(config, sampler, stops, self.vocab, "sampled_reverse_kl", max(1, len(held)))
+        self.plain = new_generator(replace(config, num_samples=1), sampler, stops, self.vocab, "sampled_reverse_kl", max(1, len(held)))
         self.lag, self.versions = lag, deque([flat(self.learner.model)], maxlen=max(lag, keep) + 1)
 
     def rollouts(self) -> list[int]:
@@ -86,19 +86,27 @@ class Lagged:
         self.weights.copy_(self.versions[-1])
         return evaluate(self.greedy, self.held, self.tokenizer)
 
+    def fresh_rows(self, weights: Tensor, prompts: list[Prompt], ticket: int = 0) -> list[int]:
+        """The first rows of the table with one rollout of `weights` for each prompt: tokens and lengths, nothing else."""
+        self.weights.copy_(weights)
+        rollouts = self.plain.generate([Rollout(prompt.ids, ticket + row, row) for row, prompt in enumerate(prompts)])
+        for rollout in rollouts:
+            ids = rollout.prompt_ids + rollout.response_ids
+            self.channel.tokens[rollout.row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+            self.channel.prompt_len[rollout.row], self.channel.length[rollout.row] = len(rollout.prompt_ids), len(ids)
+        return list(range(len(prompts)))
+
+    def logits(self, model, rows: list[int]) -> Tensor:
+        """At every response position of `rows`: [sum n, V]."""
+        return head_logits(response_hidden(model, self.channel, rows), head_weight(model)[: self.vocab], 1.0 / self.config.temperature)
+
     @torch.no_grad()
     def divergence(self) -> Divergence:
         """Exact KLs between the newest student and the teacher on one fresh sampled rollout of each held-out prompt."""
-        self.weights.copy_(self.versions[-1])
-        rollouts = self.plain.generate([Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(self.held)])
-        sums, positions = torch.zeros(2, dtype=torch.float64), 0
-        for rollout in rollouts:
-            ids = rollout.prompt_ids + rollout.response_ids
-            places = predicting_positions(len(rollout.prompt_ids), len(ids))
-            s, t = (
-                head_logits(last_hidden(model, torch.tensor([ids]))[0, places], head_weight(model)[: self.vocab], 1.0 / self.config.temperature).log_softmax(-1)
-                for model in (self.learner.model, self.teacher.model)
-            )
+        sums, positions, size = torch.zeros(2, dtype=torch.float64), 0, self.config.batch_size
+        for first in range(0, len(self.held), size):
+            rows = self.fresh_rows(self.versions[-1], self.held[first : first + size], ticket=first)
+            s, t = (self.logits(model, rows).log_softmax(-1) for model in (self.learner.model, self.teacher.model))
             sums += torch.stack([(t.exp() * (t - s)).sum(dtype=torch.float64), (s.exp() * (s - t)).sum(dtype=torch.float64)])
             positions += s.shape[0]
         return Divergence(*(sums / positions).tolist())

@@ -11,6 +11,9 @@ import argparse
 import csv
 import functools
 import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +30,7 @@ VOCAB = 173
 ADDENDS = (4, 5, 6)  # of the built-in prompts: the initial student gets about a third of these right
 BASE = Config(batch_size=32, warmup_steps=10, max_prompt_tokens=24, max_new_tokens=25, slots=32)
 LAGS = (0, 2, 8, 32)
+RESULTS = Path("experiments/results/staleness.csv")
 
 
 @functools.cache
@@ -52,6 +56,7 @@ LOSSES = {
     "rollout signal + PPO clip": sampled("rollout", "ppo", 1),
     "decoupled": sampled("rollout", "decoupled", 1),
     "M2PO": sampled("rollout", "m2po", 1),
+    "current signal, N=16": sampled("current", "none", 16),
     "current signal + IS, N=4": sampled("current", "is", 4),
     "current signal + IS, N=16": sampled("current", "is", 16),
     "current signal + IS, N=32": sampled("current", "is", 32),
@@ -127,10 +132,18 @@ def read(path: Path) -> list[dict]:
     with open(path, newline="") as file:
         lines = [{k: v if k in ("start", "loss") else int(v) if k in ("lag", "seed", "update") else float(v) for k, v in line.items()}
                  for line in csv.DictReader(file)]  # fmt: skip
+    own = {(line["start"], line["loss"], line["seed"]) for line in lines if line["lag"] == 0}
     copies = [
-        {**line, "loss": name} for line in lines for name, same in SAME_WITHOUT_LAG.items() if line["lag"] == 0 and same == line["loss"] != name
-    ]
+        {**line, "loss": name} for line in lines for name, same in SAME_WITHOUT_LAG.items()
+        if line["lag"] == 0 and same == line["loss"] and (line["start"], name, line["seed"]) not in own
+    ]  # fmt: skip
     return lines + copies
+
+
+def jobs_for(cells: set[tuple], seeds: range) -> list[Job]:
+    """Jobs of some (start, loss, lag)."""
+    cells = {(start, SAME_WITHOUT_LAG.get(loss, loss) if lag == 0 else loss, lag) for start, loss, lag in cells}
+    return [Job(*cell, seed) for seed in seeds for cell in sorted(cells)]
 
 
 def summary(lines: list[dict]) -> str:
@@ -149,6 +162,36 @@ def _work(arguments):
     return run(*arguments)
 
 
+def append(path: Path, columns: tuple[str, ...], work: Callable[[tuple], list[dict]], jobs: list[tuple], workers: int):
+    """Lines of `work(job)` for every job, in the order of the jobs, so that two studies give one CSV.
+
+    `workers`: processes; 0 is one per core, 1 is this one.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file, nullcontext() if workers == 1 else mp.get_context("forkserver").Pool(workers) as pool:
+        writer = csv.DictWriter(file, columns)
+        if file.tell() == 0:
+            writer.writeheader()
+        for lines in tqdm(pool.imap(work, jobs) if pool else map(work, jobs), total=len(jobs), unit="run"):
+            writer.writerows(lines)
+            file.flush()
+
+
+def study(path: Path, jobs: list[Job], steps: int = 80, every: int = 20, workers: int = 0) -> list[dict]:
+    """Append the lines of those `jobs` that the CSV does not hold; all its lines."""
+    lines = read(path) if path.exists() else []
+    if lines and (last := max(line["update"] for line in lines)) != steps:
+        sys.exit(f"{path} holds runs of {last} updates, not {steps}: give another --out")
+    done = {Job(*(line[key] for key in ("start", "loss", "lag", "seed"))) for line in lines}
+    jobs = [job for job in jobs if job not in done]
+    if jobs:
+        students = {"weak": "builtin", "strong": strong_student(Path("runs/strong_student")) if any(job.start == "strong" for job in jobs) else ""}
+        work = [(job, students[job.start], steps, every, {"weak": 3e-4, "strong": 1e-4}[job.start]) for job in jobs]
+        append(path, COLUMNS, _work, work, workers)
+    return read(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="CSV, continued if it exists; default experiments/results/staleness.csv, with --quick runs/staleness_quick.csv")
@@ -159,26 +202,17 @@ def main():
     parser.add_argument("--lags", type=int, nargs="+", default=LAGS)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--starts", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
     args = parser.parse_args()
     if args.quick:
         args.starts, args.losses, args.lags, args.seeds = ["weak"], list(QUICK), (0, 8), 1
-    args.out = args.out or Path("runs/staleness_quick.csv" if args.quick else "experiments/results/staleness.csv")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    students = {"weak": "builtin"}
-    if "strong" in args.starts:
-        students["strong"] = strong_student(Path("runs/strong_student"))
-    done = {Job(*(line[key] for key in ("start", "loss", "lag", "seed"))) for line in read(args.out)} if args.out.exists() else set()
-    jobs = [job for job in grid(args.starts, args.losses, args.lags, args.seeds) if job not in done]
-    work = [(job, students[job.start], args.steps, args.every, {"weak": 3e-4, "strong": 1e-4}[job.start]) for job in jobs]
-    with open(args.out, "a", newline="") as file, mp.get_context("forkserver").Pool(args.workers) as pool:
-        writer = csv.DictWriter(file, COLUMNS)
-        if not done:
-            writer.writeheader()
-        for lines in tqdm(pool.imap(_work, work), total=len(work), unit="run"):  # in order: two studies give one CSV
-            writer.writerows(lines)
-            file.flush()
-    print(summary(read(args.out)))
+    jobs = grid(args.starts, args.losses, args.lags, args.seeds)
+    if not jobs:
+        parser.error(f"nothing to run: from the strong student only {', '.join(STRONG)}, without lag 2")
+    if args.steps < 1 or args.steps % args.every:
+        parser.error(f"--steps {args.steps} with --every {args.every}: --steps must be a positive multiple, for the last evaluation")
+    out = args.out or (Path("runs/staleness_quick.csv") if args.quick else RESULTS)
+    print(summary(study(out, jobs, args.steps, args.every, args.workers)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Claims about the staleness study: its expectations are exact, its lags are exact, one seed gives one result."""
 
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
 
+from experiments import claims, frontier
 from experiments.estimators import dense_logit_gradient, expected_logit_gradient
 from experiments.lagged import Lagged
-from experiments.staleness import BASE, LAGS, LOSSES, SAME_WITHOUT_LAG, Job, grid, read, run, summary, task
+from experiments.staleness import BASE, LAGS, LOSSES, SAME_WITHOUT_LAG, Job, grid, read, run, study, summary, task
 
 
 def policies(lag, positions=5, vocab=40):
@@ -19,7 +24,7 @@ def policies(lag, positions=5, vocab=40):
 
 
 UNBIASED = [name for name in LOSSES if name.startswith(("current signal + IS", "stratified"))]
-BIASED = [name for name in LOSSES if name.startswith(("rollout", "decoupled", "M2PO", "sparse")) or name == "current signal"]
+BIASED = [name for name in LOSSES if name.startswith(("rollout", "decoupled", "M2PO", "sparse")) or name in ("current signal", "current signal, N=16")]
 
 
 def small(name):
@@ -76,3 +81,80 @@ def test_the_summary_is_the_mean_over_seeds_of_the_last_evaluation():
     line = {"start": "weak", "loss": "M2PO", "lag": 8, "update": 80}
     lines = [line | {"accuracy": 0.25}, line | {"accuracy": 0.75}, line | {"update": 20, "accuracy": 1.0}, line | {"lag": 0, "accuracy": 1.0}]
     assert summary(lines).split() == "weak M2PO lag 0: 100.0% lag 8: 50.0%".split()
+
+
+def compared(a, b, **more):
+    comparison = claims.Comparison("staleness", **{"metric": "accuracy", **more}, a=("weak", "A", 8), b=("weak", "B", 8))
+    return claims.compare(comparison, {("weak", "A", 8): dict(enumerate(a)), ("weak", "B", 8): dict(enumerate(b))})
+
+
+def test_a_comparison_is_answered_by_four_of_five_seeds_or_by_the_interval():
+    noisy = [0.5, 0.5, 0.5, 0.5, 0.5]
+    assert compared([0.6, 0.6, 0.6, 0.6, 0.1], noisy).answer == "yes"  # 4 of 5, though the interval holds 0
+    assert compared([0.6, 0.6, 0.6, 0.1, 0.1], noisy).answer == "open"
+    assert compared([0.4, 0.4, 0.4, 0.4, 0.9], noisy).answer == "no"
+    three = compared([0.6, 0.61, 0.62], [0.5] * 3)  # too few seeds to count, an interval that is clear
+    assert three.answer == "yes" and three.wins == three.seeds == 3
+    assert compared([0.6, 0.61, 0.9], [0.5] * 3).answer == "open" and compared([0.9], [0.5]).answer == "open"
+
+
+def test_the_interval_is_students_over_seeds():
+    result = compared([0.1, 0.2, 0.3, 0.4, 0.5], [0.0] * 5)
+    assert (result.mean, result.low, result.high) == pytest.approx((0.3, 0.3 - 2.776 * 0.0707107, 0.3 + 2.776 * 0.0707107), rel=1e-4)
+
+
+def test_bars_ratios_and_metrics_of_which_less_is_better():
+    assert compared([0.52] * 5, [0.5] * 5, least=0.05).answer == "no" and compared([0.46] * 5, [0.5] * 5, least=-0.05).answer == "yes"
+    assert compared([0.2] * 5, [0.4] * 5, metric="reverse_kl", least=1.9, ratio=True).answer == "yes"
+    halved = compared([0.2] * 5, [0.4] * 5, metric="reverse_kl", least=2.1, ratio=True)
+    assert halved.answer == "no" and halved.mean == pytest.approx(2.0)
+
+
+def test_every_claim_can_be_rerun_and_its_cells_are_those_of_the_study():
+    study = set(claims.staleness.grid(("weak", "strong"), list(LOSSES), LAGS, 5))
+    pipeline = set(frontier.grid(list(frontier.LOSSES), frontier.STALENESS, 5))
+    for claim in claims.CLAIMS:
+        for c in claim.comparisons:
+            if c.study == "staleness":
+                assert set(claims.staleness.jobs_for({c.a, c.b}, range(5))) <= study
+            elif c.study == "frontier":
+                assert set(frontier.jobs_for({c.a, c.b}, range(5))) <= pipeline
+            else:
+                assert c.a[0] in LOSSES and c.b[0] in LOSSES and {c.a[1], c.b[1]} <= set(LAGS)
+
+
+def test_evaluations_are_taken_off_the_clock_of_the_frontier():
+    records = [{"step": i, "wall_seconds": 2.0 * i + i // 2, "tokens": 100, "lag_max": 1, "lag_mean": 0.5, "drift_kl": 0.0, **dict.fromkeys(frontier.BUSY, 0.5)} for i in (1, 2, 3, 4)]
+    records[1]["eval_accuracy"], records[3]["eval_accuracy"] = 0.5, 0.95
+    line = frontier.measure(records, [1.0, 1.0], every=2)
+    assert (line["tokens_per_second"], line["seconds_to_90"], line["updates_to_90"], line["accuracy"]) == (50.0, 8.0, 4, 0.95)
+    records[3]["eval_accuracy"] = 0.6
+    assert frontier.measure(records, [1.0, 1.0], every=2)["seconds_to_90"] is None
+
+
+def test_a_study_is_continued_not_repeated_and_not_mixed(tmp_path):
+    path, jobs = tmp_path / "s.csv", [Job("weak", "forward KL 16", lag, 0) for lag in (2, 8)]
+    first = study(path, jobs[:1], steps=2, every=2, workers=1)
+    both = study(path, jobs, steps=2, every=2, workers=1)
+    assert both[:1] == first and [line["lag"] for line in both] == [2, 8]
+    text = path.read_text()
+    assert study(path, jobs, steps=2, every=2, workers=1) == both and path.read_text() == text
+    with pytest.raises(SystemExit, match="2 updates, not 80"):
+        study(path, jobs)
+
+
+def test_the_table_of_the_claims_is_the_one_that_the_command_prints():
+    results = ROOT / "experiments" / "results"
+    lines = {name: module.read(results / f"{name}.csv") for name, module in claims.STUDIES.items()}
+    document = (ROOT / "docs" / "staleness.md").read_text()
+    for number in range(1, len(claims.CLAIMS) + 1):
+        assert claims.row(number, lines) in document
+
+
+@pytest.mark.slow
+def test_the_figures_are_drawn_from_the_committed_results(tmp_path):
+    shutil.copytree(ROOT / "experiments" / "results", tmp_path / "results")
+    for picture in (tmp_path / "results").glob("*.png"):
+        picture.unlink()
+    subprocess.run([sys.executable, "-m", "experiments.figures", "--results", tmp_path / "results"], cwd=ROOT, check=True)
+    assert {p.name for p in (tmp_path / "results").glob("*.png")} == {p.name for p in (ROOT / "experiments" / "results").glob("*.png")}
