@@ -2,20 +2,22 @@
 
     P  positions of one batch of stale rollouts     V  vocabulary     G  gradient with respect to the parameters
 
-At each snapshot the sampler is the student of `lag` updates ago. Everything is conditioned on the batch's prefixes: the
-target is the dense reverse-KL gradient on the same prefixes. The expectation over the candidates is exact: losses.py gives
-c = dL/ds for every id as the only draw, and
+At each snapshot the sampler is the student of `lag` updates ago. The target is the dense reverse-KL gradient on the same
+prefixes. The expectation over the candidates is exact: losses.py gives c = dL/ds for every id as the only draw, and
 
-    E dL/dz = u - softmax(z) sum_y u_y,     u_y = b_y c_y  (plus the exact columns' c)
+    E dL/dz = u - softmax(z) sum_y u_y,     u_y = b_y c_y  (plus c of the top-K stratum)
 
-is carried through the model once. The variance of G is that of `--draws` independent draws of all candidates. Bias does not
-average out over positions and variance does: for a batch of M positions the squared error is bias^2 + variance * P / M.
+is carried through the model once. The variance of G is that of `--draws` independent draws of all candidates. The bias over
+all prefixes does not average out, its scatter over prefixes and the variance of the candidates do: for a batch of M
+positions the squared error is bias^2 + (scatter + variance) P / M.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from model import flatten_parameters, load_model
 TRAINING = "stratified 28+4"  # the loss of the run whose snapshots are looked at
 BATCHES = (1_000, 10_000, 100_000, 1_000_000)  # tokens
 RESULTS = Path("experiments/results/estimators.csv")
-COLUMNS = ("seed", "update", "lag", "estimator", "candidates", "positions", "drift_kl", "norm", "bias", "cosine", "repulsion", "variance")
+COLUMNS = ("seed", "update", "lag", "draws", "positions", "drift_kl", "estimator", "candidates", "norm", "bias", "scatter", "cosine", "variance")
 
 
 def derivative(loss, s: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ def each_alone(x: Tensor) -> Tensor:
 def expected_logit_gradient(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float | None = None) -> Tensor:
     """Mean of the loss's logit gradient over the candidates that the sampler draws, exactly: log-probabilities [P,V] -> [P,V].
 
-    Draws do not interact in any of these losses, so N of them have the mean of one.
+    Draws do not interact in any of these losses (M2PO: given its threshold), so N of them have the mean of one.
     """
     if config.loss == "sampled_reverse_kl":
         loss = make_loss(replace(config, num_samples=1), m2_threshold)
@@ -64,7 +66,7 @@ def expected_logit_gradient(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_
         else:
             nothing = s.new_zeros(len(s), 1)
             tail_b = b.scatter(1, ids, float("-inf")).log_softmax(-1)
-            finite = each_alone(tail_b).clamp(min=-1e4)  # the exact columns have no density in the tail, and b_y c_y = 0
+            finite = each_alone(tail_b).clamp(min=-1e4)  # the top-K stratum has no density in the tail, and b_y c_y = 0
             none = s.new_zeros(s.numel(), 0)
             c = derivative(lambda x: stratified_reverse_kl(none, none, x, each_alone(t), finite), each_alone(s)).view_as(s)
             u = torch.where(tail_b.isfinite(), tail_b.exp() * c, 0.0)
@@ -78,110 +80,135 @@ def dense_logit_gradient(s: Tensor, t: Tensor) -> Tensor:
     return u - s.exp() * u.sum(-1, keepdim=True)
 
 
-def cosine(a: Tensor, b: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
-
-
 class Snapshot:
-    """Student, teacher and an older sampler on one batch of the sampler's rollouts; gradients through the student."""
+    """Student, teacher and an older sampler on one group of the sampler's rollouts; gradients through the student."""
 
-    def __init__(self, lagged: Lagged, sampler, weights: Tensor):
-        """`sampler`: a plain model whose flat parameters are set to `weights`."""
-        rows = lagged.fresh_rows(weights, lagged.held[: lagged.config.batch_size], ticket=lagged.learner.version * 1000)
+    def __init__(self, lagged: Lagged, sampler, weights: Tensor, first: int):
+        """`sampler`: a plain model whose flat parameters are `weights`. The group: a batch of held-out prompts from `first` on."""
+        prompts = lagged.held[first : first + lagged.config.batch_size]
+        rows = lagged.fresh_rows(weights, prompts, ticket=lagged.learner.version * 1000 + first)
         self.parameters = lagged.learner.parameters
         self.logits = lagged.logits(lagged.learner.model, rows)
         with torch.no_grad():
             self.sampler_logits, teacher_logits = (lagged.logits(model, rows) for model in (sampler, lagged.teacher.model))
             self.s, self.b, self.t = (z.detach().log_softmax(-1) for z in (self.logits, self.sampler_logits, teacher_logits))
         self.exact = self.gradient(dense_logit_gradient(self.s, self.t))
-        kl = (self.s.exp() * (self.s - self.t)).sum(-1, keepdim=True)
-        self.repulsion = self.gradient(kl * (self.b.exp() - self.s.exp())).double()
 
     def gradient(self, logit_gradient: Tensor) -> Tensor:
-        """G of the mean over positions, flat."""
+        """G of the mean over positions, flat, float64."""
         parts = torch.autograd.grad(self.logits, self.parameters, logit_gradient / len(self.logits), retain_graph=True)
-        return torch.cat([part.flatten() for part in parts])
+        return torch.cat([part.flatten() for part in parts]).double()
 
     def draw(self, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Candidates as the generator draws them: ids and their behavior_logp, [P,C]."""
         uniforms = torch.rand(len(self.s), draws_per_position(config.loss, config.num_samples), dtype=torch.float64, generator=generator)
         return propose(self.sampler_logits, uniforms, config.loss, config.top_k)
 
-    def measure(self, config: Config, draws: int, seed: int) -> dict[str, float]:
-        """Relative to the exact gradient's norm: bias, cosine of the mean with it, variance (a squared norm).
+    def threshold(self, config: Config, generator: torch.Generator) -> float | None:
+        """M2PO's, of one draw."""
+        if config.correction != "m2po":
+            return None
+        ids, b = self.draw(config, generator)
+        return second_moment_threshold(self.s.gather(1, ids) - b)
 
-        `repulsion` is the cosine of the bias with the gradient of KL(s || t) (b - p): what a signal of mean KL > 0 does to the
-        samples of a stale sampler when nothing weights them, push the student away from where the sampler is.
-        """
-        generator, threshold = torch.Generator().manual_seed(seed), None
-        if config.correction == "m2po":
-            ids, b = self.draw(config, generator)
-            threshold = second_moment_threshold(self.s.gather(1, ids) - b)
-        mean, exact = self.gradient(expected_logit_gradient(config, self.s, self.t, self.b, threshold)).double(), self.exact.double()
-        scale, variance = exact.norm(), 0.0
-        for _ in range(draws if config.loss != "sparse_reverse_kl" else 0):  # sparse: nothing is random
+    def variance(self, config: Config, mean: Tensor, draws: int, generator: torch.Generator, threshold: float | None) -> float:
+        """Sum over the parameters of G's variance around its known mean."""
+        total = 0.0
+        for _ in range(draws):
             ids, b = self.draw(config, generator)
             _, _, g = unfused_loss(make_loss(config, threshold), self.logits.detach().clone(), ids, self.t.gather(1, ids), b, torch.float32)
-            variance += float((self.gradient(g) - mean).square().sum()) / draws
-        return {
-            "norm": float(scale), "bias": float((mean - exact).norm() / scale), "variance": variance / float(scale) ** 2,
-            "cosine": cosine(mean, exact), "repulsion": cosine(mean - exact, self.repulsion),
-        }  # fmt: skip
+            total += float((self.gradient(g) - mean).square().sum()) / draws
+        return total
 
 
-def at_snapshot(job: tuple[int, int, int]) -> list[dict]:
-    """Lines of the CSV for one (seed, update, draws): the run up to `update`, then every estimator at every lag there."""
-    seed, update, draws = job
+def of_different_groups(a: list[Tensor], b: list[Tensor]) -> float:
+    """Product of two mean vectors, each known from several groups of prefixes: the groups' own noise is not in it."""
+    return statistics.mean(float(torch.dot(x, y)) for i, x in enumerate(a) for j, y in enumerate(b) if i != j)
+
+
+def measure(groups: list[Snapshot], config: Config, draws: int, seed: int) -> dict[str, float]:
+    """Relative to the norm of the exact gradient over all prefixes: bias, variances (of squares) at P positions, cosine.
+
+    bias: of the gradient over all prefixes. scatter: variance of the bias of P positions around it. variance: of the candidates,
+    given the prefixes; from the first group, 0 where nothing is drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    thresholds = [group.threshold(config, generator) for group in groups]
+    means = [g.gradient(expected_logit_gradient(config, g.s, g.t, g.b, threshold)) for g, threshold in zip(groups, thresholds)]
+    exact = [group.exact for group in groups]
+    biases = [mean - target for mean, target in zip(means, exact)]
+    scale, bias = of_different_groups(exact, exact), of_different_groups(biases, biases)
+    scatter = statistics.mean(float(b.square().sum()) for b in biases) - bias
+    length = max(of_different_groups(means, means), 0.0) ** 0.5
+    random = config.loss != "sparse_reverse_kl"
+    return {
+        "norm": scale**0.5, "bias": (max(bias, 0.0) / scale) ** 0.5, "scatter": scatter / scale,
+        "cosine": of_different_groups(means, exact) / (length * scale**0.5),
+        "variance": groups[0].variance(config, means[0], draws, generator, thresholds[0]) / scale if random else 0.0,
+    }  # fmt: skip
+
+
+def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
+    """Lines of the CSV for one (seed, updates, draws): a run, every estimator at every lag after those updates."""
+    seed, updates, draws = job
     torch.set_num_threads(1)
-    config = replace(BASE, seed=seed, lr=3e-4, steps=80, **LOSSES[TRAINING])
+    config = replace(BASE, seed=seed, lr=3e-4, steps=max(updates), **LOSSES[TRAINING])
     lagged = Lagged(config, 0, *task(), keep=max(LAGS))
-    for _ in range(update):
-        lagged.update()
     sampler = load_model(config.student_path, torch.float32, CPU)
     weights, lines = flatten_parameters(sampler), []
-    for lag in LAGS:
+    for update, lag in itertools.product(updates, LAGS):
+        while lagged.learner.version < update:
+            lagged.update()
         weights.copy_(lagged.versions[-1 - lag])
-        snapshot = Snapshot(lagged, sampler, weights)
-        where = {"seed": seed, "update": update, "lag": lag, "positions": len(snapshot.s)}
-        drift = float((snapshot.b.exp() * (snapshot.b - snapshot.s)).sum(-1).mean())
+        groups = [Snapshot(lagged, sampler, weights, first) for first in range(0, len(lagged.held), config.batch_size)]
+        where = {"seed": seed, "update": update, "lag": lag, "draws": draws, "positions": len(groups[0].s)}
+        where["drift_kl"] = statistics.mean(float((g.b.exp() * (g.b - g.s)).sum(-1).mean()) for g in groups)
         for name, fields in LOSSES.items():
             if fields["loss"] != "forward_kl":
                 estimator = replace(config, **fields)
-                columns = estimator.columns["total"].stop
-                lines.append({**where, "estimator": name, "candidates": columns, "drift_kl": drift, **snapshot.measure(estimator, draws, seed)})
+                lines.append({**where, "estimator": name, "candidates": candidates(estimator), **measure(groups, estimator, draws, seed)})
     return lines
+
+
+def candidates(config: Config) -> int:
+    """Ids a position that the teacher scores for the loss."""
+    sizes = {"sampled_reverse_kl": config.num_samples, "sparse_reverse_kl": config.top_k, "stratified_reverse_kl": config.top_k + config.num_samples}
+    return sizes[config.loss]
 
 
 def read(path: Path) -> list[dict]:
-    """Lines of a CSV with numbers, and `error_M`: the relative squared error bias^2 + variance P / M of a batch of M tokens."""
+    """Lines of a CSV with numbers, and `error_M`: the relative error of a batch of M tokens."""
     with open(path, newline="") as file:
-        lines = [{k: v if k == "estimator" else float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+        lines = [{k: v if k == "estimator" else int(v) if k in ("seed", "update", "lag") else float(v) for k, v in line.items()}
+                 for line in csv.DictReader(file)]  # fmt: skip
     for line in lines:
-        line |= {f"error_{m}": line["bias"] ** 2 + line["variance"] * line["positions"] / m for m in BATCHES}
+        noise = (max(line["scatter"], 0.0) + line["variance"]) * line["positions"]
+        line |= {f"error_{m}": (line["bias"] ** 2 + noise / m) ** 0.5 for m in BATCHES}
     return lines
 
 
-def jobs_for(cells: set[tuple], seeds: range, updates=(40, 80), draws: int = 50) -> list[tuple[int, int, int]]:
-    """Every snapshot has all cells."""
-    return [(seed, update, draws) for seed in seeds for update in updates]
+def jobs_for(cells: list[tuple], seeds: range, updates: tuple[int, ...] = (40, 80), draws: int = 100) -> list[tuple]:
+    """A run has the lines of all (estimator, lag)."""
+    return [(seed, updates, draws) for seed in seeds]
 
 
-def study(path: Path, jobs: list[tuple[int, int, int]], workers: int = 0) -> list[dict]:
-    """Append the lines of those `jobs` that the CSV does not hold; all its lines. `workers`: 0 is one per core."""
-    done = {(line["seed"], line["update"]) for line in read(path)} if path.exists() else set()
-    if jobs := [job for job in jobs if job[:2] not in done]:
-        append(path, COLUMNS, at_snapshot, jobs, workers)
+def study(path: Path, jobs: list[tuple], workers: int = 0) -> list[dict]:
+    """Append the lines of the seeds that the CSV does not hold; all its lines. `workers`: 0 is one per core."""
+    done = {line["seed"] for line in read(path)} if path.exists() else set()
+    if jobs := [job for job in jobs if job[0] not in done]:
+        append(path, COLUMNS, at_snapshots, jobs, workers)
     return read(path)
 
 
 def summary(lines: list[dict], lag: int) -> str:
     """A line per estimator: means over seeds and snapshots at one lag."""
-    rows = [f"lag {lag:2d}                     candidates    bias  st.dev.   error of {'  '.join(f'{m:>9,}' for m in BATCHES)} tokens"]
-    for name in dict.fromkeys(line["estimator"] for line in lines):
-        chosen = [line for line in lines if line["estimator"] == name and line["lag"] == lag]
-        mean = {key: sum(line[key] for line in chosen) / len(chosen) for key in chosen[0] if key != "estimator"}
-        errors = "  ".join(f"{mean[f'error_{m}'] ** 0.5:9.3f}" for m in BATCHES)
-        rows.append(f"{name:26s} {mean['candidates']:10.0f}  {mean['bias']:6.3f}  {mean['variance'] ** 0.5:7.3f}            {errors}")
+    chosen = [line for line in lines if line["lag"] == lag]
+    drift = statistics.mean(line["drift_kl"] for line in chosen)
+    rows = [f"lag {lag}, {drift:.2g} nats".ljust(26) + "  candidates   bias  cosine  st.dev.  error of" + "".join(f"{m:>11,}" for m in BATCHES) + " tokens"]
+    for name in dict.fromkeys(line["estimator"] for line in chosen):
+        mean = {key: statistics.mean(line[key] for line in chosen if line["estimator"] == name) for key in chosen[0] if key != "estimator"}
+        errors = "".join(f"{mean[f'error_{m}']:11.3f}" for m in BATCHES)
+        rows.append(f"{name:26s}  {mean['candidates']:10.0f}  {mean['bias']:5.3f}  {mean['cosine']:6.3f}  {mean['variance'] ** 0.5:7.3f}          {errors}")
     return "\n".join(rows)
 
 
@@ -190,12 +217,12 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, nargs="+", default=[40, 80], help="snapshots after these updates")
-    parser.add_argument("--draws", type=int, default=50)
+    parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
     args = parser.parse_args()
     if min(args.updates) < max(LAGS):
         parser.error(f"--updates {min(args.updates)}: a snapshot needs at least {max(LAGS)} updates, the largest lag")
-    lines = study(args.out, jobs_for(set(), range(args.seeds), args.updates, args.draws), args.workers)
+    lines = study(args.out, jobs_for([], range(args.seeds), tuple(sorted(args.updates)), args.draws), args.workers)
     print("\n\n".join(summary(lines, lag) for lag in LAGS))
 
 

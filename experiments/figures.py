@@ -23,27 +23,35 @@ import matplotlib.pyplot as plt
 from experiments import estimators, frontier, staleness
 from experiments.claims import cells
 
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999933")
-MARKERS = "os^vDPX*"
+BLACK, ORANGE, SKY, GREEN, RED, BLUE, PINK, OLIVE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999933"
+STYLE = {  # one for each loss, in all figures
+    "forward KL 16": (BLACK, "o"), "forward KL 32": (BLACK, "o"), "dense reverse KL": (OLIVE, "s"),
+    "rollout signal": (RED, "v"), "rollout signal + IS": (PINK, "P"), "rollout signal + PPO clip": (GREEN, "D"), "decoupled": (SKY, "X"), "M2PO": (OLIVE, "*"),
+    "current signal": (ORANGE, "^"), "current signal, N=16": (ORANGE, "<"), "current signal + IS": (BLUE, "o"), "current signal + IS, N=16": (SKY, "s"),
+    "current signal + IS, N=32": (BLUE, "s"), "sparse K=16": (RED, "X"), "sparse K=32": (RED, "d"), "stratified 12+4": (PINK, "D"), "stratified 28+4": (GREEN, "P"),
+}  # fmt: skip
 ONE_SAMPLE = ("rollout signal", "rollout signal + IS", "current signal", "current signal + IS", "rollout signal + PPO clip", "decoupled", "M2PO")
-CANDIDATES = ("forward KL 16", "dense reverse KL", "current signal, N=16", "current signal + IS, N=16", "current signal + IS, N=32", "sparse K=16",
+CANDIDATES = ("forward KL 16", "dense reverse KL", "current signal, N=16", "current signal + IS, N=16", "current signal + IS, N=32", "sparse K=32",
               "stratified 12+4", "stratified 28+4")  # fmt: skip
+ESTIMATORS = ("rollout signal", "rollout signal + PPO clip", "current signal", "current signal + IS", "current signal + IS, N=16", "current signal + IS, N=32",
+              "sparse K=32", "stratified 12+4", "stratified 28+4")  # fmt: skip
 plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8}
 
 
-def spread(axis, points: dict, label: str, i: int, width: float = 0.25):
-    """Line i through the means of points {x: [a value per seed]}, bars from lowest to highest; lines stand side by side."""
+def spread(axis, points: dict, name: str, i: int, label: str = "", dashed: bool = False):
+    """Line i of a panel through the means of points {x: [a value per seed]}, bars from lowest to highest; lines stand side by side."""
     means = [statistics.mean(group) for group in points.values()]
     bars = [[m - min(g) for m, g in zip(means, points.values())], [max(g) - m for m, g in zip(means, points.values())]]
-    xs = [x + width * (i / 7 - 0.5) for x in points]
-    axis.errorbar(xs, means, bars, label=label, color=COLOURS[i % 8], marker=MARKERS[i % 8], markersize=5, linewidth=1.3, capsize=2)
+    colour, marker = STYLE[name]
+    look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.3, "linestyle": "--" if dashed else "-", "capsize": 2}
+    axis.errorbar([x + 0.03 * (i - 4) for x in points], means, bars, label=label or name, **look)
 
 
-def over(axis, values: dict[tuple, dict[int, float]], cell, xs: tuple, label: str, i: int):
+def over(axis, values: dict[tuple, dict[int, float]], cell, xs: tuple, name: str, i: int, **look):
     """Line i: the cell `cell(x)` for every x of a categorical axis that has one."""
     points = {place: list(values[cell(x)].values()) for place, x in enumerate(xs) if cell(x) in values}
     if points:
-        spread(axis, points, label, i)
+        spread(axis, points, name, i, **look)
     axis.set(xticks=range(len(xs)), xticklabels=xs)
 
 
@@ -63,20 +71,21 @@ def against_lag(lines: list[dict], metric: str, start: str, out: Path):
 
 
 def bias_and_variance(lines: list[dict], out: Path, lag: int = 8):
-    """Bias and standard deviation of the gradient against lag, and the error at one lag against the batch."""
-    names = ("rollout signal", "current signal", "rollout signal + PPO clip", "current signal + IS", "current signal + IS, N=16", "sparse K=16",
-             "stratified 12+4", "stratified 28+4")  # fmt: skip
+    """Bias and standard deviation of the gradient against lag, and the error at one lag against the batch.
+
+    Linear below 0.01, so that what is exactly unbiased is seen lying at 0.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
     for line in lines:
         line["deviation"] = line["variance"] ** 0.5
     for axis, key, title in zip(axes, ("bias", "deviation"), ("bias", "standard deviation")):
-        values = {cell: group for cell, group in cells("estimators", lines, key).items() if max(group.values()) > 1e-5}  # float32's zero
-        for i, name in enumerate(names):
+        values = cells("estimators", lines, key)
+        for i, name in enumerate(ESTIMATORS):
             over(axis, values, lambda lag: (name, lag), staleness.LAGS, name, i)  # noqa: B023
-        axis.set(title=title, xlabel="lag, updates", yscale="log")
-    for i, name in enumerate(names):
-        points = {place: [e**0.5 for e in cells("estimators", lines, f"error_{m}")[name, lag].values()] for place, m in enumerate(estimators.BATCHES)}
-        spread(axes[2], points, name, i)
+        axis.set(title=title, xlabel="lag, updates", ylim=(0, None))
+        axis.set_yscale("symlog", linthresh=0.01)
+    for i, name in enumerate(ESTIMATORS):
+        spread(axes[2], {place: list(cells("estimators", lines, f"error_{m}")[name, lag].values()) for place, m in enumerate(estimators.BATCHES)}, name, i)
     axes[2].set(title=f"error at lag {lag}", xlabel="tokens in the batch", yscale="log", xticks=range(4), xticklabels=("1k", "10k", "100k", "1M"))
     axes[0].set_ylabel("relative to the exact gradient")
     axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
@@ -85,13 +94,14 @@ def bias_and_variance(lines: list[dict], out: Path, lag: int = 8):
 
 
 def frontier_of(lines: list[dict], out: Path):
-    """Tokens/s, lag and seconds to 90 % against --max-staleness."""
+    """Tokens/s, lag and seconds to 90 % (of the seeds that reached it) against --max-staleness."""
     figure, axes = plt.subplots(1, 3, figsize=(9, 3))
-    lines = [line for line in lines if line["seconds_to_90"] is not None] or lines
     curves = [(loss, order) for loss in frontier.LOSSES for order in ("batch", "arrival")]
     for axis, key, title in zip(axes, ("tokens_per_second", "lag_mean", "seconds_to_90"), ("tokens / s", "mean lag, updates", "seconds to 90 %")):
+        values = cells("frontier", [line for line in lines if line[key] is not None], key)
         for i, (loss, order) in enumerate(curves):
-            over(axis, cells("frontier", lines, key), lambda s: (loss, order, s), frontier.STALENESS, f"{loss}, {order} order", i)  # noqa: B023
+            look = {"label": f"{loss}, {order} order", "dashed": order == "arrival"}
+            over(axis, values, lambda s: (loss, order, s), frontier.STALENESS, loss, i, **look)  # noqa: B023
         axis.set(title=title, xlabel="--max-staleness", ylim=(0, None))
     axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     figure.tight_layout()
@@ -124,7 +134,7 @@ def timelines(path: Path, out: Path):
         for span in spans:
             if span["run"] == run:
                 begin, end, place = float(span["begin"]), float(span["end"]), roles.index(span["role"])
-                axis.barh(place, end - begin, left=begin, color=COLOURS[(5, 3, 4)[place % 3]], height=0.8)
+                axis.barh(place, end - begin, left=begin, color=(BLUE, GREEN, RED)[place % 3], height=0.8)
         axis.set(title=run, yticks=range(len(roles)), yticklabels=roles)
         axis.margins(x=0)
         axis.invert_yaxis()

@@ -2,7 +2,7 @@
 
 Whole runs of `train.py` on the built-in task, every loss x order x staleness x seed in turn, one thread per role. A line of
 the CSV per run: tokens/s, measured lag, seconds and updates to 90 % accuracy, final accuracy. Evaluations, which stop the
-learner, are taken off the clock; their length is in trace.json. A CSV that exists is continued.
+learner, are taken off the clock. A CSV that exists is continued.
 """
 
 from __future__ import annotations
@@ -32,6 +32,18 @@ COLUMNS = ("loss", "order", "max_staleness", "seed", "tokens_per_second", "lag_m
            "accuracy", *BUSY)  # fmt: skip
 
 
+def off_the_clock(events: list[dict]) -> list[float]:
+    """Seconds of each evaluation of a trace.json but the first (before the clock starts), less what the teacher scored meanwhile.
+
+    It may work off its queue while the others stand still. A synchronous run has no queue: the time must not be a present.
+    """
+    teacher = next(event["tid"] for event in events if event["ph"] == "M" and event["args"]["name"] == "teacher")
+    spans = [(event["tid"], event["name"], event["ts"], event["ts"] + event["dur"]) for event in events if event["ph"] == "X"]
+    evaluations = sorted((begin, end) for _, name, begin, end in spans if name == "evaluate")
+    scoring = [(begin, end) for tid, _, begin, end in spans if tid == teacher]
+    return [(end - begin - sum(max(0, min(end, e) - max(begin, b)) for b, e in scoring)) / 1e6 for begin, end in evaluations[1:]]
+
+
 def measure(records: list[dict], evaluations: list[float], every: int) -> dict[str, float | None]:
     """Columns of the CSV from metrics.jsonl and the seconds that the evaluation after every `every` updates took."""
 
@@ -53,11 +65,12 @@ def run(job: tuple[str, str, int, int]) -> list[dict]:
         output = Path(directory) / "run"
         command = [sys.executable, str(ROOT / "train.py"), f"--output-dir={output}", f"--order={order}", f"--max-staleness={staleness}", f"--seed={seed}",
                    f"--steps={STEPS}", f"--eval-every={EVERY}", "--eval-size=128", "--save-every=0", "--cpu-threads=1", *LOSSES[loss]]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        spans = [event for event in json.loads((output / "trace.json").read_text()) if event["name"] == "evaluate"]
-    evaluations = [span["dur"] / 1e6 for span in sorted(spans, key=lambda span: span["ts"])][1:]  # the first is before the clock starts
-    return [{**dict(zip(COLUMNS, job)), **measure(records, evaluations, EVERY)}]
+        events = json.loads((output / "trace.json").read_text())
+    return [{**dict(zip(COLUMNS, job)), **measure(records, off_the_clock(events), EVERY)}]
 
 
 def read(path: Path) -> list[dict]:
@@ -71,7 +84,7 @@ def read(path: Path) -> list[dict]:
 def grid(losses, staleness, seeds: int) -> list[tuple[str, str, int, int]]:
     """Jobs, seed by seed. Without staleness there is one batch to take rollouts from, hence one order."""
     orders = ("batch", "arrival")
-    return [(loss, order, s, seed) for seed in range(seeds) for loss in losses for s in staleness for order in orders if s or order == "batch"]
+    return jobs_for([(loss, order, s) for loss in losses for s in staleness for order in orders if s or order == "batch"], range(seeds))
 
 
 def study(path: Path, jobs: list[tuple[str, str, int, int]]) -> list[dict]:
@@ -82,9 +95,9 @@ def study(path: Path, jobs: list[tuple[str, str, int, int]]) -> list[dict]:
     return read(path)
 
 
-def jobs_for(cells: set[tuple], seeds: range) -> list[tuple]:
+def jobs_for(cells: list[tuple], seeds: range) -> list[tuple]:
     """Jobs of some (loss, order, max_staleness)."""
-    return [(*cell, seed) for seed in seeds for cell in sorted(cells)]
+    return [(*cell, seed) for seed in seeds for cell in dict.fromkeys(cells)]
 
 
 def summary(lines: list[dict]) -> str:

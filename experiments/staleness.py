@@ -71,10 +71,13 @@ LOSSES = {
 STRONG = ("forward KL 16", "dense reverse KL", "rollout signal", "rollout signal + PPO clip", "current signal", "current signal + IS",
           "current signal + IS, N=16", "stratified 12+4")  # fmt: skip
 QUICK = ("forward KL 16", "rollout signal", "current signal + IS, N=16", "stratified 28+4")
-SAME_WITHOUT_LAG = {  # b = s up to rounding: signal and correction make no difference
-    name: "current signal + IS" if settings["num_samples"] == 1 else f"current signal + IS, N={settings['num_samples']}"
-    for name, settings in LOSSES.items() if settings["loss"] == "sampled_reverse_kl"
-}  # fmt: skip
+
+
+def canonical(loss: str, lag: int) -> str:
+    """The loss whose run stands for this one: without lag b = s up to rounding, so signal and correction make no difference."""
+    if lag or LOSSES[loss]["loss"] != "sampled_reverse_kl":
+        return loss
+    return next(name for name, fields in LOSSES.items() if fields == sampled("current", "is", LOSSES[loss]["num_samples"]))
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,14 @@ class Job:
 COLUMNS = ("start", "loss", "lag", "seed", "update", "accuracy", "forward_kl", "reverse_kl", "grad_norm", "drift_kl", "support_mass_student")
 
 
-def run(job: Job, student: str, steps: int, every: int, lr: float) -> list[dict]:
-    """Lines of the CSV: one per evaluation, metrics of updates as means since the last one."""
+def run(arguments: tuple[Job, str, int, int, float, float]) -> list[dict]:
+    """Lines of the CSV for (job, student, steps, every, lr, max_grad_norm): one per evaluation, metrics as means since the last.
+
+    A run without lag also gives the lines of the losses it stands for.
+    """
+    job, student, steps, every, lr, max_grad_norm = arguments
     torch.set_num_threads(1)
-    config = replace(BASE, student=student, seed=job.seed, steps=steps, lr=lr, **LOSSES[job.loss])
+    config = replace(BASE, student=student, seed=job.seed, steps=steps, lr=lr, max_grad_norm=max_grad_norm, **LOSSES[job.loss])
     lagged, lines, since = Lagged(config, job.lag, *task()), [], []
     for step in range(1, steps + 1):
         since.append(lagged.update())
@@ -100,7 +107,8 @@ def run(job: Job, student: str, steps: int, every: int, lr: float) -> list[dict]
             means = {key: sum(m[key] for m in since) / len(since) for key in ("grad_norm", "drift_kl", "support_mass_student")}
             lines.append({**vars(job), "update": step, "accuracy": lagged.accuracy(), **vars(divergence), **means})
             since = []
-    return lines
+    names = [name for name in LOSSES if canonical(name, job.lag) == job.loss]
+    return [{**line, "loss": name} for name in names for line in lines]
 
 
 def strong_student(directory: Path, target: float = 0.9) -> str:
@@ -111,39 +119,30 @@ def strong_student(directory: Path, target: float = 0.9) -> str:
         while lagged.accuracy() < target:
             for _ in range(5):
                 lagged.update()
-        lagged.save(directory)
+        lagged.save(partial := directory.with_suffix(".partial"))
+        partial.rename(directory)
     return str(directory)
 
 
 def grid(starts, losses, lags, seeds) -> list[Job]:
-    """Jobs, seed by seed, so that a study that is stopped early has whole seeds; none twice (SAME_WITHOUT_LAG).
+    """Jobs, seed by seed, so that a study that is stopped early has whole seeds; none twice.
 
     From the strong student only the losses in STRONG, without the smallest lag.
     """
-    jobs = [
-        Job(start, loss, lag, seed) for seed in range(seeds) for start in starts for lag in lags for loss in losses
-        if start == "weak" or loss in STRONG and lag != 2
-    ]  # fmt: skip
-    return [job for job in jobs if job.lag or (same := SAME_WITHOUT_LAG.get(job.loss, job.loss)) == job.loss or same not in losses]
+    cells = [(start, loss, lag) for start in starts for lag in lags for loss in losses if start == "weak" or loss in STRONG and lag != 2]
+    return jobs_for(cells, range(seeds))
+
+
+def jobs_for(cells: list[tuple], seeds: range) -> list[Job]:
+    """Jobs that give the lines of some (start, loss, lag)."""
+    return list(dict.fromkeys(Job(start, canonical(loss, lag), lag, seed) for seed in seeds for start, loss, lag in cells))
 
 
 def read(path: Path) -> list[dict]:
-    """Lines of a CSV as dictionaries with numbers, and those without lag that stand for others repeated under their names."""
+    """Lines of a CSV as dictionaries with numbers."""
     with open(path, newline="") as file:
-        lines = [{k: v if k in ("start", "loss") else int(v) if k in ("lag", "seed", "update") else float(v) for k, v in line.items()}
-                 for line in csv.DictReader(file)]  # fmt: skip
-    own = {(line["start"], line["loss"], line["seed"]) for line in lines if line["lag"] == 0}
-    copies = [
-        {**line, "loss": name} for line in lines for name, same in SAME_WITHOUT_LAG.items()
-        if line["lag"] == 0 and same == line["loss"] and (line["start"], name, line["seed"]) not in own
-    ]  # fmt: skip
-    return lines + copies
-
-
-def jobs_for(cells: set[tuple], seeds: range) -> list[Job]:
-    """Jobs of some (start, loss, lag)."""
-    cells = {(start, SAME_WITHOUT_LAG.get(loss, loss) if lag == 0 else loss, lag) for start, loss, lag in cells}
-    return [Job(*cell, seed) for seed in seeds for cell in sorted(cells)]
+        return [{k: v if k in ("start", "loss") else int(v) if k in ("lag", "seed", "update") else float(v) for k, v in line.items()}
+                for line in csv.DictReader(file)]  # fmt: skip
 
 
 def summary(lines: list[dict]) -> str:
@@ -158,18 +157,14 @@ def summary(lines: list[dict]) -> str:
     )
 
 
-def _work(arguments):
-    return run(*arguments)
-
-
 def append(path: Path, columns: tuple[str, ...], work: Callable[[tuple], list[dict]], jobs: list[tuple], workers: int):
     """Lines of `work(job)` for every job, in the order of the jobs, so that two studies give one CSV.
 
-    `workers`: processes; 0 is one per core, 1 is this one.
+    `workers`: processes; 0 is one per core, 1 is this one. Each leaves after 32 jobs, since a Channel is never closed.
     """
     workers = workers or len(os.sched_getaffinity(0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file, nullcontext() if workers == 1 else mp.get_context("forkserver").Pool(workers) as pool:
+    with open(path, "a", newline="") as file, nullcontext() if workers == 1 else mp.get_context("forkserver").Pool(workers, maxtasksperchild=32) as pool:
         writer = csv.DictWriter(file, columns)
         if file.tell() == 0:
             writer.writeheader()
@@ -178,17 +173,17 @@ def append(path: Path, columns: tuple[str, ...], work: Callable[[tuple], list[di
             file.flush()
 
 
-def study(path: Path, jobs: list[Job], steps: int = 80, every: int = 20, workers: int = 0) -> list[dict]:
+def study(path: Path, jobs: list[Job], steps: int = 80, every: int = 20, max_grad_norm: float = BASE.max_grad_norm, workers: int = 0) -> list[dict]:
     """Append the lines of those `jobs` that the CSV does not hold; all its lines."""
     lines = read(path) if path.exists() else []
     if lines and (last := max(line["update"] for line in lines)) != steps:
         sys.exit(f"{path} holds runs of {last} updates, not {steps}: give another --out")
-    done = {Job(*(line[key] for key in ("start", "loss", "lag", "seed"))) for line in lines}
+    done = {Job(*(line[key] for key in ("start", "loss", "lag", "seed"))) for line in lines if line["update"] == steps}
     jobs = [job for job in jobs if job not in done]
     if jobs:
         students = {"weak": "builtin", "strong": strong_student(Path("runs/strong_student")) if any(job.start == "strong" for job in jobs) else ""}
-        work = [(job, students[job.start], steps, every, {"weak": 3e-4, "strong": 1e-4}[job.start]) for job in jobs]
-        append(path, COLUMNS, _work, work, workers)
+        work = [(job, students[job.start], steps, every, {"weak": 3e-4, "strong": 1e-4}[job.start], max_grad_norm) for job in jobs]
+        append(path, COLUMNS, run, work, workers)
     return read(path)
 
 
@@ -202,6 +197,7 @@ def main():
     parser.add_argument("--lags", type=int, nargs="+", default=LAGS)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--starts", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
+    parser.add_argument("--max-grad-norm", type=float, default=BASE.max_grad_norm, help="1e9: no clipping")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
     args = parser.parse_args()
     if args.quick:
@@ -212,7 +208,7 @@ def main():
     if args.steps < 1 or args.steps % args.every:
         parser.error(f"--steps {args.steps} with --every {args.every}: --steps must be a positive multiple, for the last evaluation")
     out = args.out or (Path("runs/staleness_quick.csv") if args.quick else RESULTS)
-    print(summary(study(out, jobs, args.steps, args.every, args.workers)))
+    print(summary(study(out, jobs, args.steps, args.every, args.max_grad_norm, args.workers)))
 
 
 if __name__ == "__main__":
