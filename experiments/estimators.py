@@ -187,7 +187,7 @@ def read(path: Path) -> list[dict]:
     return lines
 
 
-def jobs_for(cells: list[tuple], seeds: range, updates: tuple[int, ...] = (40, 80), draws: int = 100) -> list[tuple]:
+def jobs_for(cells: list[tuple], seeds: range, updates: tuple[int, ...] = (40, 80), draws: int = 50) -> list[tuple]:
     """A run has the lines of all (estimator, lag)."""
     return [(seed, updates, draws) for seed in seeds]
 
@@ -217,7 +217,7 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, nargs="+", default=[40, 80], help="snapshots after these updates")
-    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--draws", type=int, default=50)
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
     args = parser.parse_args()
     if min(args.updates) < max(LAGS):

@@ -107,7 +107,7 @@ def run(arguments: tuple[Job, str, int, int, float, float]) -> list[dict]:
             means = {key: sum(m[key] for m in since) / len(since) for key in ("grad_norm", "drift_kl", "support_mass_student")}
             lines.append({**vars(job), "update": step, "accuracy": lagged.accuracy(), **vars(divergence), **means})
             since = []
-    names = [name for name in LOSSES if canonical(name, job.lag) == job.loss]
+    names = [name for name in (LOSSES if job.start == "weak" else STRONG) if canonical(name, job.lag) == job.loss]
     return [{**line, "loss": name} for name in names for line in lines]
 
 
