@@ -21,6 +21,7 @@ T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 CELL = {"staleness": ("start", "loss", "lag"), "estimators": ("estimator", "lag"), "frontier": ("loss", "order", "max_staleness")}
 LOWER_IS_BETTER = ("reverse_kl", "bias", "variance", "error_1000")
 SEEDS = range(5)
+MARKS = {"yes": "✓", "no": "✗", "open": "?"}
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,11 @@ CLAIMS = [
 
 def describe(c: Comparison, result: Result) -> str:
     """One comparison in words: what both cells share, what tells them apart, the difference."""
-    def name(key, value):
-        return f"lag {value}" if key == "lag" else f"--max-staleness {value}" if key == "max_staleness" else f"{value} start" if key == "start" else str(value)  # fmt: skip
 
-    def number(x):
+    def name(key: str, value) -> str:
+        return f"lag {value}" if key == "lag" else f"staleness {value}" if key == "max_staleness" else str(value)
+
+    def number(x: float) -> str:
         return f"{100 * x:.0f} %" if c.metric == "accuracy" else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
     keys = CELL[c.study]
@@ -157,8 +159,8 @@ def describe(c: Comparison, result: Result) -> str:
         gap = f"{result.mean:.2f}x [{result.low:.2f}, {result.high:.2f}]"
     else:
         scale, unit = (100, " points") if c.metric == "accuracy" else (1, "")
-        gap = f"{scale * result.mean:+.3g}{unit} [{scale * result.low:.3g}, {scale * result.high:.3g}]"
-    return f"{result.answer}: {shared}: {a} {number(result.a)}, {b} {number(result.b)}; {gap}, {result.wins}/{result.seeds}"
+        gap = f"{scale * result.mean:+.2g}{unit} [{scale * result.low:.2g}, {scale * result.high:.2g}]"
+    return f"{MARKS[result.answer]} {shared}: {a} {number(result.a)}, {b} {number(result.b)}; {gap}, {result.wins}/{result.seeds}"
 
 
 def verdict(answers: list[str]) -> str:

@@ -9,7 +9,7 @@ prefixes. The expectation over the candidates is exact: losses.py gives c = dL/d
 
 is carried through the model once. The variance of G is that of `--draws` independent draws of all candidates. The bias over
 all prefixes does not average out, its scatter over prefixes and the variance of the candidates do: for a batch of M
-positions the squared error is bias^2 + (scatter + variance) P / M.
+positions the squared error is bias^2 + (scatter + variance) / M.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from losses import make_loss, second_moment_threshold, sparse_reverse_kl, strati
 from model import flatten_parameters, load_model
 
 TRAINING = "stratified 28+4"  # the loss of the run whose snapshots are looked at
+GROUPS = (*((first, 128) for first in (0, 128, 256, 384)), (512, 32))  # (first training prompt, prompts); the last for draws
 BATCHES = (1_000, 10_000, 100_000, 1_000_000)  # tokens
 RESULTS = Path("experiments/results/estimators.csv")
-COLUMNS = ("seed", "update", "lag", "draws", "positions", "drift_kl", "estimator", "candidates", "norm", "bias", "scatter", "cosine", "variance")
+COLUMNS = ("seed", "update", "lag", "draws", "drift_kl", "estimator", "candidates", "norm", "bias", "scatter", "cosine", "variance")
 
 
 def derivative(loss, s: Tensor) -> Tensor:
@@ -83,15 +84,16 @@ def dense_logit_gradient(s: Tensor, t: Tensor) -> Tensor:
 class Snapshot:
     """Student, teacher and an older sampler on one group of the sampler's rollouts; gradients through the student."""
 
-    def __init__(self, lagged: Lagged, sampler, weights: Tensor, first: int):
-        """`sampler`: a plain model whose flat parameters are `weights`. The group: a batch of held-out prompts from `first` on."""
-        prompts = lagged.held[first : first + lagged.config.batch_size]
-        rows = lagged.fresh_rows(weights, prompts, ticket=lagged.learner.version * 1000 + first)
-        self.parameters = lagged.learner.parameters
-        self.logits = lagged.logits(lagged.learner.model, rows)
-        with torch.no_grad():
-            self.sampler_logits, teacher_logits = (lagged.logits(model, rows) for model in (sampler, lagged.teacher.model))
-            self.s, self.b, self.t = (z.detach().log_softmax(-1) for z in (self.logits, self.sampler_logits, teacher_logits))
+    def __init__(self, lagged: Lagged, sampler, weights: Tensor, prompts: range):
+        """`sampler`: a plain model whose flat parameters are `weights`. `prompts`: which training prompts."""
+        self.parameters, parts, size = lagged.learner.parameters, [], lagged.config.batch_size
+        for first in prompts[::size]:
+            rows = lagged.fresh_rows(weights, task()[0][first : min(first + size, prompts.stop)], ticket=first)
+            with torch.no_grad():
+                frozen = [lagged.logits(model, rows) for model in (sampler, lagged.teacher.model)]
+            parts.append([lagged.logits(lagged.learner.model, rows), *frozen])
+        self.logits, self.sampler_logits, teacher_logits = (torch.cat(column) for column in zip(*parts))
+        self.s, self.b, self.t = (z.detach().log_softmax(-1) for z in (self.logits, self.sampler_logits, teacher_logits))
         self.exact = self.gradient(dense_logit_gradient(self.s, self.t))
 
     def gradient(self, logit_gradient: Tensor) -> Tensor:
@@ -111,14 +113,19 @@ class Snapshot:
         ids, b = self.draw(config, generator)
         return second_moment_threshold(self.s.gather(1, ids) - b)
 
-    def variance(self, config: Config, mean: Tensor, draws: int, generator: torch.Generator, threshold: float | None) -> float:
-        """Sum over the parameters of G's variance around its known mean."""
-        total = 0.0
+    def mean(self, config: Config, threshold: float | None) -> Tensor:
+        """Expectation of G over the candidates."""
+        return self.gradient(expected_logit_gradient(config, self.s, self.t, self.b, threshold))
+
+    def variance(self, config: Config, draws: int, generator: torch.Generator) -> float:
+        """Sum over the parameters of G's variance around its mean, times the positions: that of one position."""
+        threshold, total = self.threshold(config, generator), 0.0
+        mean = self.mean(config, threshold)
         for _ in range(draws):
             ids, b = self.draw(config, generator)
             _, _, g = unfused_loss(make_loss(config, threshold), self.logits.detach().clone(), ids, self.t.gather(1, ids), b, torch.float32)
             total += float((self.gradient(g) - mean).square().sum()) / draws
-        return total
+        return total * len(self.s)
 
 
 def of_different_groups(a: list[Tensor], b: list[Tensor]) -> float:
@@ -126,25 +133,21 @@ def of_different_groups(a: list[Tensor], b: list[Tensor]) -> float:
     return statistics.mean(float(torch.dot(x, y)) for i, x in enumerate(a) for j, y in enumerate(b) if i != j)
 
 
-def measure(groups: list[Snapshot], config: Config, draws: int, seed: int) -> dict[str, float]:
-    """Relative to the norm of the exact gradient over all prefixes: bias, variances (of squares) at P positions, cosine.
+def measure(groups: list[Snapshot], small: Snapshot, config: Config, draws: int, seed: int) -> dict[str, float]:
+    """Relative to the norm of the exact gradient over all prefixes (variances: to its square): what one estimator does.
 
-    bias: of the gradient over all prefixes. scatter: variance of the bias of P positions around it. variance: of the candidates,
-    given the prefixes; from the first group, 0 where nothing is drawn.
+    bias: of its mean over all prefixes, and the cosine of that mean with the exact gradient. scatter: variance of one position's
+    bias over prefixes. variance: of one position's candidates, by draws on the group `small`; 0 where nothing is drawn.
     """
     generator = torch.Generator().manual_seed(seed)
-    thresholds = [group.threshold(config, generator) for group in groups]
-    means = [g.gradient(expected_logit_gradient(config, g.s, g.t, g.b, threshold)) for g, threshold in zip(groups, thresholds)]
-    exact = [group.exact for group in groups]
+    means, exact = [group.mean(config, group.threshold(config, generator)) for group in groups], [group.exact for group in groups]
     biases = [mean - target for mean, target in zip(means, exact)]
-    scale, bias = of_different_groups(exact, exact), of_different_groups(biases, biases)
-    scatter = statistics.mean(float(b.square().sum()) for b in biases) - bias
-    length = max(of_different_groups(means, means), 0.0) ** 0.5
-    random = config.loss != "sparse_reverse_kl"
+    scale, bias, length = (of_different_groups(vectors, vectors) for vectors in (exact, biases, means))
+    scatter = statistics.mean(float(vector.square().sum()) for vector in biases) - bias
     return {
-        "norm": scale**0.5, "bias": (max(bias, 0.0) / scale) ** 0.5, "scatter": scatter / scale,
-        "cosine": of_different_groups(means, exact) / (length * scale**0.5),
-        "variance": groups[0].variance(config, means[0], draws, generator, thresholds[0]) / scale if random else 0.0,
+        "norm": scale**0.5, "bias": (max(bias, 0.0) / scale) ** 0.5, "scatter": scatter * len(groups[0].s) / scale,
+        "cosine": of_different_groups(means, exact) / (length * scale) ** 0.5 if length > 0 else float("nan"),
+        "variance": small.variance(config, draws, generator) / scale if config.loss != "sparse_reverse_kl" else 0.0,
     }  # fmt: skip
 
 
@@ -160,13 +163,15 @@ def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
         while lagged.learner.version < update:
             lagged.update()
         weights.copy_(lagged.versions[-1 - lag])
-        groups = [Snapshot(lagged, sampler, weights, first) for first in range(0, len(lagged.held), config.batch_size)]
-        where = {"seed": seed, "update": update, "lag": lag, "draws": draws, "positions": len(groups[0].s)}
+        *groups, small = (Snapshot(lagged, sampler, weights, range(first, first + size)) for first, size in GROUPS)
+        if of_different_groups([g.exact for g in groups], [g.exact for g in groups]) <= 0:
+            raise RuntimeError(f"after {update} updates the exact gradient is lost in the noise of its prefixes: take earlier --updates")
+        where = {"seed": seed, "update": update, "lag": lag, "draws": draws}
         where["drift_kl"] = statistics.mean(float((g.b.exp() * (g.b - g.s)).sum(-1).mean()) for g in groups)
         for name, fields in LOSSES.items():
             if fields["loss"] != "forward_kl":
                 estimator = replace(config, **fields)
-                lines.append({**where, "estimator": name, "candidates": candidates(estimator), **measure(groups, estimator, draws, seed)})
+                lines.append({**where, "estimator": name, "candidates": candidates(estimator), **measure(groups, small, estimator, draws, seed)})
     return lines
 
 
@@ -177,17 +182,17 @@ def candidates(config: Config) -> int:
 
 
 def read(path: Path) -> list[dict]:
-    """Lines of a CSV with numbers, and `error_M`: the relative error of a batch of M tokens."""
+    """Lines of a CSV with numbers, `deviation` (standard, of a batch of 1,000 tokens) and `error_M` of a batch of M tokens."""
     with open(path, newline="") as file:
         lines = [{k: v if k == "estimator" else int(v) if k in ("seed", "update", "lag") else float(v) for k, v in line.items()}
                  for line in csv.DictReader(file)]  # fmt: skip
     for line in lines:
-        noise = (max(line["scatter"], 0.0) + line["variance"]) * line["positions"]
-        line |= {f"error_{m}": (line["bias"] ** 2 + noise / m) ** 0.5 for m in BATCHES}
+        noise = max(line["scatter"], 0.0) + line["variance"]
+        line |= {"deviation": (line["variance"] / BATCHES[0]) ** 0.5} | {f"error_{m}": (line["bias"] ** 2 + noise / m) ** 0.5 for m in BATCHES}
     return lines
 
 
-def jobs_for(cells: list[tuple], seeds: range, updates: tuple[int, ...] = (40, 80), draws: int = 50) -> list[tuple]:
+def jobs_for(cells: list[tuple], seeds: range, updates: tuple[int, ...] = (40,), draws: int = 50) -> list[tuple]:
     """A run has the lines of all (estimator, lag)."""
     return [(seed, updates, draws) for seed in seeds]
 
@@ -204,11 +209,11 @@ def summary(lines: list[dict], lag: int) -> str:
     """A line per estimator: means over seeds and snapshots at one lag."""
     chosen = [line for line in lines if line["lag"] == lag]
     drift = statistics.mean(line["drift_kl"] for line in chosen)
-    rows = [f"lag {lag}, {drift:.2g} nats".ljust(26) + "  candidates   bias  cosine  st.dev.  error of" + "".join(f"{m:>11,}" for m in BATCHES) + " tokens"]
+    rows = [f"lag {lag}, {drift:.2g} nats".ljust(26) + "  candidates   bias  cosine  st.dev. (1,000)  error of" + "".join(f"{m:>11,}" for m in BATCHES) + " tokens"]
     for name in dict.fromkeys(line["estimator"] for line in chosen):
         mean = {key: statistics.mean(line[key] for line in chosen if line["estimator"] == name) for key in chosen[0] if key != "estimator"}
         errors = "".join(f"{mean[f'error_{m}']:11.3f}" for m in BATCHES)
-        rows.append(f"{name:26s}  {mean['candidates']:10.0f}  {mean['bias']:5.3f}  {mean['cosine']:6.3f}  {mean['variance'] ** 0.5:7.3f}          {errors}")
+        rows.append(f"{name:26s}  {mean['candidates']:10.0f}  {mean['bias']:5.3f}  {mean['cosine']:6.3f}  {mean['deviation']:15.3f}          {errors}")
     return "\n".join(rows)
 
 
@@ -216,7 +221,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--updates", type=int, nargs="+", default=[40, 80], help="snapshots after these updates")
+    parser.add_argument("--updates", type=int, nargs="+", default=[40], help="snapshots after these updates")
     parser.add_argument("--draws", type=int, default=50)
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
     args = parser.parse_args()

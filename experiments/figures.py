@@ -64,9 +64,9 @@ def against_lag(lines: list[dict], metric: str, start: str, out: Path):
             over(axis, values, lambda lag: (start, name, lag), staleness.LAGS, name, i)  # noqa: B023
         axis.set(title=title, xlabel="lag, updates")
         axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
-    axes[0].set_ylabel(f"{metric.replace('_', ' ')} after {max(line['update'] for line in lines)} updates" + (", nats" if metric != "accuracy" else ""))
-    if metric != "accuracy":
-        axes[0].set_yscale("log")
+    label, scale = {"accuracy": ("accuracy", "linear"), "reverse_kl": ("reverse KL, nats,", "log")}[metric]
+    axes[0].set_ylabel(f"{label} after {max(line['update'] for line in lines)} updates")
+    axes[0].set_yscale(scale)
     figure.savefig(out, dpi=160, bbox_inches="tight")
 
 
@@ -76,9 +76,7 @@ def bias_and_variance(lines: list[dict], out: Path, lag: int = 8):
     Linear below 0.01, so that what is exactly unbiased is seen lying at 0.
     """
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
-    for line in lines:
-        line["deviation"] = line["variance"] ** 0.5
-    for axis, key, title in zip(axes, ("bias", "deviation"), ("bias", "standard deviation")):
+    for axis, key, title in zip(axes, ("bias", "deviation"), ("bias", "standard deviation, 1,000 tokens")):
         values = cells("estimators", lines, key)
         for i, name in enumerate(ESTIMATORS):
             over(axis, values, lambda lag: (name, lag), staleness.LAGS, name, i)  # noqa: B023
