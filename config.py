@@ -47,7 +47,7 @@ class Config:
     max_new_tokens: int = option(40, "longest response, tokens, stop token included", least=1)
     loss: str = option("stratified_reverse_kl", "distillation loss, see losses.py", LOSSES)
     top_k: int = option(28, "top-K ids a position (all losses but sampled_reverse_kl)", least=1)
-    num_samples: int = option(4, "draws a position (sampled and stratified reverse KL)", least=1)
+    num_samples: int = option(4, "draws a position (stratified: of the tail; sampled_reverse_kl alone wants 16 or more)", least=1)
     signal: str = option("current", "sampled_reverse_kl: advantage from the current student or as at rollout", SIGNALS)
     correction: str = option("is", "sampled_reverse_kl: correction for stale samples", CORRECTIONS)
     temperature: float = option(1.0, "softmax temperature of sampling, and of student and teacher in the loss", least=0.001)

@@ -70,13 +70,20 @@ def against_lag(lines: list[dict], metric: str, start: str, out: Path):
     figure.savefig(out, dpi=160, bbox_inches="tight")
 
 
+def save_with_legend(figure, axis, out: Path):
+    """Panels side by side, one legend below for all."""
+    figure.subplots_adjust(wspace=0.35)
+    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=4)
+    figure.savefig(out, dpi=160, bbox_inches="tight")
+
+
 def bias_and_variance(lines: list[dict], out: Path, lag: int = 8):
     """Bias and standard deviation of the gradient against lag, and the error at one lag against the batch.
 
     Linear below 0.01, so that what is exactly unbiased is seen lying at 0.
     """
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
-    for axis, key, title in zip(axes, ("bias", "deviation"), ("bias", "standard deviation, 1,000 tokens")):
+    for axis, key, title in zip(axes, ("bias", "deviation"), ("bias", "st. deviation, 1,000 tokens")):
         values = cells("estimators", lines, key)
         for i, name in enumerate(ESTIMATORS):
             over(axis, values, lambda lag: (name, lag), staleness.LAGS, name, i)  # noqa: B023
@@ -86,24 +93,21 @@ def bias_and_variance(lines: list[dict], out: Path, lag: int = 8):
         spread(axes[2], {place: list(cells("estimators", lines, f"error_{m}")[name, lag].values()) for place, m in enumerate(estimators.BATCHES)}, name, i)
     axes[2].set(title=f"error at lag {lag}", xlabel="tokens in the batch", yscale="log", xticks=range(4), xticklabels=("1k", "10k", "100k", "1M"))
     axes[0].set_ylabel("relative to the exact gradient")
-    axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)
-    figure.tight_layout()
-    figure.savefig(out, dpi=160, bbox_inches="tight")
+    save_with_legend(figure, axes[0], out)
 
 
 def frontier_of(lines: list[dict], out: Path):
-    """Tokens/s, lag and seconds to 90 % (of the seeds that reached it) against --max-staleness."""
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3))
-    curves = [(loss, order) for loss in frontier.LOSSES for order in ("batch", "arrival")]
-    for axis, key, title in zip(axes, ("tokens_per_second", "lag_mean", "seconds_to_90"), ("tokens / s", "mean lag, updates", "seconds to 90 %")):
-        values = cells("frontier", [line for line in lines if line[key] is not None], key)
+    """Tokens/s, lag, seconds to 90 % (of the seeds that reached it) and final accuracy against --max-staleness."""
+    panels = {"tokens_per_second": "tokens / s", "lag_mean": "mean lag, updates", "seconds_to_90": "seconds to 90 %", "accuracy": "accuracy"}
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.8))
+    curves = list(dict.fromkeys((line["loss"], line["order"]) for line in lines))
+    for axis, (key, title) in zip(axes, panels.items()):
+        values = cells("frontier", lines, key)
         for i, (loss, order) in enumerate(curves):
             look = {"label": f"{loss}, {order} order", "dashed": order == "arrival"}
             over(axis, values, lambda s: (loss, order, s), frontier.STALENESS, loss, i, **look)  # noqa: B023
         axis.set(title=title, xlabel="--max-staleness", ylim=(0, None))
-    axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
-    figure.tight_layout()
-    figure.savefig(out, dpi=160, bbox_inches="tight")
+    save_with_legend(figure, axes[0], out)
 
 
 def keep_window(traces: dict[str, Path], out: Path, seconds: float = 2.0):
