@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,8 +125,8 @@ def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path
     """Two prompts, nearly greedy: sequences recur. A hit was computed in another batch shape, hence float rounding."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "47+58="}\n')
     flags = [f"--prompts={tmp_path}/p.jsonl", "--max-staleness=0", "--steps=6", "--loss=forward_kl", "--temperature=0.05", "--lr=1e-5"]
-    for name, size in (("with", 64), ("without", 0)):
-        finish(start(tmp_path / name, *pair, *flags, f"--teacher-cache-mb={size}"))
+    for process in [start(tmp_path / name, *pair, *flags, f"--teacher-cache-mb={size}") for name, size in (("with", 64), ("without", 0))]:
+        finish(process)
     cached, plain = metrics(tmp_path / "with"), metrics(tmp_path / "without")
     assert cached[-1]["teacher_cache_hit_rate"] > 0.3 and plain[-1]["teacher_cache_hit_rate"] == 0
     assert [r["loss"] for r in cached] == pytest.approx([r["loss"] for r in plain], rel=1e-5)
@@ -255,10 +256,10 @@ for name in {PRELOAD}:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_damaged_checkpoint_is_named_on_resume(pair, tmp_path):
+def test_a_damaged_checkpoint_is_named_on_resume(sync_run, pair, tmp_path):
     output = tmp_path / "run"
-    finish(start(output, *pair, "--max-staleness=0", "--steps=2", "--eval-every=0"))
-    weights = output / "step_2" / "model.safetensors"
+    shutil.copytree(sync_run[0], output)
+    weights = output / "step_6" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    out = finish(start(output, *pair, "--max-staleness=0", "--steps=4", "--eval-every=0", "--resume"), expect=1)
+    out = finish(start(output, *pair, *SYNC, "--steps=8", "--resume"), expect=1)
     assert f"--resume {weights}: weights missing or damaged" in out and "Traceback" not in out
