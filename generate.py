@@ -61,11 +61,11 @@ def propose(logits: Tensor, uniforms: Tensor, loss: str, top_k: int) -> tuple[Te
         ids = logits.argmax(-1, keepdim=True)
         return ids, logp.gather(1, ids)
     emitted = draw(logp.exp(), uniforms[:, :1] if loss == "stratified_reverse_kl" else uniforms)
-    if loss not in ("sparse_reverse_kl", "stratified_reverse_kl"):
+    if loss in ("sampled_reverse_kl", "forward_kl"):  # the draws are all, or the teacher adds its own
         return emitted, logp.gather(1, emitted)
     top = logp.topk(top_k, dim=-1).indices
     ids = torch.cat([emitted, top], 1)
-    if loss == "sparse_reverse_kl":
+    if loss != "stratified_reverse_kl":
         return ids, logp.gather(1, ids)
     tail_logp = logits.scatter(1, top, float("-inf")).log_softmax(-1)
     tail = draw(tail_logp.exp(), uniforms[:, 1:])

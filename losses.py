@@ -104,7 +104,7 @@ def importance_weight(
 
 
 def second_moment_threshold(log_ratio: Tensor, budget: float = M2_BUDGET) -> float:
-    """Largest (s - b)^2 that may be kept so that the mean over what is kept stays within `budget` (M2PO).
+    """Largest (s - b)^2 that may be kept so that the mean over what is kept stays within `budget` (M2PO); inf: all may.
 
     `log_ratio`: every sample of the update, any shape. Dropping the largest first, the kept mean falls
     monotonically, so the answer is one sort and one cumulative mean. Returns -1 when nothing may be kept.
@@ -112,7 +112,7 @@ def second_moment_threshold(log_ratio: Tensor, budget: float = M2_BUDGET) -> flo
     moment = log_ratio.double().square().flatten().sort().values
     mean_kept = moment.cumsum(0) / torch.arange(1, len(moment) + 1, device=moment.device)
     kept = int((mean_kept <= budget).sum())
-    return float(moment[kept - 1]) if kept else -1.0
+    return float("inf") if kept == len(moment) else float(moment[kept - 1]) if kept else -1.0
 
 
 def stratified_reverse_kl(
@@ -163,7 +163,9 @@ def make_loss(config, m2_threshold: float | None = None) -> Callable[[Tensor, Te
             return sparse_reverse_kl(s[:, top], t[:, top])
         if config.loss == "stratified_reverse_kl":
             return stratified_reverse_kl(s[:, top], t[:, top], s[:, tail], t[:, tail], b[:, tail])
-        return sampled_reverse_kl(s, t, b, config.signal, config.correction, m2_threshold)
+        if config.loss == "sampled_reverse_kl":
+            return sampled_reverse_kl(s, t, b, config.signal, config.correction, m2_threshold)
+        raise ValueError(f"make_loss does not know the loss {config.loss!r}")
 
     return loss
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import estimators, frontier, staleness
+from experiments.study import RESULTS, RUNS
 
 STUDIES = {"staleness": staleness, "estimators": estimators, "frontier": frontier}
 T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided, by degrees of freedom from 0
@@ -111,10 +112,10 @@ CLAIMS = [
           with_and_without_lag("rollout signal", worse=True)),
     Claim("... nor as RL does it, with PPO's clipped ratio", with_and_without_lag("rollout signal + PPO clip", worse=True)),
     Claim("Recomputing the signal with the current student repairs it: with the importance ratio (the paper's surrogate) it is better than the rollout's signal",
-          at_lags("current signal + IS", "rollout signal + IS", (2, 8, 32))),
+          [c for draws in ("", ", N=16") for c in at_lags("current signal + IS" + draws, "rollout signal + IS" + draws, (2, 8, 32))]),
     Claim("... and without the ratio", at_lags("current signal", "rollout signal", (2, 8, 32)) + at_lags("current signal", "rollout signal", starts=("strong",))),
     Claim("What stabilises asynchronous RL (PPO clip, decoupled, M2PO) does not improve over recomputing with the ratio: no method is more than 5 points better",
-          [c for method in ("rollout signal + PPO clip", "decoupled", "M2PO") for c in at_lags("current signal + IS", method, margin=-0.05)]),
+          [c for method in ("rollout signal + PPO clip", "decoupled", "M2PO") for c in at_lags("current signal + IS", method, (2, 8, 32), margin=-0.05)]),
     Claim("A sparse top-K cache is biased where sampling is not (exactly, see the tests): by more than 5 % of the gradient",
           [Comparison("estimators", "bias", (a, lag), (b, lag), 0.05) for a, b in zip(SAMPLED, SPARSE) for lag in (8, 32)]),
     Claim("... and sampling pays in variance: at 1,000 tokens the error of sparse top-K is the smaller one",
@@ -131,7 +132,7 @@ CLAIMS = [
     Claim("Recomputing without the ratio does not save reverse KL: lag costs more than 5 points", with_and_without_lag("current signal", worse=True)),
     Claim("... nor do 16 samples without the ratio", with_and_without_lag("current signal, N=16", starts=("weak",), worse=True)),
     Claim("With the ratio and 16 samples lag costs at most 5 points", with_and_without_lag("current signal + IS, N=16")),
-    Claim("At one sample PPO's clip is better than the bare ratio", at_lags("rollout signal + PPO clip", "current signal + IS")),
+    Claim("At one sample PPO's clip is better than the bare ratio", at_lags("rollout signal + PPO clip", "current signal + IS", (2, 8, 32))),
     Claim("At equal candidate count stratified ends nearer to the teacher than sampled: smaller reverse KL",
           [c for a, b in zip(STRATIFIED, SAMPLED) for c in at_lags(a, b, (0, 8, 32), metric="reverse_kl", margin=1.0, ratio=True)]),
     Claim("... its gradient has the smaller variance",
@@ -149,6 +150,9 @@ CLAIMS = [
     Claim("... and at lr 1e-3 costs more than 5 points of accuracy where candidates are drawn",
           [Comparison("frontier", "accuracy", (loss, "batch", 1), (loss, "batch", 8), 0.05) for loss in ("stratified 28+4", "current signal + IS, N=32")]),
     Claim("... and at most 5 points with forward KL", [Comparison("frontier", "accuracy", ("forward KL 32", "batch", 8), ("forward KL 32", "batch", 1), -0.05)]),
+    Claim("The rollout's signal survives lag where the noise is small: with the ratio and 256 draws lag costs at most 5 points",
+          with_and_without_lag("rollout signal + IS, N=256", starts=("weak",))),
+    Claim("... while with 16 draws it costs more than 5", with_and_without_lag("rollout signal + IS, N=16", starts=("weak",), worse=True)),
 ]
 
 
@@ -164,11 +168,12 @@ def describe(c: Comparison, result: Result) -> str:
     keys = CELL[c.study]
     shared = ", ".join(name(key, x) for key, x, y in zip(keys, c.a, c.b) if x == y)
     a, b = (", ".join(name(key, x) for key, x, y in zip(keys, cell, other) if x != y) for cell, other in ((c.a, c.b), (c.b, c.a)))
+    three = (result.mean, result.low, result.high)
     if c.ratio:
-        gap = f"{result.mean:.2f}x [{result.low:.2f}, {result.high:.2f}]"
+        mean, low, high = (f"{x:.2f}" if x < 10 else f"{x:,.0f}" for x in three)
     else:
-        scale, unit = (100, " points") if c.metric == "accuracy" else (1, "")
-        gap = f"{scale * result.mean:+.2g}{unit} [{scale * result.low:.2g}, {scale * result.high:.2g}]"
+        mean, low, high = (f"{100 * x:.1f}" if c.metric == "accuracy" else f"{x:.2g}" for x in three)
+    gap = f"{mean}x [{low}, {high}]" if c.ratio else f"{'+' if result.mean > 0 else ''}{mean}{' points' if c.metric == 'accuracy' else ''} [{low}, {high}]"
     return f"{MARKS[result.answer]} {shared}: {a} {number(result.a)}, {b} {number(result.b)}; {gap}, {result.wins}/{result.seeds}"
 
 
@@ -198,14 +203,14 @@ def rerun(number: int) -> dict[str, list[dict]]:
     lines = {}
     for study in {c.study for c in CLAIMS[number - 1].comparisons}:
         wanted = [cell for c in CLAIMS[number - 1].comparisons if c.study == study for cell in (c.a, c.b)]
-        lines[study] = STUDIES[study].study(Path(f"runs/claim_{number}_{study}.csv"), STUDIES[study].jobs_for(wanted, SEEDS))
+        lines[study] = STUDIES[study].make(RUNS / f"claim_{number}_{study}.csv", STUDIES[study].jobs_for(wanted, SEEDS))
     return lines
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rerun", type=int, choices=range(1, len(CLAIMS) + 1), metavar="N", help="make the runs of claim N again, in runs/claim_N_*.csv (continued if it exists)")
-    parser.add_argument("--results", type=Path, default=Path("experiments/results"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the CSVs")
     args = parser.parse_args()
     if args.rerun:
         print(table([args.rerun], rerun(args.rerun)))

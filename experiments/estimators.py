@@ -7,17 +7,18 @@ prefixes. The expectation over the candidates is exact: losses.py gives c = dL/d
 
     E dL/dz = u - softmax(z) sum_y u_y,     u_y = b_y c_y  (plus c of the top-K stratum)
 
-is carried through the model once. The variance of G is that of `--draws` independent draws of all candidates. The bias over
-all prefixes does not average out, its scatter over prefixes and the variance of the candidates do: for a batch of M
-positions the squared error is bias^2 + (scatter + variance) / M.
+is carried through the model once. The variance over the candidates is that of one draw, divided by their number; it comes
+from `--draws` random vectors through the model (`Spread`). The bias over all prefixes does not average out, its scatter over
+prefixes and the variance of the candidates do: for a batch of M positions the squared error is bias^2 + (scatter + variance) / M.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import statistics
+import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,17 +26,17 @@ import torch
 from torch import Tensor
 
 from config import Config
+from experiments import study
 from experiments.lagged import CPU, Lagged
-from experiments.staleness import BASE, LAGS, LOSSES, append, task
-from generate import draws_per_position, propose
-from kernels.head import unfused_loss
+from experiments.staleness import BASE, LAGS, LOSSES, task
 from losses import make_loss, second_moment_threshold, sparse_reverse_kl, stratified_reverse_kl
 from model import flatten_parameters, load_model
 
 TRAINING = "stratified 28+4"  # the loss of the run whose snapshots are looked at
 GROUPS = (*((first, 128) for first in (0, 128, 256, 384)), (512, 32))  # (first training prompt, prompts); the last for draws
 BATCHES = (1_000, 10_000, 100_000, 1_000_000)  # tokens
-RESULTS = Path("experiments/results/estimators.csv")
+RESULTS = study.RESULTS / "estimators.csv"
+ESTIMATORS = [name for name, fields in LOSSES.items() if fields["loss"] in ("sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl")]
 COLUMNS = ("seed", "update", "lag", "draws", "drift_kl", "estimator", "candidates", "norm", "bias", "scatter", "cosine", "variance")
 
 
@@ -51,34 +52,70 @@ def each_alone(x: Tensor) -> Tensor:
     return x.reshape(-1, 1)
 
 
+def derivatives(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What a loss does to the log-probability of every id, from log-probabilities [P,V]: three tables [P,V].
+
+    c = dL/ds of what is summed exactly (0 outside the top-K); c of every id as the only draw; the density it is drawn from.
+    """
+    nothing = torch.zeros_like(s)
+    if config.loss == "sampled_reverse_kl":
+        loss = make_loss(replace(config, num_samples=1), m2_threshold)
+        return nothing, derivative(lambda x: loss(x, each_alone(t), each_alone(b)), each_alone(s)).view_as(s), b.exp()
+    ids = b.topk(config.top_k, dim=-1).indices
+    top_s, top_t = s.gather(1, ids), t.gather(1, ids)
+    if config.loss == "sparse_reverse_kl":
+        return nothing.scatter(1, ids, derivative(lambda x: sparse_reverse_kl(x, top_t), top_s)), nothing, nothing
+    none, no_tail = s.new_zeros(s.numel(), 0), s.new_zeros(len(s), 1)
+    exact = nothing.scatter(1, ids, derivative(lambda x: stratified_reverse_kl(x, top_t, no_tail, no_tail, no_tail), top_s))
+    tail_b = b.scatter(1, ids, float("-inf")).log_softmax(-1)
+    finite = each_alone(tail_b.clamp(min=-1e4))  # the top-K has no density in the tail
+    c = derivative(lambda x: stratified_reverse_kl(none, none, x, each_alone(t), finite), each_alone(s)).view_as(s)
+    return exact, torch.where(tail_b.isfinite(), c, 0.0), tail_b.exp()
+
+
+def through_softmax(u: Tensor, s: Tensor) -> Tensor:
+    """Logit gradient of sum_y u_y s_y: [P,V] -> [P,V]."""
+    return u - s.exp() * u.sum(-1, keepdim=True)
+
+
 def expected_logit_gradient(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float | None = None) -> Tensor:
     """Mean of the loss's logit gradient over the candidates that the sampler draws, exactly: log-probabilities [P,V] -> [P,V].
 
     Draws do not interact in any of these losses (M2PO: given its threshold), so N of them have the mean of one.
     """
-    if config.loss == "sampled_reverse_kl":
-        loss = make_loss(replace(config, num_samples=1), m2_threshold)
-        u = b.exp() * derivative(lambda x: loss(x, each_alone(t), each_alone(b)), each_alone(s)).view_as(s)
-    else:
-        ids = b.topk(config.top_k, dim=-1).indices
-        top_s, top_t = s.gather(1, ids), t.gather(1, ids)
-        if config.loss == "sparse_reverse_kl":
-            u = torch.zeros_like(s).scatter(1, ids, derivative(lambda x: sparse_reverse_kl(x, top_t), top_s))
-        else:
-            nothing = s.new_zeros(len(s), 1)
-            tail_b = b.scatter(1, ids, float("-inf")).log_softmax(-1)
-            finite = each_alone(tail_b).clamp(min=-1e4)  # the top-K stratum has no density in the tail, and b_y c_y = 0
-            none = s.new_zeros(s.numel(), 0)
-            c = derivative(lambda x: stratified_reverse_kl(none, none, x, each_alone(t), finite), each_alone(s)).view_as(s)
-            u = torch.where(tail_b.isfinite(), tail_b.exp() * c, 0.0)
-            u = u.scatter(1, ids, derivative(lambda x: stratified_reverse_kl(x, top_t, nothing, nothing, nothing), top_s))
-    return u - s.exp() * u.sum(-1, keepdim=True)
+    exact, c, density = derivatives(config, s, t, b, m2_threshold)
+    return through_softmax(exact + density * c, s)
+
+
+class Spread:
+    """Covariance of the logit gradient of one draw, as random vectors that have it and nothing heavy in their tails.
+
+    One draw of y gives v_y = c_y (e_y - softmax) - mean. Its covariance sum_y density_y v_y v_y^T is dominated by rare y with a
+    large v_y. So y is drawn with a probability q_y in proportion to density_y |v_y|^2 instead, and sqrt(density_y / q_y) v_y,
+    which has one length for all y, gets a random sign: positions, whose signs are independent, then do not mix on average.
+    """
+
+    def __init__(self, s: Tensor, c: Tensor, density: Tensor):
+        """[P,V] each, as from `derivatives`."""
+        self.s, self.c = s.double(), c.double()
+        self.mean = through_softmax(density.double() * self.c, self.s)
+        p = self.s.exp()
+        squares = self.c**2 * (1 - 2 * p + (p * p).sum(-1, keepdim=True)) - 2 * self.c * (self.mean - (p * self.mean).sum(-1, keepdim=True))
+        self.mass = density.double() * (squares + (self.mean * self.mean).sum(-1, keepdim=True)).clamp(min=0)
+        self.total = self.mass.sum(-1)  # [P] trace of the covariance
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """A random table [P,V] with this covariance; rows are independent."""
+        y = torch.multinomial(self.mass + self.mass.new_full((), 1e-300), 1, generator=generator)
+        v = torch.zeros_like(self.s).scatter(1, y, self.c.gather(1, y))
+        v = through_softmax(v, self.s) - self.mean
+        sign = torch.randint(0, 2, (len(v), 1), generator=generator) * 2 - 1
+        return sign * v * (self.total[:, None].sqrt() / v.norm(dim=-1, keepdim=True).clamp(min=1e-300))
 
 
 def dense_logit_gradient(s: Tensor, t: Tensor) -> Tensor:
     """Of the reverse KL itself, [P,V]."""
-    u = s.exp() * (s - t)
-    return u - s.exp() * u.sum(-1, keepdim=True)
+    return through_softmax(s.exp() * (s - t), s)
 
 
 class Snapshot:
@@ -92,8 +129,8 @@ class Snapshot:
             with torch.no_grad():
                 frozen = [lagged.logits(model, rows) for model in (sampler, lagged.teacher.model)]
             parts.append([lagged.logits(lagged.learner.model, rows), *frozen])
-        self.logits, self.sampler_logits, teacher_logits = (torch.cat(column) for column in zip(*parts))
-        self.s, self.b, self.t = (z.detach().log_softmax(-1) for z in (self.logits, self.sampler_logits, teacher_logits))
+        self.logits, *frozen = (torch.cat(column) for column in zip(*parts))
+        self.s, self.b, self.t = (z.detach().log_softmax(-1) for z in (self.logits, *frozen))
         self.exact = self.gradient(dense_logit_gradient(self.s, self.t))
 
     def gradient(self, logit_gradient: Tensor) -> Tensor:
@@ -101,31 +138,23 @@ class Snapshot:
         parts = torch.autograd.grad(self.logits, self.parameters, logit_gradient / len(self.logits), retain_graph=True)
         return torch.cat([part.flatten() for part in parts]).double()
 
-    def draw(self, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Candidates as the generator draws them: ids and their behavior_logp, [P,C]."""
-        uniforms = torch.rand(len(self.s), draws_per_position(config.loss, config.num_samples), dtype=torch.float64, generator=generator)
-        return propose(self.sampler_logits, uniforms, config.loss, config.top_k)
-
     def threshold(self, config: Config, generator: torch.Generator) -> float | None:
-        """M2PO's, of one draw."""
+        """M2PO's, of one draw of the sampler at each position."""
         if config.correction != "m2po":
             return None
-        ids, b = self.draw(config, generator)
-        return second_moment_threshold(self.s.gather(1, ids) - b)
+        ids = torch.multinomial(self.b.exp(), 1, generator=generator)
+        return second_moment_threshold((self.s - self.b).gather(1, ids))
 
     def mean(self, config: Config, threshold: float | None) -> Tensor:
         """Expectation of G over the candidates."""
         return self.gradient(expected_logit_gradient(config, self.s, self.t, self.b, threshold))
 
     def variance(self, config: Config, draws: int, generator: torch.Generator) -> float:
-        """Sum over the parameters of G's variance around its mean, times the positions: that of one position."""
-        threshold, total = self.threshold(config, generator), 0.0
-        mean = self.mean(config, threshold)
-        for _ in range(draws):
-            ids, b = self.draw(config, generator)
-            _, _, g = unfused_loss(make_loss(config, threshold), self.logits.detach().clone(), ids, self.t.gather(1, ids), b, torch.float32)
-            total += float((self.gradient(g) - mean).square().sum()) / draws
-        return total * len(self.s)
+        """Sum over the parameters of the variance of one position's gradient over its candidates, mean over the positions."""
+        _, c, density = derivatives(config, self.s, self.t, self.b, self.threshold(config, generator))
+        spread = Spread(self.s, c, density)
+        squares = [float(self.gradient(spread.sample(generator).float()).square().sum()) for _ in range(draws)]
+        return statistics.mean(squares) * len(self.s) / config.num_samples
 
 
 def of_different_groups(a: list[Tensor], b: list[Tensor]) -> float:
@@ -137,7 +166,7 @@ def measure(groups: list[Snapshot], small: Snapshot, config: Config, draws: int,
     """Relative to the norm of the exact gradient over all prefixes (variances: to its square): what one estimator does.
 
     bias: of its mean over all prefixes, and the cosine of that mean with the exact gradient. scatter: variance of one position's
-    bias over prefixes. variance: of one position's candidates, by draws on the group `small`; 0 where nothing is drawn.
+    bias over prefixes. variance: of one position's candidates, on the group `small`; 0 where nothing is drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     means, exact = [group.mean(config, group.threshold(config, generator)) for group in groups], [group.exact for group in groups]
@@ -168,10 +197,9 @@ def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
             raise RuntimeError(f"after {update} updates the exact gradient is lost in the noise of its prefixes: take earlier --updates")
         where = {"seed": seed, "update": update, "lag": lag, "draws": draws}
         where["drift_kl"] = statistics.mean(float((g.b.exp() * (g.b - g.s)).sum(-1).mean()) for g in groups)
-        for name, fields in LOSSES.items():
-            if fields["loss"] != "forward_kl":
-                estimator = replace(config, **fields)
-                lines.append({**where, "estimator": name, "candidates": candidates(estimator), **measure(groups, small, estimator, draws, seed)})
+        for name in ESTIMATORS:
+            estimator = replace(config, **LOSSES[name])
+            lines.append({**where, "estimator": name, "candidates": candidates(estimator), **measure(groups, small, estimator, draws, seed)})
     return lines
 
 
@@ -183,9 +211,8 @@ def candidates(config: Config) -> int:
 
 def read(path: Path) -> list[dict]:
     """Lines of a CSV with numbers, `deviation` (standard, of a batch of 1,000 tokens) and `error_M` of a batch of M tokens."""
-    with open(path, newline="") as file:
-        lines = [{k: v if k == "estimator" else int(v) if k in ("seed", "update", "lag") else float(v) for k, v in line.items()}
-                 for line in csv.DictReader(file)]  # fmt: skip
+    kinds = {"estimator": str, "seed": int, "update": int, "lag": int, "draws": int}
+    lines = study.read(path, COLUMNS, kinds)
     for line in lines:
         noise = max(line["scatter"], 0.0) + line["variance"]
         line |= {"deviation": (line["variance"] / BATCHES[0]) ** 0.5} | {f"error_{m}": (line["bias"] ** 2 + noise / m) ** 0.5 for m in BATCHES}
@@ -197,11 +224,16 @@ def jobs_for(cells: list[tuple], seeds: range, updates: tuple[int, ...] = (40,),
     return [(seed, updates, draws) for seed in seeds]
 
 
-def study(path: Path, jobs: list[tuple], workers: int = 0) -> list[dict]:
+def make(path: Path, jobs: list[tuple], workers: int = 0) -> list[dict]:
     """Append the lines of the seeds that the CSV does not hold; all its lines. `workers`: 0 is one per core."""
-    done = {line["seed"] for line in read(path)} if path.exists() else set()
+    lines, (_, updates, draws) = read(path) if path.exists() else [], jobs[0]
+    if lines and (held := {(line["update"], line["draws"]) for line in lines}) != {(update, draws) for update in updates}:
+        sys.exit(f"{path} holds (update, draws) {sorted(held)}, not {[(update, draws) for update in updates]}: give another --out")
+    held = Counter(line["seed"] for line in lines)
+    done = {seed for seed in held if held[seed] == len(updates) * len(LAGS) * len(ESTIMATORS)}
     if jobs := [job for job in jobs if job[0] not in done]:
-        append(path, COLUMNS, at_snapshots, jobs, workers)
+        study.prepare(path, [line["seed"] in done for line in lines])
+        study.append(path, COLUMNS, at_snapshots, jobs, workers)
     return read(path)
 
 
@@ -220,15 +252,13 @@ def summary(lines: list[dict], lag: int) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--updates", type=int, nargs="+", default=[40], help="snapshots after these updates")
-    parser.add_argument("--draws", type=int, default=50)
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
+    parser.add_argument("--seeds", type=study.at_least(1), default=5)
+    parser.add_argument("--updates", type=study.at_least(max(LAGS)), nargs="+", default=[40], help=f"snapshots after these updates, at least {max(LAGS)}, the largest lag")
+    parser.add_argument("--draws", type=study.at_least(1), default=50, help="random vectors that a variance comes from")
+    parser.add_argument("--workers", type=study.at_least(0), default=0, help="processes; 0 is one per core")
     args = parser.parse_args()
-    if min(args.updates) < max(LAGS):
-        parser.error(f"--updates {min(args.updates)}: a snapshot needs at least {max(LAGS)} updates, the largest lag")
-    lines = study(args.out, jobs_for([], range(args.seeds), tuple(sorted(args.updates)), args.draws), args.workers)
-    print("\n\n".join(summary(lines, lag) for lag in LAGS))
+    lines = make(args.out, jobs_for([], range(args.seeds), tuple(sorted(args.updates)), args.draws), args.workers)
+    print("\n\n".join(summary([line for line in lines if line["seed"] < args.seeds], lag) for lag in LAGS))
 
 
 if __name__ == "__main__":

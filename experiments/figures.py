@@ -22,19 +22,23 @@ import matplotlib.pyplot as plt
 
 from experiments import estimators, frontier, staleness
 from experiments.claims import cells
+from experiments.study import RESULTS
 
-BLACK, ORANGE, SKY, GREEN, RED, BLUE, PINK, OLIVE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999933"
+BLACK, GREY, ORANGE, SKY, GREEN = "#000000", "#888888", "#E69F00", "#56B4E9", "#009E73"
+RED, BLUE, PINK, OLIVE = "#D55E00", "#0072B2", "#CC79A7", "#999933"
 STYLE = {  # one for each loss, in all figures
     "forward KL 16": (BLACK, "o"), "forward KL 32": (BLACK, "o"), "dense reverse KL": (OLIVE, "s"),
     "rollout signal": (RED, "v"), "rollout signal + IS": (PINK, "P"), "rollout signal + PPO clip": (GREEN, "D"), "decoupled": (SKY, "X"), "M2PO": (OLIVE, "*"),
     "current signal": (ORANGE, "^"), "current signal, N=16": (ORANGE, "<"), "current signal + IS": (BLUE, "o"), "current signal + IS, N=16": (SKY, "s"),
-    "current signal + IS, N=32": (BLUE, "s"), "sparse K=16": (RED, "X"), "sparse K=32": (RED, "d"), "stratified 12+4": (PINK, "D"), "stratified 28+4": (GREEN, "P"),
+    "current signal + IS, N=32": (BLUE, "s"), "rollout signal + IS, N=16": (GREY, "P"), "sparse K=16": (RED, "X"), "sparse K=32": (RED, "*"),
+    "stratified 12+4": (PINK, "D"), "stratified 28+4": (GREEN, "P"),
 }  # fmt: skip
 ONE_SAMPLE = ("rollout signal", "rollout signal + IS", "current signal", "current signal + IS", "rollout signal + PPO clip", "decoupled", "M2PO")
-CANDIDATES = ("forward KL 16", "dense reverse KL", "current signal, N=16", "current signal + IS, N=16", "current signal + IS, N=32", "sparse K=32",
-              "stratified 12+4", "stratified 28+4")  # fmt: skip
+CANDIDATES = ("forward KL 16", "dense reverse KL", "current signal, N=16", "rollout signal + IS, N=16", "current signal + IS, N=16",
+              "current signal + IS, N=32", "sparse K=32", "stratified 12+4", "stratified 28+4")  # fmt: skip
 ESTIMATORS = ("rollout signal", "rollout signal + PPO clip", "current signal", "current signal + IS", "current signal + IS, N=16", "current signal + IS, N=32",
               "sparse K=32", "stratified 12+4", "stratified 28+4")  # fmt: skip
+SEEDS = 5  # the marker of a point of fewer is hollow
 plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8}
 
 
@@ -43,8 +47,11 @@ def spread(axis, points: dict, name: str, i: int, label: str = "", dashed: bool 
     means = [statistics.mean(group) for group in points.values()]
     bars = [[m - min(g) for m, g in zip(means, points.values())], [max(g) - m for m, g in zip(means, points.values())]]
     colour, marker = STYLE[name]
-    look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.3, "linestyle": "--" if dashed else "-", "capsize": 2}
+    look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.3, "linestyle": "--" if dashed else "-", "capsize": 2, "clip_on": False}
     axis.errorbar([x + 0.03 * (i - 4) for x in points], means, bars, label=label or name, **look)
+    for (x, group), mean in zip(points.items(), means):
+        if len(group) < SEEDS:
+            axis.plot(x + 0.03 * (i - 4), mean, color=colour, marker=marker, markersize=6, markerfacecolor="white", zorder=3)
 
 
 def over(axis, values: dict[tuple, dict[int, float]], cell, xs: tuple, name: str, i: int, **look):
@@ -58,13 +65,14 @@ def over(axis, values: dict[tuple, dict[int, float]], cell, xs: tuple, name: str
 def against_lag(lines: list[dict], metric: str, start: str, out: Path):
     """Final accuracy or divergence against lag: one panel for one sample a position, one for more candidates."""
     values = cells("staleness", lines, metric)
+    lags = [lag for lag in staleness.LAGS if any(cell[0] == start and cell[2] == lag for cell in values)]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, names, title in zip(axes, (ONE_SAMPLE, CANDIDATES), ("one sample a position", "more candidates")):
         for i, name in enumerate(names):
-            over(axis, values, lambda lag: (start, name, lag), staleness.LAGS, name, i)  # noqa: B023
+            over(axis, values, lambda lag: (start, name, lag), lags, name, i)  # noqa: B023
         axis.set(title=title, xlabel="lag, updates")
         axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
-    label, scale = {"accuracy": ("accuracy", "linear"), "reverse_kl": ("reverse KL, nats,", "log")}[metric]
+    label, scale = {"accuracy": ("accuracy", "linear"), "reverse_kl": ("reverse KL, nats a token,", "log")}[metric]
     axes[0].set_ylabel(f"{label} after {max(line['update'] for line in lines)} updates")
     axes[0].set_yscale(scale)
     figure.savefig(out, dpi=160, bbox_inches="tight")
@@ -98,7 +106,7 @@ def bias_and_variance(lines: list[dict], out: Path, lag: int = 8):
 
 def frontier_of(lines: list[dict], out: Path):
     """Tokens/s, lag, seconds to 90 % (of the seeds that reached it) and final accuracy against --max-staleness."""
-    panels = {"tokens_per_second": "tokens / s", "lag_mean": "mean lag, updates", "seconds_to_90": "seconds to 90 %", "accuracy": "accuracy"}
+    panels = {"tokens_per_second": "tokens / s", "lag_mean": "mean lag, updates", "seconds_to_90": "seconds to 90 %\n(hollow: not all did)", "accuracy": "accuracy"}
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.8))
     curves = list(dict.fromkeys((line["loss"], line["order"]) for line in lines))
     for axis, (key, title) in zip(axes, panels.items()):
@@ -113,7 +121,7 @@ def frontier_of(lines: list[dict], out: Path):
 def keep_window(traces: dict[str, Path], out: Path, seconds: float = 2.0):
     """The spans in the middle `seconds` of each trace.json, as a CSV: run, role, what, begin, end (seconds)."""
     with open(out, "w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("run", "role", "what", "begin", "end"))
         for run, path in traces.items():
             events = json.loads(path.read_text())
@@ -147,7 +155,7 @@ def timelines(path: Path, out: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="directory of the CSVs, and of the PNGs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the CSVs, and of the PNGs")
     parser.add_argument("--traces", type=Path, nargs=2, metavar=("SYNC", "ASYNC"), help="trace.json of a synchronous and an asynchronous run")
     args = parser.parse_args()
     lines = staleness.read(args.results / "staleness.csv")

@@ -8,7 +8,6 @@ clock. A CSV that exists is continued.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -16,10 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments.staleness import append
+from experiments import study
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path("experiments/results/frontier.csv")
+RESULTS = study.RESULTS / "frontier.csv"
 LOSSES = {
     "stratified 28+4": ["--loss=stratified_reverse_kl", "--top-k=28", "--num-samples=4"],
     "current signal + IS, N=32": ["--loss=sampled_reverse_kl", "--num-samples=32"],
@@ -63,7 +61,7 @@ def run(job: tuple[str, str, int, int]) -> list[dict]:
     loss, order, staleness, seed = job
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "run"
-        command = [sys.executable, str(ROOT / "train.py"), f"--output-dir={output}", f"--order={order}", f"--max-staleness={staleness}", f"--seed={seed}",
+        command = [sys.executable, str(study.ROOT / "train.py"), f"--output-dir={output}", f"--order={order}", f"--max-staleness={staleness}", f"--seed={seed}",
                    f"--steps={STEPS}", f"--eval-every={EVERY}", "--eval-size=128", "--save-every=0", "--cpu-threads=1", *LOSSES[loss]]  # fmt: skip
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
@@ -75,10 +73,7 @@ def run(job: tuple[str, str, int, int]) -> list[dict]:
 
 def read(path: Path) -> list[dict]:
     """Lines of a CSV with numbers; a target that was not reached is None."""
-    with open(path, newline="") as file:
-        lines = list(csv.DictReader(file))
-    kinds = {"loss": str, "order": str, "max_staleness": int, "seed": int}
-    return [{key: kinds.get(key, float)(text) if text else None for key, text in line.items()} for line in lines]
+    return study.read(path, COLUMNS, {"loss": str, "order": str, "max_staleness": int, "seed": int})
 
 
 def grid(losses, staleness, seeds: int) -> list[tuple[str, str, int, int]]:
@@ -87,11 +82,13 @@ def grid(losses, staleness, seeds: int) -> list[tuple[str, str, int, int]]:
     return jobs_for([(loss, "batch", s) for loss in losses for s in staleness] + arrival, range(seeds))
 
 
-def study(path: Path, jobs: list[tuple[str, str, int, int]]) -> list[dict]:
+def make(path: Path, jobs: list[tuple[str, str, int, int]]) -> list[dict]:
     """Append the lines of those `jobs` that the CSV does not hold, one run at a time; all its lines."""
-    done = {tuple(line[key] for key in COLUMNS[:4]) for line in read(path)} if path.exists() else set()
+    lines = read(path) if path.exists() else []
+    done = {tuple(line[key] for key in COLUMNS[:4]) for line in lines}
     if jobs := [job for job in jobs if job not in done]:
-        append(path, COLUMNS, run, jobs, workers=1)
+        study.prepare(path, [True] * len(lines))
+        study.append(path, COLUMNS, run, jobs, workers=1)
     return read(path)
 
 
@@ -115,11 +112,13 @@ def summary(lines: list[dict]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--staleness", type=int, nargs="+", default=STALENESS)
+    parser.add_argument("--seeds", type=study.at_least(1), default=5)
+    parser.add_argument("--staleness", type=study.at_least(0), nargs="+", default=STALENESS)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     args = parser.parse_args()
-    print(summary(study(args.out, grid(args.losses, args.staleness, args.seeds))))
+    jobs = grid(args.losses, args.staleness, args.seeds)
+    lines = make(args.out, jobs)
+    print(summary([line for line in lines if tuple(line[key] for key in COLUMNS[:4]) in jobs]))
 
 
 if __name__ == "__main__":

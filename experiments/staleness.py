@@ -8,21 +8,17 @@ each; a CSV that exists is continued. --quick is one start, four losses, two lag
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import os
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
-from tqdm import tqdm
 
 from config import Config
 from data import Prompt, running_sums
+from experiments import study
 from experiments.lagged import Lagged
 from model import shared_vocabulary
 
@@ -30,7 +26,7 @@ VOCAB = 173
 ADDENDS = (4, 5, 6)  # of the built-in prompts: the initial student gets about a third of these right
 BASE = Config(batch_size=32, warmup_steps=10, max_prompt_tokens=24, max_new_tokens=25, slots=32)
 LAGS = (0, 2, 8, 32)
-RESULTS = Path("experiments/results/staleness.csv")
+RESULTS = study.RESULTS / "staleness.csv"
 
 
 @functools.cache
@@ -51,6 +47,8 @@ LOSSES = {
     "dense reverse KL": {"loss": "sparse_reverse_kl", "top_k": VOCAB},  # every id: exact, only the prefixes are stale
     "rollout signal": sampled("rollout", "none", 1),
     "rollout signal + IS": sampled("rollout", "is", 1),
+    "rollout signal + IS, N=16": sampled("rollout", "is", 16),
+    "rollout signal + IS, N=256": sampled("rollout", "is", 256),
     "current signal": sampled("current", "none", 1),
     "current signal + IS": sampled("current", "is", 1),
     "rollout signal + PPO clip": sampled("rollout", "ppo", 1),
@@ -75,9 +73,9 @@ QUICK = ("forward KL 16", "rollout signal", "current signal + IS, N=16", "strati
 
 def canonical(loss: str, lag: int) -> str:
     """The loss whose run stands for this one: without lag b = s up to rounding, so signal and correction make no difference."""
-    if lag or LOSSES[loss]["loss"] != "sampled_reverse_kl":
+    if lag or loss not in LOSSES or LOSSES[loss]["loss"] != "sampled_reverse_kl":
         return loss
-    return next(name for name, fields in LOSSES.items() if fields == sampled("current", "is", LOSSES[loss]["num_samples"]))
+    return next((name for name, fields in LOSSES.items() if fields == sampled("current", "is", LOSSES[loss]["num_samples"])), loss)
 
 
 @dataclass(frozen=True)
@@ -88,14 +86,16 @@ class Job:
     seed: int
 
 
-COLUMNS = ("start", "loss", "lag", "seed", "update", "accuracy", "forward_kl", "reverse_kl", "grad_norm", "drift_kl", "support_mass_student")
+def names(job: Job) -> list[str]:
+    """The losses that a run gives lines of: its own and, without lag, those it stands for."""
+    return [name for name in (LOSSES if job.start == "weak" else STRONG) if canonical(name, job.lag) == job.loss] or [job.loss]
+
+
+COLUMNS = ("start", "loss", "lag", "seed", "max_grad_norm", "update", "accuracy", "forward_kl", "reverse_kl", "grad_norm", "drift_kl", "support_mass_student")
 
 
 def run(arguments: tuple[Job, str, int, int, float, float]) -> list[dict]:
-    """Lines of the CSV for (job, student, steps, every, lr, max_grad_norm): one per evaluation, metrics as means since the last.
-
-    A run without lag also gives the lines of the losses it stands for.
-    """
+    """Lines of the CSV for (job, student, steps, every, lr, max_grad_norm): one per evaluation, metrics as means since the last."""
     job, student, steps, every, lr, max_grad_norm = arguments
     torch.set_num_threads(1)
     config = replace(BASE, student=student, seed=job.seed, steps=steps, lr=lr, max_grad_norm=max_grad_norm, **LOSSES[job.loss])
@@ -105,10 +105,9 @@ def run(arguments: tuple[Job, str, int, int, float, float]) -> list[dict]:
         if step % every == 0:
             divergence = lagged.divergence()
             means = {key: sum(m[key] for m in since) / len(since) for key in ("grad_norm", "drift_kl", "support_mass_student")}
-            lines.append({**vars(job), "update": step, "accuracy": lagged.accuracy(), **vars(divergence), **means})
+            lines.append({**vars(job), "max_grad_norm": max_grad_norm, "update": step, "accuracy": lagged.accuracy(), **vars(divergence), **means})
             since = []
-    names = [name for name in (LOSSES if job.start == "weak" else STRONG) if canonical(name, job.lag) == job.loss]
-    return [{**line, "loss": name} for name in names for line in lines]
+    return [{**line, "loss": name} for name in names(job) for line in lines]
 
 
 def strong_student(directory: Path, target: float = 0.9) -> str:
@@ -139,10 +138,7 @@ def jobs_for(cells: list[tuple], seeds: range) -> list[Job]:
 
 
 def read(path: Path) -> list[dict]:
-    """Lines of a CSV as dictionaries with numbers."""
-    with open(path, newline="") as file:
-        return [{k: v if k in ("start", "loss") else int(v) if k in ("lag", "seed", "update") else float(v) for k, v in line.items()}
-                for line in csv.DictReader(file)]  # fmt: skip
+    return study.read(path, COLUMNS, {"start": str, "loss": str, "lag": int, "seed": int, "update": int})
 
 
 def summary(lines: list[dict]) -> str:
@@ -157,58 +153,48 @@ def summary(lines: list[dict]) -> str:
     )
 
 
-def append(path: Path, columns: tuple[str, ...], work: Callable[[tuple], list[dict]], jobs: list[tuple], workers: int):
-    """Lines of `work(job)` for every job, in the order of the jobs, so that two studies give one CSV.
-
-    `workers`: processes; 0 is one per core, 1 is this one. Each leaves after 32 jobs, since a Channel is never closed.
-    """
-    workers = workers or len(os.sched_getaffinity(0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file, nullcontext() if workers == 1 else mp.get_context("forkserver").Pool(workers, maxtasksperchild=32) as pool:
-        writer = csv.DictWriter(file, columns)
-        if file.tell() == 0:
-            writer.writeheader()
-        for lines in tqdm(pool.imap(work, jobs) if pool else map(work, jobs), total=len(jobs), unit="run"):
-            writer.writerows(lines)
-            file.flush()
-
-
-def study(path: Path, jobs: list[Job], steps: int = 80, every: int = 20, max_grad_norm: float = BASE.max_grad_norm, workers: int = 0) -> list[dict]:
+def make(path: Path, jobs: list[Job], steps: int = 80, every: int = 20, max_grad_norm: float = BASE.max_grad_norm, workers: int = 0) -> list[dict]:
     """Append the lines of those `jobs` that the CSV does not hold; all its lines."""
-    lines = read(path) if path.exists() else []
-    if lines and (last := max(line["update"] for line in lines)) != steps:
-        sys.exit(f"{path} holds runs of {last} updates, not {steps}: give another --out")
-    done = {Job(*(line[key] for key in ("start", "loss", "lag", "seed"))) for line in lines if line["update"] == steps}
-    jobs = [job for job in jobs if job not in done]
-    if jobs:
-        students = {"weak": "builtin", "strong": strong_student(Path("runs/strong_student")) if any(job.start == "strong" for job in jobs) else ""}
+    lines, updates = read(path) if path.exists() else [], range(every, steps + 1, every)
+    if lines and (held := {line["update"] for line in lines}) != set(updates):
+        sys.exit(f"{path} holds evaluations after {sorted(held)} updates, these are {list(updates)}: give another --out")
+    if others := {line["max_grad_norm"] for line in lines} - {max_grad_norm}:
+        sys.exit(f"{path} holds runs with --max-grad-norm {max(others):g}, this is {max_grad_norm:g}: give another --out")
+    runs = [Job(line["start"], canonical(line["loss"], line["lag"]), line["lag"], line["seed"]) for line in lines]
+    held = Counter(runs)
+    done = {job for job in held if held[job] == len(updates) * len(names(job))}
+    if jobs := [job for job in jobs if job not in done]:
+        study.prepare(path, [job in done for job in runs])
+        students = {"weak": "builtin", "strong": strong_student(study.RUNS / "strong_student") if any(job.start == "strong" for job in jobs) else ""}
         work = [(job, students[job.start], steps, every, {"weak": 3e-4, "strong": 1e-4}[job.start], max_grad_norm) for job in jobs]
-        append(path, COLUMNS, run, work, workers)
+        study.append(path, COLUMNS, run, work, workers)
     return read(path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="CSV, continued if it exists; default experiments/results/staleness.csv, with --quick runs/staleness_quick.csv")
-    parser.add_argument("--quick", action="store_true", help="three minutes: the main effect, one seed")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=80, help="updates of a run")
-    parser.add_argument("--every", type=int, default=20, help="updates between evaluations")
-    parser.add_argument("--lags", type=int, nargs="+", default=LAGS)
+    parser.add_argument("--quick", action="store_true", help="two minutes: the main effect, one seed")
+    parser.add_argument("--seeds", type=study.at_least(1), default=5)
+    parser.add_argument("--steps", type=study.at_least(1), default=80, help="updates of a run")
+    parser.add_argument("--every", type=study.at_least(1), default=20, help="updates between evaluations")
+    parser.add_argument("--lags", type=study.at_least(0), nargs="+", default=LAGS)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--starts", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
-    parser.add_argument("--max-grad-norm", type=float, default=BASE.max_grad_norm, help="1e9: no clipping")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0 is one per core")
+    parser.add_argument("--max-grad-norm", type=study.at_least(1e-12, float), default=BASE.max_grad_norm, help="1e9: no clipping")
+    parser.add_argument("--workers", type=study.at_least(0), default=0, help="processes; 0 is one per core")
     args = parser.parse_args()
     if args.quick:
         args.starts, args.losses, args.lags, args.seeds = ["weak"], list(QUICK), (0, 8), 1
     jobs = grid(args.starts, args.losses, args.lags, args.seeds)
     if not jobs:
         parser.error(f"nothing to run: from the strong student only {', '.join(STRONG)}, without lag 2")
-    if args.steps < 1 or args.steps % args.every:
-        parser.error(f"--steps {args.steps} with --every {args.every}: --steps must be a positive multiple, for the last evaluation")
-    out = args.out or (Path("runs/staleness_quick.csv") if args.quick else RESULTS)
-    print(summary(study(out, jobs, args.steps, args.every, args.max_grad_norm, args.workers)))
+    if args.steps % args.every:
+        parser.error(f"--steps {args.steps} with --every {args.every}: --steps must be a multiple, for the last evaluation")
+    out = args.out or (study.RUNS / "staleness_quick.csv" if args.quick else RESULTS)
+    lines = make(out, jobs, args.steps, args.every, args.max_grad_norm, args.workers)
+    asked = {"start": args.starts, "loss": args.losses, "lag": args.lags, "seed": range(args.seeds)}
+    print(summary([line for line in lines if all(line[key] in values for key, values in asked.items())]))
 
 
 if __name__ == "__main__":

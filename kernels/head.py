@@ -97,7 +97,7 @@ def fused_loss(config, m2_threshold: float | None = None) -> Callable | None:
             return sampled_reverse_kl(logits, ids, t, b, dtype, top, tail)
         return sampled_reverse_kl(logits, ids, t, b, dtype, 0, 0, config.signal, config.correction, m2_threshold)
 
-    return None if config.loss == "forward_kl" else fused
+    return fused if config.loss in ("sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl") else None
 
 
 def unfused_loss(loss: Callable, logits: Tensor, ids: Tensor, t: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

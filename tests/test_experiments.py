@@ -1,5 +1,6 @@
 """Claims about the staleness study: its expectations are exact, its lags are exact, one seed gives one result."""
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,9 @@ import torch
 from conftest import ROOT
 
 from experiments import claims, frontier
-from experiments.estimators import dense_logit_gradient, expected_logit_gradient, of_different_groups
+from experiments.estimators import Spread, dense_logit_gradient, derivatives, expected_logit_gradient, of_different_groups
 from experiments.lagged import Lagged, flat
-from experiments.staleness import BASE, LAGS, LOSSES, STRONG, Job, canonical, grid, run, study, summary, task
+from experiments.staleness import BASE, LAGS, LOSSES, STRONG, Job, canonical, grid, make, run, summary, task
 from generate import draws_per_position, propose
 from kernels.head import unfused_loss
 from losses import make_loss
@@ -69,6 +70,26 @@ def test_the_expectation_is_the_mean_of_what_the_generator_draws_and_the_learner
     g = g.view(3, draws, -1).double()
     error = (g.mean(1) - exact).norm() / (g.var(1).sum() / draws).sqrt().clamp(min=1e-6 * exact.norm())
     assert error < 2  # standard errors of the whole vector
+    squares = (g - exact.double()[:, None]).square().sum(-1)
+    _, c, density = derivatives(config, *(x[::draws] for x in (s, t, b)), m2_threshold=0.2)
+    claimed = Spread(s[::draws], c, density).total / config.num_samples
+    assert ((squares.mean(1) - claimed).abs() <= 4 * squares.std(1) / draws**0.5 + 1e-9).all()
+
+
+@pytest.mark.parametrize("name", ["current signal + IS", "rollout signal + PPO clip", "stratified 28+4"])
+def test_the_random_vectors_have_the_covariance_of_one_draw_through_any_linear_map(name):
+    s, t, b = policies(1.0)
+    _, c, density = derivatives(small(name), s, t, b)
+    generator = torch.Generator().manual_seed(0)
+    positions, vocab = s.shape
+    map_ = torch.randn(6, positions, vocab, dtype=torch.float64, generator=generator)
+    v = c[..., None] * (torch.eye(vocab, dtype=s.dtype) - s.exp()[:, None])  # [P, id drawn, V]
+    v = v - (density[..., None] * v).sum(1, keepdim=True)
+    image = torch.einsum("dpv,pyv->dpy", map_, v)
+    exact = torch.einsum("py,dpy,epy->de", density, image, image)
+    spread = Spread(s, c, density)
+    drawn = torch.stack([torch.einsum("dpv,pv->d", map_, spread.sample(generator)) for _ in range(5_000)])
+    torch.testing.assert_close(drawn.T @ drawn / len(drawn), exact, rtol=0, atol=0.06 * float(exact.diag().max()))
 
 
 @pytest.mark.parametrize("lag", [0, 2])
@@ -197,13 +218,30 @@ def test_the_teacher_gets_no_time_off_the_clock():
 
 def test_a_study_is_continued_not_repeated_and_not_mixed(tmp_path):
     path, jobs = tmp_path / "s.csv", [Job("weak", "forward KL 16", lag, 0) for lag in (2, 8)]
-    first = study(path, jobs[:1], steps=2, every=2, workers=1)
-    both = study(path, jobs, steps=2, every=2, workers=1)
-    assert both[:1] == first and [line["lag"] for line in both] == [2, 8]
-    text = path.read_text()
-    assert study(path, jobs, steps=2, every=2, workers=1) == both and path.read_text() == text
-    with pytest.raises(SystemExit, match="2 updates, not 80"):
-        study(path, jobs)
+    first = make(path, jobs[:1], steps=2, every=1, workers=1)
+    both = make(path, jobs, steps=2, every=1, workers=1)
+    assert both[:2] == first and [line["lag"] for line in both] == [2, 2, 8, 8]
+    text = path.read_bytes()
+    assert make(path, jobs, steps=2, every=1, workers=1) == both and path.read_bytes() == text
+    with pytest.raises(SystemExit, match=r"after \[1, 2\] updates, these are \[20, 40, 60, 80\]"):
+        make(path, jobs)
+    with pytest.raises(SystemExit, match=r"holds evaluations"):
+        make(path, jobs, steps=2, every=2)
+    with pytest.raises(SystemExit, match="--max-grad-norm 1, this is 5"):
+        make(path, jobs, steps=2, every=1, max_grad_norm=5.0)
+    for cut in (7, len(text.splitlines()[-1]) + 1):  # in the last number; the last line
+        path.write_bytes(text[:-cut])
+        assert make(path, jobs, steps=2, every=1, workers=1) == both and path.read_bytes() == text
+    with open(path, "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="is being written by another study"):
+            make(path, [*jobs, Job("weak", "forward KL 16", 0, 0)], steps=2, every=1, workers=1)
+    path.write_bytes(text.replace(b"KL 16,8", b"KL 16,eight", 1))
+    with pytest.raises(SystemExit, match="line 4 is damaged"):
+        make(path, jobs, steps=2, every=1)
+    path.write_text("a,b\n")
+    with pytest.raises(SystemExit, match="does not have the columns start,loss"):
+        make(path, jobs, steps=2, every=1)
 
 
 def test_the_table_of_the_claims_is_the_one_that_the_command_prints():

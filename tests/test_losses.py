@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import LOSS_CONFIGS, label
 
+from generate import draws_per_position, propose
+from kernels.head import fused_loss
 from losses import (
     CORRECTIONS, M2_BUDGET, candidate_columns, forward_kl, importance_weight, make_loss, reverse_kl_estimate,
     sampled_reverse_kl, second_moment_threshold, sparse_reverse_kl, stratified_reverse_kl,
@@ -151,6 +153,24 @@ def test_m2po_keeps_the_most_samples_whose_mean_square_stays_in_the_budget():
     assert second_moment_threshold(torch.full((3,), 1.0)) == -1.0
     weight = importance_weight(torch.full((1, 3), 1.0), torch.zeros(1, 3), torch.ones(1, 3), "m2po", -1.0)
     assert (weight == 0).all()
+
+
+def test_m2po_drops_nothing_where_all_is_within_the_budget():
+    assert second_moment_threshold(torch.full((3,), 1e-8)) == float("inf")  # as rounding leaves it without lag
+    log_ratio = torch.tensor([[1e-8, 3e-8]])
+    assert (importance_weight(log_ratio, torch.zeros(1, 2), torch.ones(1, 2), "m2po", second_moment_threshold(log_ratio[:, :1])) > 0).all()
+
+
+def test_a_loss_of_ones_own_gets_the_samplers_top_k_and_no_other_loss_by_accident():
+    config = SimpleNamespace(loss="jeffreys", top_k=3, num_samples=4, columns=candidate_columns("jeffreys", 3, 4))
+    logits = torch.randn(5, V, generator=torch.Generator().manual_seed(0))
+    ids, logp = propose(logits, torch.rand(5, draws_per_position("jeffreys", 4)), "jeffreys", 3)
+    assert ids.shape[1] == config.columns["total"].stop == 4
+    assert torch.equal(ids[:, config.columns["top"]], logits.topk(3).indices)
+    torch.testing.assert_close(logp, logits.log_softmax(-1).gather(1, ids))
+    assert fused_loss(config) is None
+    with pytest.raises(ValueError, match="does not know the loss 'jeffreys'"):
+        make_loss(config)(logp, logp, logp)
 
 
 def test_reverse_kl_estimate_is_unbiased_for_every_loss():
