@@ -227,13 +227,16 @@ def test_a_study_is_continued_not_repeated_and_not_mixed(tmp_path):
         make(path, jobs)
     with pytest.raises(SystemExit, match=r"holds evaluations"):
         make(path, jobs, steps=2, every=2)
+    make(tmp_path / "coarse.csv", jobs[:1], steps=2, every=2, workers=1)
+    with pytest.raises(SystemExit, match=r"after \[2\] updates, these are \[1, 2\]"):
+        make(tmp_path / "coarse.csv", jobs[:1], steps=2, every=1)
     with pytest.raises(SystemExit, match="--max-grad-norm 1, this is 5"):
         make(path, jobs, steps=2, every=1, max_grad_norm=5.0)
     for cut in (7, len(text.splitlines()[-1]) + 1):  # in the last number; the last line
         path.write_bytes(text[:-cut])
         assert make(path, jobs, steps=2, every=1, workers=1) == both and path.read_bytes() == text
     with open(path, "a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_SH)
         with pytest.raises(SystemExit, match="is being written by another study"):
             make(path, [*jobs, Job("weak", "forward KL 16", 0, 0)], steps=2, every=1, workers=1)
     path.write_bytes(text.replace(b"KL 16,8", b"KL 16,eight", 1))
