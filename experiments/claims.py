@@ -163,7 +163,7 @@ def describe(c: Comparison, result: Result) -> str:
         return f"lag {value}" if key == "lag" else f"staleness {value}" if key == "max_staleness" else str(value)
 
     def number(x: float) -> str:
-        return f"{100 * x:.0f} %" if c.metric == "accuracy" else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+        return f"{100 * x:.0f} %" if c.metric == "accuracy" else f"{x:.2g}" if x >= 1e6 else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
     keys = CELL[c.study]
     shared = ", ".join(name(key, x) for key, x, y in zip(keys, c.a, c.b) if x == y)

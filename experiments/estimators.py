@@ -18,7 +18,6 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,10 +32,11 @@ from losses import make_loss, second_moment_threshold, sparse_reverse_kl, strati
 from model import flatten_parameters, load_model
 
 TRAINING = "stratified 28+4"  # the loss of the run whose snapshots are looked at
-GROUPS = (*((first, 128) for first in (0, 128, 256, 384)), (512, 32))  # (first training prompt, prompts); the last for draws
+GROUPS = [range(first, first + 128) for first in (0, 128, 256, 384)]  # training prompts
 BATCHES = (1_000, 10_000, 100_000, 1_000_000)  # tokens
 RESULTS = study.RESULTS / "estimators.csv"
 ESTIMATORS = [name for name, fields in LOSSES.items() if fields["loss"] in ("sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl")]
+KINDS = {"estimator": str, "seed": int, "update": int, "lag": int, "draws": int}
 COLUMNS = ("seed", "update", "lag", "draws", "drift_kl", "estimator", "candidates", "norm", "bias", "scatter", "cosine", "variance")
 
 
@@ -65,6 +65,8 @@ def derivatives(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: f
     top_s, top_t = s.gather(1, ids), t.gather(1, ids)
     if config.loss == "sparse_reverse_kl":
         return nothing.scatter(1, ids, derivative(lambda x: sparse_reverse_kl(x, top_t), top_s)), nothing, nothing
+    if config.loss != "stratified_reverse_kl":
+        raise ValueError(f"no expectation is known for the loss {config.loss!r}")
     none, no_tail = s.new_zeros(s.numel(), 0), s.new_zeros(len(s), 1)
     exact = nothing.scatter(1, ids, derivative(lambda x: stratified_reverse_kl(x, top_t, no_tail, no_tail, no_tail), top_s))
     tail_b = b.scatter(1, ids, float("-inf")).log_softmax(-1)
@@ -150,11 +152,11 @@ class Snapshot:
         return self.gradient(expected_logit_gradient(config, self.s, self.t, self.b, threshold))
 
     def variance(self, config: Config, draws: int, generator: torch.Generator) -> float:
-        """Sum over the parameters of the variance of one position's gradient over its candidates, mean over the positions."""
+        """Sum over the parameters of the variance that one draw gives a position's gradient, mean over the positions."""
         _, c, density = derivatives(config, self.s, self.t, self.b, self.threshold(config, generator))
         spread = Spread(self.s, c, density)
         squares = [float(self.gradient(spread.sample(generator).float()).square().sum()) for _ in range(draws)]
-        return statistics.mean(squares) * len(self.s) / config.num_samples
+        return statistics.mean(squares) * len(self.s)
 
 
 def of_different_groups(a: list[Tensor], b: list[Tensor]) -> float:
@@ -162,11 +164,19 @@ def of_different_groups(a: list[Tensor], b: list[Tensor]) -> float:
     return statistics.mean(float(torch.dot(x, y)) for i, x in enumerate(a) for j, y in enumerate(b) if i != j)
 
 
-def measure(groups: list[Snapshot], small: Snapshot, config: Config, draws: int, seed: int) -> dict[str, float]:
+def variance_of_one_draw(groups: list[Snapshot], config: Config, draws: int, seed: int) -> float:
+    """Mean over the positions of all groups, from `draws` random vectors in all; 0 where nothing is drawn."""
+    if config.loss == "sparse_reverse_kl":
+        return 0.0
+    generator, each = torch.Generator().manual_seed(seed), -(-draws // len(groups))
+    return sum(group.variance(config, each, generator) * len(group.s) for group in groups) / sum(len(group.s) for group in groups)
+
+
+def measure(groups: list[Snapshot], config: Config, one_draw: float, seed: int) -> dict[str, float]:
     """Relative to the norm of the exact gradient over all prefixes (variances: to its square): what one estimator does.
 
     bias: of its mean over all prefixes, and the cosine of that mean with the exact gradient. scatter: variance of one position's
-    bias over prefixes. variance: of one position's candidates, on the group `small`; 0 where nothing is drawn.
+    bias over prefixes. variance: of one position over its candidates, `one_draw` divided by their number.
     """
     generator = torch.Generator().manual_seed(seed)
     means, exact = [group.mean(config, group.threshold(config, generator)) for group in groups], [group.exact for group in groups]
@@ -176,7 +186,7 @@ def measure(groups: list[Snapshot], small: Snapshot, config: Config, draws: int,
     return {
         "norm": scale**0.5, "bias": (max(bias, 0.0) / scale) ** 0.5, "scatter": scatter * len(groups[0].s) / scale,
         "cosine": of_different_groups(means, exact) / (length * scale) ** 0.5 if length > 0 else float("nan"),
-        "variance": small.variance(config, draws, generator) / scale if config.loss != "sparse_reverse_kl" else 0.0,
+        "variance": one_draw / config.num_samples / scale,
     }  # fmt: skip
 
 
@@ -192,14 +202,18 @@ def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
         while lagged.learner.version < update:
             lagged.update()
         weights.copy_(lagged.versions[-1 - lag])
-        *groups, small = (Snapshot(lagged, sampler, weights, range(first, first + size)) for first, size in GROUPS)
+        groups = [Snapshot(lagged, sampler, weights, prompts) for prompts in GROUPS]
         if of_different_groups([g.exact for g in groups], [g.exact for g in groups]) <= 0:
             raise RuntimeError(f"after {update} updates the exact gradient is lost in the noise of its prefixes: take earlier --updates")
         where = {"seed": seed, "update": update, "lag": lag, "draws": draws}
         where["drift_kl"] = statistics.mean(float((g.b.exp() * (g.b - g.s)).sum(-1).mean()) for g in groups)
+        one_draw: dict[Config, float] = {}
         for name in ESTIMATORS:
             estimator = replace(config, **LOSSES[name])
-            lines.append({**where, "estimator": name, "candidates": candidates(estimator), **measure(groups, small, estimator, draws, seed)})
+            alone = replace(estimator, num_samples=1)  # shared by all N
+            if alone not in one_draw:
+                one_draw[alone] = variance_of_one_draw(groups, alone, draws, seed)
+            lines.append({**where, "estimator": name, "candidates": candidates(estimator), **measure(groups, estimator, one_draw[alone], seed)})
     return lines
 
 
@@ -211,30 +225,29 @@ def candidates(config: Config) -> int:
 
 def read(path: Path) -> list[dict]:
     """Lines of a CSV with numbers, `deviation` (standard, of a batch of 1,000 tokens) and `error_M` of a batch of M tokens."""
-    kinds = {"estimator": str, "seed": int, "update": int, "lag": int, "draws": int}
-    lines = study.read(path, COLUMNS, kinds)
+    lines = study.read(path, COLUMNS, KINDS)
     for line in lines:
         noise = max(line["scatter"], 0.0) + line["variance"]
         line |= {"deviation": (line["variance"] / BATCHES[0]) ** 0.5} | {f"error_{m}": (line["bias"] ** 2 + noise / m) ** 0.5 for m in BATCHES}
     return lines
 
 
-def jobs_for(cells: list[tuple], seeds: range, updates: tuple[int, ...] = (40,), draws: int = 50) -> list[tuple]:
+def jobs_for(cells: list[tuple], seeds: range, updates: tuple[int, ...] = (40,), draws: int = 24) -> list[tuple]:
     """A run has the lines of all (estimator, lag)."""
     return [(seed, updates, draws) for seed in seeds]
 
 
 def make(path: Path, jobs: list[tuple], workers: int = 0) -> list[dict]:
     """Append the lines of the seeds that the CSV does not hold; all its lines. `workers`: 0 is one per core."""
-    lines, (_, updates, draws) = read(path) if path.exists() else [], jobs[0]
-    if lines and (held := {(line["update"], line["draws"]) for line in lines}) != {(update, draws) for update in updates}:
-        sys.exit(f"{path} holds (update, draws) {sorted(held)}, not {[(update, draws) for update in updates]}: give another --out")
-    held = Counter(line["seed"] for line in lines)
-    done = {seed for seed in held if held[seed] == len(updates) * len(LAGS) * len(ESTIMATORS)}
-    if jobs := [job for job in jobs if job[0] not in done]:
-        study.prepare(path, [line["seed"] in done for line in lines])
-        study.append(path, COLUMNS, at_snapshots, jobs, workers)
-    return read(path)
+    _, updates, draws = jobs[0]
+
+    def missing(lines: list[dict]) -> list[tuple]:
+        if others := {(line["update"], line["draws"]) for line in lines} - {(update, draws) for update in updates}:
+            sys.exit(f"{path} holds (update, draws) {sorted(others)}, not {[(update, draws) for update in updates]}: give another --out")
+        held = {tuple(line[key] for key in ("seed", "update", "lag", "estimator")) for line in lines}
+        return [job for job in jobs if not set(itertools.product(job[:1], updates, LAGS, ESTIMATORS)) <= held]
+
+    return study.complete(path, COLUMNS, KINDS, read, missing, at_snapshots, workers)
 
 
 def summary(lines: list[dict], lag: int) -> str:
@@ -254,7 +267,7 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
     parser.add_argument("--seeds", type=study.at_least(1), default=5)
     parser.add_argument("--updates", type=study.at_least(max(LAGS)), nargs="+", default=[40], help=f"snapshots after these updates, at least {max(LAGS)}, the largest lag")
-    parser.add_argument("--draws", type=study.at_least(1), default=50, help="random vectors that a variance comes from")
+    parser.add_argument("--draws", type=study.at_least(1), default=24, help="random vectors that a variance comes from")
     parser.add_argument("--workers", type=study.at_least(0), default=0, help="processes; 0 is one per core")
     args = parser.parse_args()
     lines = make(args.out, jobs_for([], range(args.seeds), tuple(sorted(args.updates)), args.draws), args.workers)

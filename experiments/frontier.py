@@ -26,6 +26,7 @@ LOSSES = {
 STALENESS = (0, 1, 2, 4, 8)
 STEPS, EVERY, TARGET = 80, 5, 0.9  # updates of a run, between evaluations; accuracy
 BUSY = ("generator_busy", "teacher_busy", "learner_busy")
+KINDS = {"loss": str, "order": str, "max_staleness": int, "seed": int}
 COLUMNS = ("loss", "order", "max_staleness", "seed", "tokens_per_second", "lag_mean", "lag_max", "drift_kl", "seconds_to_90", "updates_to_90",
            "accuracy", *BUSY)  # fmt: skip
 
@@ -73,7 +74,7 @@ def run(job: tuple[str, str, int, int]) -> list[dict]:
 
 def read(path: Path) -> list[dict]:
     """Lines of a CSV with numbers; a target that was not reached is None."""
-    return study.read(path, COLUMNS, {"loss": str, "order": str, "max_staleness": int, "seed": int})
+    return study.read(path, COLUMNS, KINDS, optional=("seconds_to_90", "updates_to_90"))
 
 
 def grid(losses, staleness, seeds: int) -> list[tuple[str, str, int, int]]:
@@ -84,12 +85,12 @@ def grid(losses, staleness, seeds: int) -> list[tuple[str, str, int, int]]:
 
 def make(path: Path, jobs: list[tuple[str, str, int, int]]) -> list[dict]:
     """Append the lines of those `jobs` that the CSV does not hold, one run at a time; all its lines."""
-    lines = read(path) if path.exists() else []
-    done = {tuple(line[key] for key in COLUMNS[:4]) for line in lines}
-    if jobs := [job for job in jobs if job not in done]:
-        study.prepare(path, [True] * len(lines))
-        study.append(path, COLUMNS, run, jobs, workers=1)
-    return read(path)
+
+    def missing(lines: list[dict]) -> list[tuple]:
+        held = {tuple(line[key] for key in KINDS) for line in lines}
+        return [job for job in jobs if job not in held]
+
+    return study.complete(path, COLUMNS, KINDS, read, missing, run, workers=1)
 
 
 def jobs_for(cells: list[tuple], seeds: range) -> list[tuple]:

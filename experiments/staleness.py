@@ -8,9 +8,9 @@ each; a CSV that exists is continued. --quick is one start, four losses, two lag
 from __future__ import annotations
 
 import argparse
+import fcntl
 import functools
 import sys
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,12 +92,14 @@ def names(job: Job) -> list[str]:
 
 
 COLUMNS = ("start", "loss", "lag", "seed", "max_grad_norm", "update", "accuracy", "forward_kl", "reverse_kl", "grad_norm", "drift_kl", "support_mass_student")
+KINDS = {"start": str, "loss": str, "lag": int, "seed": int, "update": int}
 
 
-def run(arguments: tuple[Job, str, int, int, float, float]) -> list[dict]:
-    """Lines of the CSV for (job, student, steps, every, lr, max_grad_norm): one per evaluation, metrics as means since the last."""
-    job, student, steps, every, lr, max_grad_norm = arguments
+def run(arguments: tuple[Job, int, int, float]) -> list[dict]:
+    """Lines of the CSV for (job, steps, every, max_grad_norm): one per evaluation, metrics as means since the last."""
+    job, steps, every, max_grad_norm = arguments
     torch.set_num_threads(1)
+    student, lr = ("builtin", 3e-4) if job.start == "weak" else (strong_student(), 1e-4)
     config = replace(BASE, student=student, seed=job.seed, steps=steps, lr=lr, max_grad_norm=max_grad_norm, **LOSSES[job.loss])
     lagged, lines, since = Lagged(config, job.lag, *task()), [], []
     for step in range(1, steps + 1):
@@ -110,16 +112,19 @@ def run(arguments: tuple[Job, str, int, int, float, float]) -> list[dict]:
     return [{**line, "loss": name} for name in names(job) for line in lines]
 
 
-def strong_student(directory: Path, target: float = 0.9) -> str:
-    """The built-in student after synchronous forward KL up to `target` accuracy; made once, deterministic."""
-    if not (directory / "config.json").exists():
-        torch.set_num_threads(1)
-        lagged = Lagged(replace(BASE, lr=1e-3, seed=1000, steps=400, **LOSSES["forward KL 16"]), 0, *task())
-        while lagged.accuracy() < target:
-            for _ in range(5):
-                lagged.update()
-        lagged.save(partial := directory.with_suffix(".partial"))
-        partial.rename(directory)
+def strong_student(target: float = 0.9) -> str:
+    """The built-in student after synchronous forward KL up to `target` accuracy; made once, by the first process that needs it, deterministic."""
+    directory = study.RUNS / "strong_student"
+    directory.parent.mkdir(exist_ok=True)
+    with open(directory.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "config.json").exists():
+            lagged = Lagged(replace(BASE, lr=1e-3, seed=1000, steps=400, **LOSSES["forward KL 16"]), 0, *task())
+            while lagged.accuracy() < target:
+                for _ in range(5):
+                    lagged.update()
+            lagged.save(partial := directory.with_suffix(".partial"))
+            partial.rename(directory)
     return str(directory)
 
 
@@ -138,7 +143,7 @@ def jobs_for(cells: list[tuple], seeds: range) -> list[Job]:
 
 
 def read(path: Path) -> list[dict]:
-    return study.read(path, COLUMNS, {"start": str, "loss": str, "lag": int, "seed": int, "update": int})
+    return study.read(path, COLUMNS, KINDS)
 
 
 def summary(lines: list[dict]) -> str:
@@ -155,20 +160,21 @@ def summary(lines: list[dict]) -> str:
 
 def make(path: Path, jobs: list[Job], steps: int = 80, every: int = 20, max_grad_norm: float = BASE.max_grad_norm, workers: int = 0) -> list[dict]:
     """Append the lines of those `jobs` that the CSV does not hold; all its lines."""
-    lines, updates = read(path) if path.exists() else [], range(every, steps + 1, every)
-    if lines and (held := {line["update"] for line in lines}) != set(updates):
-        sys.exit(f"{path} holds evaluations after {sorted(held)} updates, these are {list(updates)}: give another --out")
-    if others := {line["max_grad_norm"] for line in lines} - {max_grad_norm}:
-        sys.exit(f"{path} holds runs with --max-grad-norm {max(others):g}, this is {max_grad_norm:g}: give another --out")
-    runs = [Job(line["start"], canonical(line["loss"], line["lag"]), line["lag"], line["seed"]) for line in lines]
-    held = Counter(runs)
-    done = {job for job in held if held[job] == len(updates) * len(names(job))}
-    if jobs := [job for job in jobs if job not in done]:
-        study.prepare(path, [job in done for job in runs])
-        students = {"weak": "builtin", "strong": strong_student(study.RUNS / "strong_student") if any(job.start == "strong" for job in jobs) else ""}
-        work = [(job, students[job.start], steps, every, {"weak": 3e-4, "strong": 1e-4}[job.start], max_grad_norm) for job in jobs]
-        study.append(path, COLUMNS, run, work, workers)
-    return read(path)
+    updates = list(range(every, steps + 1, every))
+
+    def missing(lines: list[dict]) -> list[tuple]:
+        held: dict[Job, list[int]] = {}
+        for line in lines:
+            held.setdefault(Job(line["start"], line["loss"], line["lag"], line["seed"]), []).append(line["update"])
+        for others in held.values():
+            if others != updates[: len(others)]:
+                sys.exit(f"{path} holds evaluations after {others} updates, these are {updates}: give another --out")
+        if others := {line["max_grad_norm"] for line in lines} - {max_grad_norm}:
+            sys.exit(f"{path} holds runs with --max-grad-norm {max(others):g}, this is {max_grad_norm:g}: give another --out")
+        left = [job for job in jobs if any(held.get(replace(job, loss=name)) != updates for name in names(job))]
+        return [(job, steps, every, max_grad_norm) for job in left]
+
+    return study.complete(path, COLUMNS, KINDS, read, missing, run, workers)
 
 
 def main():

@@ -8,7 +8,9 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,8 +33,8 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
     return number
 
 
-def read(path: Path, columns: tuple[str, ...], kinds: dict[str, type]) -> list[dict]:
-    """Lines of a CSV with numbers: floats but for `kinds`, None where there is nothing. A last line that was cut off is left out.
+def read(path: Path, columns: tuple[str, ...], kinds: dict[str, type], optional: tuple[str, ...] = ()) -> list[dict]:
+    """Lines of a CSV with numbers: floats but for `kinds`; None where an `optional` column is empty. A last line that was cut off is left out.
 
     Exits where the columns are others, or with the number of a line that does not have them.
     """
@@ -40,55 +42,66 @@ def read(path: Path, columns: tuple[str, ...], kinds: dict[str, type]) -> list[d
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"{path} cannot be read: {error}")
-    lines, header = [], ",".join(columns)
-    if not text:
-        return []
-    if text.partition("\n")[0] != header:
-        sys.exit(f"{path} does not have the columns {header}: give another --out")
-    reader = csv.reader(text[: text.rfind("\n")].splitlines())
-    for fields in list(reader)[1:]:
+    if text and text.partition("\n")[0] != ",".join(columns):
+        sys.exit(f"{path} does not have the columns {','.join(columns)}: give another --out")
+    lines = []
+    for fields in list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))[1:]:
         try:
-            lines.append({key: kinds.get(key, float)(field) if field else None for key, field in zip(columns, fields, strict=True)})
+            pairs = zip(columns, fields, strict=True)
+            lines.append({key: None if key in optional and not field else kinds.get(key, float)(field) for key, field in pairs})
         except ValueError:
-            sys.exit(f"{path}, line {len(lines) + 2} is damaged: delete it, its run is made again")
+            sys.exit(f"{path}, line {len(lines) + 2} is damaged: delete it, it is made again")
     return lines
 
 
-def prepare(path: Path, keep: list[bool]):
-    """A CSV that can be appended to: drops the lines, header not counted, that are not to be kept, and a last line that was cut off."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+") as file:
-            file.seek(0)
-            lines = file.readlines()
-        kept = lines[:1] + [line for line, wanted in zip(lines[1:], keep) if wanted]
-        if kept != lines:
-            print(f"{path}: {len(lines) - len(kept)} lines of unfinished runs dropped, the runs are made again", file=sys.stderr)
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            partial.replace(path)
-    except OSError as error:
-        sys.exit(f"{path} cannot be written: {error}")
+def complete(path: Path, columns: tuple[str, ...], kinds: dict[str, type], read: Callable, missing: Callable, work: Callable, workers: int) -> list[dict]:
+    """All lines of a CSV, once it holds what is wanted: `missing(lines)` gives the jobs still to do, `work(job)` the lines of one.
 
-
-def append(path: Path, columns: tuple[str, ...], work: Callable[[tuple], list[dict]], jobs: list[tuple], workers: int):
-    """Lines of `work(job)` for every job, in the order of the jobs, so that two studies give one CSV.
-
-    `workers`: processes; 0 is one per core, 1 is this one. Each leaves after 32 jobs, since a Channel is never closed.
+    Lines come in the order of the jobs, so that two studies give one CSV. `kinds` are the columns that tell a line from others: one
+    that is there is not written again, and nothing is removed but a last line that was cut off. `workers`: processes; 0 is one per core.
     """
-    workers = workers or len(os.sched_getaffinity(0))
-    ours = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; this one ends the others
-    pool = nullcontext() if workers == 1 else mp.get_context("forkserver").Pool(workers, signal.signal, ours, maxtasksperchild=32)
-    try:
-        with open(path, "a", newline="") as file, pool:
+    if missing(read(path) if path.exists() else []):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", newline="")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{path} is being written by another study: wait for it, or give another --out")
+        except OSError as error:
+            sys.exit(f"{path} cannot be written: {error}")
+        with file:
+            file.seek(0)
+            text = file.read()
+            file.truncate(len(text[: text.rfind("\n") + 1].encode()))
+            lines = read(path)
+            held = {tuple(line[key] for key in kinds) for line in lines}
             writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if file.tell() == 0:
+            if "\n" not in text:
                 writer.writeheader()
-            for lines in tqdm(map(work, jobs) if workers == 1 else pool.imap(work, jobs), total=len(jobs), unit="run"):
-                writer.writerows(lines)
-                file.flush()
-    except BlockingIOError:
-        sys.exit(f"{path} is being written by another study: wait for it, or give another --out")
-    except KeyboardInterrupt:
-        sys.exit(f"\nstopped: {path} holds the runs that are done, the same command makes the others")
+            try:
+                for made in results(work, missing(lines), workers or len(os.sched_getaffinity(0))):
+                    writer.writerows(line for line in made if tuple(line[key] for key in kinds) not in held)
+                    file.flush()
+            except KeyboardInterrupt:
+                sys.exit(f"\nstopped: {path} keeps its lines, the same command makes the rest")
+            except BrokenProcessPool:
+                sys.exit(f"\na process died, of too little memory perhaps: {path} keeps its lines, the same command makes the rest, --workers 1 needs less")
+    return read(path)
+
+
+def results(work: Callable, jobs: list, workers: int) -> Iterator[list[dict]]:
+    """`work(job)` in the order of the jobs, with a progress bar. Processes are new after 32 jobs each, since a Channel is never closed."""
+    with tqdm(total=len(jobs), unit="run") as bar:
+        for first in range(0, len(jobs), 32 * workers):
+            some = jobs[first : first + 32 * workers]
+            ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; this one ends the others
+            pool = nullcontext() if workers == 1 else ProcessPoolExecutor(workers, mp.get_context("forkserver"), signal.signal, ignore)
+            with pool:
+                try:
+                    for lines in map(work, some) if workers == 1 else pool.map(work, some):
+                        bar.update()
+                        yield lines
+                except BaseException:
+                    for process in mp.active_children() if workers > 1 else ():
+                        process.kill()
+                    raise

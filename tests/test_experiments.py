@@ -1,19 +1,22 @@
 """Claims about the staleness study: its expectations are exact, its lags are exact, one seed gives one result."""
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT
 
-from experiments import claims, frontier
-from experiments.estimators import Spread, dense_logit_gradient, derivatives, expected_logit_gradient, of_different_groups
+from experiments import claims, frontier, staleness
+from experiments.estimators import ESTIMATORS, Snapshot, Spread, dense_logit_gradient, derivatives, expected_logit_gradient, measure, of_different_groups
 from experiments.lagged import Lagged, flat
 from experiments.staleness import BASE, LAGS, LOSSES, STRONG, Job, canonical, grid, make, run, summary, task
+from experiments.study import results
 from generate import draws_per_position, propose
 from kernels.head import unfused_loss
 from losses import make_loss
@@ -44,6 +47,11 @@ def test_importance_weights_with_the_current_signal_have_exactly_no_bias_at_any_
     torch.testing.assert_close(expected_logit_gradient(small(name), s, t, b), dense_logit_gradient(s, t), rtol=1e-9, atol=1e-12)
 
 
+def test_the_rollouts_signal_with_the_ratio_pushes_away_from_the_sampler():
+    s, t, b = policies(1.0)
+    torch.testing.assert_close(expected_logit_gradient(small("rollout signal + IS"), s, t, b), dense_logit_gradient(s, t) - dense_logit_gradient(s, b))
+
+
 @pytest.mark.parametrize("name", BIASED)
 def test_the_others_are_biased_under_lag(name):
     s, t, b = policies(1.0)
@@ -56,7 +64,7 @@ def test_the_whole_vocabulary_as_support_is_the_dense_gradient():
     torch.testing.assert_close(expected_logit_gradient(replace(BASE, loss="sparse_reverse_kl", top_k=40), s, t, b), dense_logit_gradient(s, t))
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "forward KL 16"])
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_expectation_is_the_mean_of_what_the_generator_draws_and_the_learner_computes(name):
     """20,000 draws at each of three positions, through `propose` and the loss."""
     config, draws, generator = small(name), 20_000, torch.Generator().manual_seed(1)
@@ -92,6 +100,37 @@ def test_the_random_vectors_have_the_covariance_of_one_draw_through_any_linear_m
     torch.testing.assert_close(drawn.T @ drawn / len(drawn), exact, rtol=0, atol=0.06 * float(exact.diag().max()))
 
 
+def linear_snapshot(seed, parameters=6):
+    """A snapshot whose logits are linear in six parameters, and the map from them: [D,P,V]."""
+    snapshot, (s, t, b) = object.__new__(Snapshot), (x.float() for x in policies(1.0))
+    map_ = torch.randn(parameters, *s.shape, generator=torch.Generator().manual_seed(seed))
+    theta = torch.zeros(parameters, requires_grad=True)
+    snapshot.parameters, snapshot.logits = [theta], s + torch.einsum("dpv,d->pv", map_, theta)
+    snapshot.s, snapshot.t, snapshot.b = s, t, b
+    snapshot.exact = snapshot.gradient(dense_logit_gradient(s, t))
+    return snapshot, map_
+
+
+@pytest.mark.parametrize("name", ["rollout signal + PPO clip", "stratified 28+4"])
+def test_the_variance_is_that_of_one_draw_at_one_position(name):
+    snapshot, map_ = linear_snapshot(0)
+    s, config = snapshot.s, small(name)
+    _, c, density = derivatives(config, s, snapshot.t, snapshot.b)
+    v = c[..., None] * (torch.eye(s.shape[1]) - s.exp()[:, None])
+    v = v - (density[..., None] * v).sum(1, keepdim=True)
+    exact = (density[None] * torch.einsum("dpv,pyv->dpy", map_, v).square()).sum() / len(s)
+    assert snapshot.variance(config, 3000, torch.Generator().manual_seed(0)) == pytest.approx(float(exact), rel=0.05)
+
+
+def test_bias_scatter_and_variance_are_in_units_of_the_exact_gradient_and_of_one_position():
+    groups, config = [linear_snapshot(seed)[0] for seed in (0, 1)], small("current signal, N=16")
+    found = measure(groups, config, 48.0, 0)
+    scale = float(torch.dot(groups[0].exact, groups[1].exact))
+    assert found["variance"] == pytest.approx(48.0 / 16 / scale)
+    biases = [group.mean(config, None) - group.exact for group in groups]
+    assert found["bias"] ** 2 + found["scatter"] / len(groups[0].s) == pytest.approx(sum(float(x.square().sum()) for x in biases) / 2 / scale)
+
+
 @pytest.mark.parametrize("lag", [0, 2])
 def test_every_token_is_sampled_by_the_weights_of_exactly_lag_updates_ago(lag):
     lagged = Lagged(replace(BASE, batch_size=4, steps=5, **LOSSES["stratified 12+4"]), lag, *task())
@@ -105,12 +144,12 @@ def test_every_token_is_sampled_by_the_weights_of_exactly_lag_updates_ago(lag):
 
 
 def short_run(loss, lag, seed):
-    return run((Job("weak", loss, lag, seed), "builtin", 2, 2, 3e-4, 1.0))
+    return run((Job("weak", loss, lag, seed), 2, 2, 1.0))
 
 
 def test_one_seed_gives_one_result_and_another_seed_another():
     first, again, other = (short_run("forward KL 16", 2, seed) for seed in (0, 0, 1))
-    assert first == again != other and first[0]["update"] == 2
+    assert first == again != other and first[0]["update"] == 2 and set(first[0]) == set(staleness.COLUMNS)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if canonical(name, 0) != name])
@@ -216,7 +255,20 @@ def test_the_teacher_gets_no_time_off_the_clock():
     assert frontier.off_the_clock(events) == [pytest.approx(2.0)]  # of 4 seconds the teacher worked 1 + 1
 
 
-def test_a_study_is_continued_not_repeated_and_not_mixed(tmp_path):
+@pytest.fixture
+def without_training(monkeypatch):
+    """Lines of the study made up, the same every time."""
+
+    def run(arguments):
+        job, steps, every, norm = arguments
+        numbers = {column: 0.125 * (job.lag + job.seed) for column in staleness.COLUMNS if column not in staleness.KINDS}
+        updates = range(every, steps + 1, every)
+        return [{**vars(job), "loss": name, **numbers, "max_grad_norm": norm, "update": update} for name in staleness.names(job) for update in updates]
+
+    monkeypatch.setattr(staleness, "run", run)
+
+
+def test_a_study_is_continued_not_repeated_and_not_mixed(tmp_path, without_training):
     path, jobs = tmp_path / "s.csv", [Job("weak", "forward KL 16", lag, 0) for lag in (2, 8)]
     first = make(path, jobs[:1], steps=2, every=1, workers=1)
     both = make(path, jobs, steps=2, every=1, workers=1)
@@ -232,19 +284,39 @@ def test_a_study_is_continued_not_repeated_and_not_mixed(tmp_path):
         make(tmp_path / "coarse.csv", jobs[:1], steps=2, every=1)
     with pytest.raises(SystemExit, match="--max-grad-norm 1, this is 5"):
         make(path, jobs, steps=2, every=1, max_grad_norm=5.0)
-    for cut in (7, len(text.splitlines()[-1]) + 1):  # in the last number; the last line
+    for cut in (2, len(text.splitlines()[-1]) + 1):  # in the last number; the last line
         path.write_bytes(text[:-cut])
         assert make(path, jobs, steps=2, every=1, workers=1) == both and path.read_bytes() == text
     with open(path, "a") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
         with pytest.raises(SystemExit, match="is being written by another study"):
             make(path, [*jobs, Job("weak", "forward KL 16", 0, 0)], steps=2, every=1, workers=1)
+    path.write_bytes(text.splitlines()[0])  # stopped within the first line
+    assert make(path, jobs, steps=2, every=1, workers=1) == both and path.read_bytes() == text
+    header, line = text.splitlines(keepends=True)[:2]
+    path.write_bytes(header + b",".join(line.split(b",")[:6] + [b""] + line.split(b",")[7:]))  # no accuracy
+    with pytest.raises(SystemExit, match="line 2 is damaged"):
+        make(path, jobs, steps=2, every=1)
     path.write_bytes(text.replace(b"KL 16,8", b"KL 16,eight", 1))
     with pytest.raises(SystemExit, match="line 4 is damaged"):
         make(path, jobs, steps=2, every=1)
     path.write_text("a,b\n")
     with pytest.raises(SystemExit, match="does not have the columns start,loss"):
         make(path, jobs, steps=2, every=1)
+
+
+def test_a_loss_that_is_new_adds_its_lines_and_removes_none(tmp_path, monkeypatch, without_training):
+    job, new = Job("weak", "current signal + IS, N=4", 0, 0), {"mine": {**LOSSES["current signal + IS, N=4"], "correction": "ppo"}}
+    make(tmp_path / "s.csv", [job], steps=1, every=1, workers=1)
+    before = (tmp_path / "s.csv").read_text()
+    monkeypatch.setattr(staleness, "LOSSES", LOSSES | new)
+    lines = make(tmp_path / "s.csv", [job], steps=1, every=1, workers=1)
+    assert (tmp_path / "s.csv").read_text().startswith(before) and [line["loss"] for line in lines] == [job.loss, "mine"]
+
+
+def test_a_process_that_dies_ends_the_study_instead_of_hanging_it():
+    with pytest.raises(BrokenProcessPool):
+        list(results(os._exit, [1, 1, 1], 2))
 
 
 def test_the_table_of_the_claims_is_the_one_that_the_command_prints():

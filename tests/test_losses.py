@@ -162,14 +162,14 @@ def test_m2po_drops_nothing_where_all_is_within_the_budget():
 
 
 def test_a_loss_of_ones_own_gets_the_samplers_top_k_and_no_other_loss_by_accident():
-    config = SimpleNamespace(loss="jeffreys", top_k=3, num_samples=4, columns=candidate_columns("jeffreys", 3, 4))
+    config = SimpleNamespace(loss="no_loss_yet", top_k=3, num_samples=4, columns=candidate_columns("no_loss_yet", 3, 4))
     logits = torch.randn(5, V, generator=torch.Generator().manual_seed(0))
-    ids, logp = propose(logits, torch.rand(5, draws_per_position("jeffreys", 4)), "jeffreys", 3)
+    ids, logp = propose(logits, torch.rand(5, draws_per_position("no_loss_yet", 4)), "no_loss_yet", 3)
     assert ids.shape[1] == config.columns["total"].stop == 4
     assert torch.equal(ids[:, config.columns["top"]], logits.topk(3).indices)
     torch.testing.assert_close(logp, logits.log_softmax(-1).gather(1, ids))
     assert fused_loss(config) is None
-    with pytest.raises(ValueError, match="does not know the loss 'jeffreys'"):
+    with pytest.raises(ValueError, match="does not know the loss 'no_loss_yet'"):
         make_loss(config)(logp, logp, logp)
 
 
