@@ -35,6 +35,6 @@ def test_every_flag_in_the_readme_exists():
     from config import Config, flag
 
     known = {flag(name) for name in Config.__dataclass_fields__} | {"--config", "--help", "--standalone", "--nproc-per-node", "--shutdown-timeout"}
-    known |= {"--model", "--json", "--seeds", "--threads", "--quick", "--losses", "--out"}  # generate.py, benchmarks
+    known |= {"--model", "--json", "--seeds", "--threads", "--quick", "--starts", "--losses", "--out"}  # generate.py, benchmarks
     # not an arrow of the picture, --row#-->
     assert set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)(?!#)\b", (ROOT / "README.md").read_text())) <= known
