@@ -3,7 +3,7 @@
 A claim is a list of comparisons; each compares two cells of a study seed by seed. A comparison holds if it does in at least
 4 of 5 seeds, or if the 95 % interval of the mean difference (Student's t over seeds) lies above its margin; it is open if
 neither that nor the opposite is so. A claim holds if all its comparisons do, in part if some do. By chance alone 4 of 5
-seeds favour one side in 19 % of comparisons without any difference. `--rerun N` makes the runs of claim N again, in a CSV
+seeds favour a given side in 19 % of comparisons without any difference. `--rerun N` makes the runs of claim N again, in a CSV
 of its own, and judges those.
 """
 
@@ -170,10 +170,11 @@ def describe(c: Comparison, result: Result) -> str:
     a, b = (", ".join(name(key, x) for key, x, y in zip(keys, cell, other) if x != y) for cell, other in ((c.a, c.b), (c.b, c.a)))
     three = (result.mean, result.low, result.high)
     if c.ratio:
-        mean, low, high = (f"{x:.2f}" if x < 10 else f"{x:,.0f}" for x in three)
+        unit, (mean, low, high) = "x", (f"{x:.2f}" if x < 10 else f"{x:,.0f}" for x in three)
     else:
-        mean, low, high = (f"{100 * x:.1f}" if c.metric == "accuracy" else f"{x:.2g}" for x in three)
-    gap = f"{mean}x [{low}, {high}]" if c.ratio else f"{'+' if result.mean > 0 else ''}{mean}{' points' if c.metric == 'accuracy' else ''} [{low}, {high}]"
+        unit = " points" if c.metric == "accuracy" else ""
+        mean, low, high = (f"{100 * x:.1f}" if unit else f"{x:.2g}" for x in three)
+    gap = f"{'+' if result.mean > 0 and not c.ratio else ''}{mean}{unit} [{low}, {high}]"
     return f"{MARKS[result.answer]} {shared}: {a} {number(result.a)}, {b} {number(result.b)}; {gap}, {result.wins}/{result.seeds}"
 
 

@@ -117,6 +117,11 @@ def test_every_metric_is_defined_in_docs_metrics(sync_run):
         assert all(f"`{name}`" in text for name in record)
 
 
+def test_two_synchronous_runs_with_one_seed_write_identical_losses(sync_run, pair, tmp_path):
+    finish(start(tmp_path / "run", *pair, *SYNC))
+    assert [r["loss"] for r in metrics(tmp_path / "run")] == [r["loss"] for r in metrics(sync_run[0])]
+
+
 def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path):
     """Two prompts, nearly greedy: sequences recur. A hit was computed in another batch shape, hence float rounding."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "47+58="}\n')
@@ -128,7 +133,7 @@ def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path
     assert [r["loss"] for r in cached] == pytest.approx([r["loss"] for r in plain], rel=1e-5)
 
 
-def test_two_synchronous_runs_with_one_seed_are_identical_also_if_one_is_killed_after_update_3_and_resumed(sync_run, pair, tmp_path):
+def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stopped(sync_run, pair, tmp_path):
     output = tmp_path / "run"
     process = start(output, *pair, *SYNC, "--save-every=3")
     read_until(process, r"update +1/6")
