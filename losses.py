@@ -1,185 +1,306 @@
-"""Every distillation loss as a function of candidate log-probabilities, in plain torch: the specification.
+"""The losses in plain torch: one class each, with the candidates it wants and its value.
 
-    N  response positions      K  candidates at a position      V  vocabulary
+serial.py explains the letters of shapes. A position's candidates stand in columns, left to right:
 
-All inputs are natural logs, float32 or float64 [N,K], normalised over the whole vocabulary (never over the
-candidates) at one temperature tau: `student_logp`, `teacher_logp` and `behavior_logp` are log_softmax(z / tau)
-of their own logits z, with the tau the sampler drew with. So teacher == student gives zero for every tau.
+    draws   ids drawn from the sampler, with replacement; column 0 is the emitted token
+    top     the K most probable ids of the sampler or, if the loss says so, of the teacher
+    tail    ids drawn from the sampler restricted to the ids outside its top K
+
+Losses see three tables [T,C] of natural log-probabilities, float32 or float64. All three are
+normalised over the whole vocabulary, at the temperature of the sampler:
 
     s  student_logp   current weights, differentiable
     t  teacher_logp   frozen teacher
-    b  behavior_logp  the density a candidate was really drawn from, at generation time
+    b  behavior_logp  the density that a candidate was really drawn from, at generation time
 
-Functions return a loss per position [N]; the learner divides their sum by the response tokens of the whole
-update. A student-weighted loss in score-function form -sg[w A] s has the right gradient but a meaningless
-value: what to report is `reverse_kl_estimate`. Nothing is clamped and no padding enters: positions come from lengths.
+A loss returns one value per position [T]. The learner divides their sum by the response tokens of
+the whole update. Nothing is clamped. No padding enters, because positions come from lengths.
 
-Left out: generalised JSD (a mixture needs the full distributions), rewards, entropy bonuses.
+The reverse-KL losses that draw candidates have the form -sg[w A] s, where sg stops the gradient.
+Its gradient is right and its value means nothing, so every run reports `reverse_kl` beside the
+loss.
+
+To add a loss, write a class and name it in LOSSES. Left out: generalised JSD, rewards.
 """
-
-from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 PPO_CLIP = 0.2  # Schulman et al. 2017, arXiv 1707.06347
-DECOUPLED_CAP = 5.0  # AReaL, arXiv 2505.24298: behaviour weights above this are dropped
-M2_BUDGET = 0.04  # M2PO, arXiv 2510.01161: largest mean square of the log ratios kept
+DECOUPLED_CAP = 5.0  # AReaL, arXiv 2505.24298: samples with a larger behaviour weight are dropped
+M2_BUDGET = 0.04  # M2PO, arXiv 2510.01161: largest mean square of the log ratios that are kept
 
-LOSSES = ("forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl")
 SIGNALS = ("current", "rollout")
 CORRECTIONS = ("is", "none", "ppo", "decoupled", "m2po")
 
 
-def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """sum_k e^t (t - s) over the teacher's top-K ids: KL(teacher || student) without its tail. [N,K] -> [N].
+# ---- candidates: how a generator draws them ---------------------------------------------------
 
-    Teacher-weighted, so a stale prefix is all that lag can do to it (AsyncOPD, arXiv 2606.24143). May be
-    negative on a truncated support; that is not an error.
+
+def draw(probs, uniforms):
+    """Ids drawn by inverting the cumulative sum.
+
+    probs float32 [A,V], of any sum; uniforms float64 [A,N] in [0,1) -> ids int64 [A,N]. In
+    float32 the cumulative sum over 150,000 ids ends at 0.9999998, which distorts the tail. In
+    float64 its error is 1e-16.
     """
-    return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(-1)
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    ids = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+    return ids.clamp_(max=probs.shape[1] - 1)
 
 
-def sparse_reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """sum_k e^s (s - t) over the sampler's top-K ids: KL(student || teacher) without its tail. [N,K] -> [N].
+class Proposal:
+    """Which candidates a position gets. `Proposal()` alone is plain sampling of one token."""
 
-    Differentiated as it stands: d/ds = e^s (s - t + 1). On a truncated support the +1 does not cancel and
-    drains the support's mass, a bias that no importance weight corrects: watch `support_mass_student`.
+    def __init__(self, draws: int = 1, top: int = 0, tail: int = 0, teacher_top: bool = False):
+        self.draws = slice(0, draws)
+        self.top = slice(draws, draws + top)
+        self.tail = slice(draws + top, draws + top + tail)
+        self.num_columns = draws + top + tail
+        self.num_uniforms = draws + tail
+        self.teacher_top = top if teacher_top else 0  # columns that the teacher fills
+        self.sampler_top = top - self.teacher_top
+        self.num_proposed = self.num_columns - self.teacher_top
+
+    def propose(self, logits, uniforms):
+        """Candidates of one position in every active slot, and the log-density each was drawn with.
+
+        logits float32 [A,V], divided by the temperature; uniforms float64 [A,num_uniforms]
+        -> ids int64 and logp float32, both [A,num_proposed].
+        """
+        logp = logits.log_softmax(-1)
+        ids = draw(logp.exp(), uniforms[:, self.draws])
+        if self.sampler_top == 0:
+            return ids, logp.gather(1, ids)
+        top = logp.topk(self.sampler_top, dim=-1).indices
+        ids = torch.cat([ids, top], 1)
+        ids_logp = logp.gather(1, ids)
+        if self.tail.start == self.tail.stop:
+            return ids, ids_logp
+        # A logsumexp of its own: log(1 - mass of the top) would round to -inf.
+        tail_logp = logits.scatter(1, top, float("-inf")).log_softmax(-1)
+        tail = draw(tail_logp.exp(), uniforms[:, self.draws.stop :])
+        return torch.cat([ids, tail], 1), torch.cat([ids_logp, tail_logp.gather(1, tail)], 1)
+
+
+class Greedy(Proposal):
+    """The most probable token, for evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_uniforms = 0
+
+    def propose(self, logits, uniforms):
+        ids = logits.argmax(-1, keepdim=True)
+        return ids, logits.log_softmax(-1).gather(1, ids)
+
+
+# ---- losses -----------------------------------------------------------------------------------
+
+
+class Loss(Proposal):
+    """Base class. A loss says its candidates in __init__ and its value in `value`; the rest is
+    optional."""
+
+    needs_log_ratios = False  # True: the learner calls `use_log_ratios` before each update
+    fused = None  # a method (logits, ids, t, b, dtype) -> (value [T], s [T,C], gradient of logits)
+
+    def value(self, s, t, b):
+        """Loss of each position, differentiable in s: [T,C] each -> [T]."""
+        raise NotImplementedError
+
+    def support_probs(self, ids, logp):
+        """Probabilities of the candidates whose mass is a metric: the top, or else the draws.
+
+        ids and logp [T,C]. A draw that repeats an earlier one counts as 0.
+        """
+        if self.top.start < self.top.stop:
+            return logp[:, self.top].exp()
+        ids = ids[:, self.draws]
+        repeated = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)
+        return logp[:, self.draws].exp().masked_fill(repeated, 0.0)
+
+    @torch.no_grad()
+    def reverse_kl(self, s, t, b):
+        """Unbiased estimate of KL(student || teacher) of each position: [T,C] each -> [T].
+
+        Mean over the draws of w (s - t) with w = e^(s - b). Forward and sparse KL have one draw,
+        the emitted token: noisy, but unbiased.
+        """
+        s, t, b = s[:, self.draws], t[:, self.draws], b[:, self.draws]
+        return ((s - b).exp() * (s - t)).mean(-1)
+
+
+class ForwardKL(Loss):
+    """sum_k e^t (t - s) over the teacher's top K: KL(teacher || student) without its tail.
+
+    The teacher weighs the terms, so lag can only change which prefixes it trains on (AsyncOPD,
+    arXiv 2606.24143). On a truncated support the sum may be negative. That is no error.
     """
-    return (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
+
+    def __init__(self, config):
+        super().__init__(top=config.top_k, teacher_top=True)
+
+    def value(self, s, t, b):
+        s, t = s[:, self.top], t[:, self.top]
+        return (t.exp() * (t - s)).sum(-1)
 
 
-def sampled_reverse_kl(
-    student_logp: Tensor,
-    teacher_logp: Tensor,
-    behavior_logp: Tensor,
-    signal: str = "current",
-    correction: str = "is",
-    m2_threshold: float | None = None,
-) -> Tensor:
-    """-(1/N) sum_i sg[w_i A_i] s_i over N draws from the sampler: score-function reverse KL. [N,K] -> [N].
+class SparseReverseKL(Loss):
+    """sum_k e^s (s - t) over the sampler's top K: KL(student || teacher) without its tail.
 
-    `signal`: A = t - s with the current student ("current", the recomputed signal of AsyncOPD) or A = t - b
-    ("rollout", what stale reinforcement learning does). `correction`: see `importance_weight`. With signal
-    "current" and correction "is" the expectation over the draws is the exact reverse-KL gradient at any lag.
+    Its derivative is d/ds = e^s (s - t + 1). On a truncated support the +1 does not cancel: it
+    drains the support's mass. No importance weight corrects this bias; watch
+    `support_mass_student`.
     """
-    reference = student_logp if signal == "current" else behavior_logp
-    advantage = (teacher_logp - reference).detach()
-    weight = importance_weight(student_logp.detach(), behavior_logp, advantage, correction, m2_threshold)
-    return -(weight * advantage * student_logp).mean(-1)
+
+    def __init__(self, config):
+        super().__init__(top=config.top_k)
+
+    def value(self, s, t, b):
+        s, t = s[:, self.top], t[:, self.top]
+        return (s.exp() * (s - t)).sum(-1)
+
+    def fused(self, logits, ids, t, b, dtype):
+        from kernels.sparse_reverse_kl import sparse_reverse_kl  # Triton is loaded where it is used
+
+        return sparse_reverse_kl(logits, ids, t, dtype, self.top.start)
+
+
+class SampledReverseKL(Loss):
+    """-(1/N) sum_i sg[w_i A_i] s_i over N draws from the sampler: score-function reverse KL.
+
+    `signal` "current": A = t - s, recomputed with the current student (AsyncOPD). "rollout": A =
+    t - b, what stale reinforcement learning does. `correction` chooses w, see
+    `importance_weight`. With "current" and "is" the mean over the draws is the exact gradient of
+    the reverse KL at any lag.
+    """
+
+    def __init__(self, config):
+        super().__init__(draws=config.num_samples)
+        self.signal = config.signal
+        self.correction = config.correction
+        self.needs_log_ratios = config.correction == "m2po"
+        self.m2_threshold = None
+
+    def use_log_ratios(self, log_ratios):
+        """M2PO: one threshold for all samples of the update."""
+        self.m2_threshold = second_moment_threshold(log_ratios)
+
+    def value(self, s, t, b):
+        advantage = (t - (s if self.signal == "current" else b)).detach()
+        weight = importance_weight(s.detach(), b, advantage, self.correction, self.m2_threshold)
+        return -(weight * advantage * s).mean(-1)
+
+    def fused(self, logits, ids, t, b, dtype):
+        from kernels.sampled_reverse_kl import sampled_reverse_kl
+
+        options = (self.signal, self.correction, self.m2_threshold)
+        return sampled_reverse_kl(logits, ids, t, b, dtype, 0, 0, *options)
+
+
+class StratifiedReverseKL(Loss):
+    """sum_top sg[e^s (s - t)] s + (1/N) sum_tail sg[w (s - t)] s, with w = e^(s - b).
+
+    The sampler's top K are summed exactly. The N draws come from the sampler restricted to the
+    rest, and b is the density of that restricted sampler. The gradient is unbiased at any lag,
+    and only the tail is random: the sum-and-sample estimator of Liu et al. 2019 (arXiv
+    1810.04777) with importance weights. Both strata have score-function form. The +1 of sparse
+    reverse KL sums to zero over the whole vocabulary, so both leave it out.
+    """
+
+    def __init__(self, config):
+        super().__init__(top=config.top_k, tail=config.num_samples)
+
+    def terms(self, s, t, b):
+        """Terms whose sum over the top, and mean over the tail, is the reverse KL: [T,K], [T,N]."""
+        top, tail = self.top, self.tail
+        weight = (s[:, tail] - b[:, tail]).exp()
+        exact = s[:, top].exp() * (s[:, top] - t[:, top])
+        return exact, weight * (s[:, tail] - t[:, tail])
+
+    def value(self, s, t, b):
+        exact, sampled = self.terms(s.detach(), t, b)
+        return (exact * s[:, self.top]).sum(-1) + (sampled * s[:, self.tail]).mean(-1)
+
+    @torch.no_grad()
+    def reverse_kl(self, s, t, b):
+        """sum_top e^s (s - t) + mean_tail w (s - t), [T]."""
+        exact, sampled = self.terms(s, t, b)
+        return exact.sum(-1) + sampled.mean(-1)
+
+    def fused(self, logits, ids, t, b, dtype):
+        from kernels.sampled_reverse_kl import sampled_reverse_kl
+
+        return sampled_reverse_kl(logits, ids, t, b, dtype, self.top.start, self.tail.start)
+
+
+LOSSES = {
+    "forward_kl": ForwardKL,
+    "sparse_reverse_kl": SparseReverseKL,
+    "sampled_reverse_kl": SampledReverseKL,
+    "stratified_reverse_kl": StratifiedReverseKL,
+}
+
+
+def make_loss(config):
+    """The loss that `config` names."""
+    return LOSSES[config.loss](config)
+
+
+# ---- what stale samples are multiplied by -----------------------------------------------------
 
 
 def importance_weight(
-    student_logp: Tensor, behavior_logp: Tensor, advantage: Tensor, correction: str, m2_threshold: float | None = None
-) -> Tensor:
-    """What each sample's score is multiplied by, beside its advantage. All [N,K]; no gradient passes.
+    student_logp,
+    behavior_logp,
+    advantage,
+    correction: str,
+    m2_threshold: float | None = None,
+):
+    """The weight w of every sample, judged on its own. [T,N] each -> [T,N]; no gradient passes.
 
-    With r = e^(s - b), every sample judged on its own:
+    With r = e^(s - b):
       none       1
       is         r, unbiased
-      ppo        r, and 0 where the clipped surrogate is flat: A >= 0 and r > 1.2, or A < 0 and r < 0.8
-      decoupled  r, and 0 where r > 5. AReaL's behaviour weight e^(prox - b); the proximal policy is the one
-                 that this update starts from and an update is one optimiser step, so prox = s and its
-                 clipped ratio s / prox is one
-      m2po       r, and 0 where (s - b)^2 is above `m2_threshold`, see `second_moment_threshold`
+      ppo        r, but 0 where the clipped surrogate is flat:
+                 A >= 0 and r > 1.2, or A < 0 and r < 0.8
+      decoupled  r, but 0 where r > 5. This is AReaL's behaviour weight e^(prox - b). Its proximal
+                 policy is the one that the update starts from. An update is one optimiser step
+                 here, so prox = s and the clipped ratio s / prox is one.
+      m2po       r, but 0 where (s - b)^2 is above `m2_threshold`, see `second_moment_threshold`
+
+    Raises ValueError for another correction, or when m2po has no threshold.
     """
     log_ratio = student_logp - behavior_logp
     if correction == "none":
         return torch.ones_like(log_ratio)
     ratio = log_ratio.exp()
+    if correction == "is":
+        return ratio
     if correction == "ppo":
         flat = torch.where(advantage >= 0, ratio > 1 + PPO_CLIP, ratio < 1 - PPO_CLIP)
         return ratio.masked_fill(flat, 0.0)
     if correction == "decoupled":
         return ratio.masked_fill(ratio > DECOUPLED_CAP, 0.0)
-    if correction == "m2po":
-        if m2_threshold is None:
-            raise ValueError("correction m2po needs m2_threshold, computed over the whole update")
-        return ratio.masked_fill(log_ratio.square() > m2_threshold, 0.0)
-    if correction == "is":
-        return ratio
-    raise ValueError(f"unknown correction {correction!r}: one of {', '.join(CORRECTIONS)}")
+    if correction != "m2po":
+        raise ValueError(f"unknown correction {correction!r}: one of {', '.join(CORRECTIONS)}")
+    if m2_threshold is None:
+        raise ValueError("correction m2po needs m2_threshold, computed over the whole update")
+    return ratio.masked_fill(log_ratio.square() > m2_threshold, 0.0)
 
 
-def second_moment_threshold(log_ratio: Tensor, budget: float = M2_BUDGET) -> float:
-    """Largest (s - b)^2 that may be kept so that the mean over what is kept stays within `budget` (M2PO); inf: all may.
+def second_moment_threshold(log_ratio, budget: float = M2_BUDGET):
+    """M2PO's bound: the largest (s - b)^2 to keep so that the mean over what is kept stays within
+    `budget`.
 
-    `log_ratio`: every sample of the update, any shape. Dropping the largest first, the kept mean falls
-    monotonically, so the answer is one sort and one cumulative mean. Returns -1 when nothing may be kept.
+    `log_ratio`: every sample of the update, any shape. The largest squares are dropped first, so
+    the mean of the kept ones falls monotonically: one sort and one cumulative mean give the
+    answer. inf: all are kept. -1: none is.
     """
     moment = log_ratio.double().square().flatten().sort().values
-    mean_kept = moment.cumsum(0) / torch.arange(1, len(moment) + 1, device=moment.device)
-    kept = int((mean_kept <= budget).sum())
-    return float("inf") if kept == len(moment) else float(moment[kept - 1]) if kept else -1.0
-
-
-def stratified_reverse_kl(
-    top_student_logp: Tensor, top_teacher_logp: Tensor, tail_student_logp: Tensor, tail_teacher_logp: Tensor,
-    tail_behavior_logp: Tensor,
-) -> Tensor:  # fmt: skip
-    """sum_top sg[e^s (s - t)] s + (1/N) sum_i sg[w_i (s_i - t_i)] s_i, w_i = e^(s_i - b_i). [N,K],[N,n] -> [N].
-
-    The sampler's top-K summed exactly, n draws from the sampler restricted to the rest, with b the density of
-    that restricted sampler. Unbiased at any lag, and only the tail is random: the sum-and-sample estimator of
-    Liu et al. 2019 (arXiv 1810.04777) with importance weights. Both strata are in score-function form: the
-    +1 of `sparse_reverse_kl` sums to zero over the whole vocabulary and is left out of both.
-    """
-    top_weight = (top_student_logp.exp() * (top_student_logp - top_teacher_logp)).detach()
-    tail_weight = (tail_student_logp - tail_behavior_logp).exp() * (tail_student_logp - tail_teacher_logp)
-    return (top_weight * top_student_logp).sum(-1) + (tail_weight.detach() * tail_student_logp).mean(-1)
-
-
-# ---- the learner's view: one table of candidates [N,C], column 0 always the emitted token ------------
-
-
-def candidate_columns(loss: str, top_k: int, num_samples: int) -> dict[str, slice]:
-    """Which columns of the candidate table hold what. C, the table's width, is `total.stop`.
-
-    `drawn` are draws with replacement from the sampler, the emitted token first; `top` the top-K ids of the
-    sampler (of the teacher for forward_kl); `tail` draws from the sampler restricted to the rest.
-    """
-    drawn = num_samples if loss == "sampled_reverse_kl" else 1
-    top = 0 if loss == "sampled_reverse_kl" else top_k
-    tail = num_samples if loss == "stratified_reverse_kl" else 0
-    return {
-        "drawn": slice(0, drawn),
-        "top": slice(drawn, drawn + top),
-        "tail": slice(drawn + top, drawn + top + tail),
-        "total": slice(0, drawn + top + tail),
-    }
-
-
-def make_loss(config, m2_threshold: float | None = None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The configured loss as a function (student_logp, teacher_logp, behavior_logp), each [N,C], -> [N]."""
-    columns = candidate_columns(config.loss, config.top_k, config.num_samples)
-    top, tail = columns["top"], columns["tail"]
-
-    def loss(s: Tensor, t: Tensor, b: Tensor) -> Tensor:
-        if config.loss == "forward_kl":
-            return forward_kl(s[:, top], t[:, top])
-        if config.loss == "sparse_reverse_kl":
-            return sparse_reverse_kl(s[:, top], t[:, top])
-        if config.loss == "stratified_reverse_kl":
-            return stratified_reverse_kl(s[:, top], t[:, top], s[:, tail], t[:, tail], b[:, tail])
-        if config.loss == "sampled_reverse_kl":
-            return sampled_reverse_kl(s, t, b, config.signal, config.correction, m2_threshold)
-        raise ValueError(f"make_loss does not know the loss {config.loss!r}")
-
-    return loss
-
-
-@torch.no_grad()
-def reverse_kl_estimate(loss: str, columns: dict[str, slice], s: Tensor, t: Tensor, b: Tensor) -> Tensor:
-    """Unbiased estimate of KL(student || teacher) at each position from its candidates, [N,C] -> [N].
-
-    sum_top e^s (s - t) + mean_tail w (s - t) where there are both strata, else mean over the draws of
-    w (s - t) with w = e^(s - b): for forward and sparse KL that is the emitted token alone, noisy but unbiased.
-    """
-    if loss == "stratified_reverse_kl":
-        top, tail = columns["top"], columns["tail"]
-        exact = (s[:, top].exp() * (s[:, top] - t[:, top])).sum(-1)
-        return exact + ((s[:, tail] - b[:, tail]).exp() * (s[:, tail] - t[:, tail])).mean(-1)
-    drawn = columns["drawn"]
-    return ((s[:, drawn] - b[:, drawn]).exp() * (s[:, drawn] - t[:, drawn])).mean(-1)
+    count = torch.arange(1, len(moment) + 1, device=moment.device)
+    kept = int((moment.cumsum(0) / count <= budget).sum())
+    if kept == len(moment):
+        return float("inf")
+    return float(moment[kept - 1]) if kept else -1.0

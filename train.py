@@ -1,243 +1,206 @@
-"""Asynchronous on-policy distillation: `torchrun --standalone --nproc-per-node=1 -- train.py` (see --help).
+"""Asynchronous on-policy distillation: `torchrun --standalone --nproc-per-node=1 -- train.py`.
 
-torchrun starts the learner ranks; rank 0 makes the channel, starts the generators and the teacher, hands out tickets
-and watches everyone. Each update: wait for rollouts, train, publish, issue the next tickets, log.
-
-Left out: several nodes, restarting a role that died (the run ends and can be resumed).
+These are the calls of serial.py, each in a process of its own. torchrun starts the learner ranks.
+Rank 0 makes the channel, starts generators and teacher (launch.py), and runs the main loop. All
+ranks train. `--help` lists the settings.
 """
 
-from __future__ import annotations
+import fork_server
 
-import os
-import signal
+if __name__ == "__main__":
+    fork_server.start()  # it makes the slow imports at the same time as we do
+
 import sys
-import tempfile
 import time
-from contextlib import suppress
-from datetime import timedelta
-from multiprocessing import forkserver
-from pathlib import Path
-
-PRELOAD = ["transformers.models.auto.modeling_auto", "transformers.generation"]
-if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
-    # The process that the roles will be forked from imports the libraries while we do. It leaves interrupts to us.
-    forkserver.set_forkserver_preload(PRELOAD)
-    tempfile.tempdir = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # a socket's path may have 107 characters
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    forkserver.ensure_running()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+from contextlib import closing, suppress
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-import generate
-import teacher
 from channel import Channel, Tickets
-from config import Config, ConfigError, parse
-from data import DataError, load_prompts
+from checks import check_models, check_output, check_path, load_model, load_tokenizer
+from config import Config, InputError, parse
+from data import load_prompts
+from launch import Interrupted, RoleDied, Roles, broadcast, join_ranks, role_devices, set_up_process
 from learner import Learner
-from log import Log, Timeline, check_output, close_trace, newest_checkpoint, open_trace, start_output
-from model import check_path, compute_dtype, load_model, shared_vocabulary
+from log import Log, Timeline, close_trace, newest_checkpoint, start_output
+from model import compute_dtype, shared_vocabulary
 
 
-def place(config: Config, ranks: int) -> list[torch.device]:
-    """A device for each role: learner ranks first, then generators, the teacher last; they share where GPUs are few."""
-    gpus, roles = torch.cuda.device_count(), ranks + config.generators + 1
-    return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in range(roles)]
+class Run:
+    """A run as rank 0 leads it."""
 
+    def __init__(self, config: Config):
+        """Check and read all input, before anything else starts."""
+        self.config = config
+        self.checkpoint, notes = check_output(config)
+        if self.checkpoint:
+            check_path("--resume", str(self.checkpoint))
+        notes += check_models(config)
+        self.tokenizer = load_tokenizer("--student", config.student_path)
+        self.prompts, self.held_out = load_prompts(config, self.tokenizer)
+        if config.eval_every and not self.held_out:
+            notes.append(
+                "no evaluation: it needs 10 --prompts, some with an answer, or --eval-prompts; "
+                "--eval-every 0 says so"
+            )
+        for note in notes:
+            print(f"note: {note}")
+        print(f"first prompt: {self.prompts[0].text!r}")
+        others = f"{len(self.held_out)} others to evaluate on"
+        print(f"{len(self.prompts)} prompts to train on, {others}")
 
-def set_up_process(config: Config, device: torch.device, ranks: int):
-    """Threads and precision of a role's process."""
-    roles, cores = ranks + config.generators + 1, len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.cpu_threads or max(1, cores // roles))
-    torch.set_float32_matmul_precision("highest")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    def start(self, learner: Learner, channel: Channel, devices, trained_ahead: list[int]):
+        """Set up the output directory and start the roles."""
+        config = self.config
+        self.learner, self.channel = learner, channel
+        head = "Triton kernels" if learner.device.type == "cuda" else "plain torch"
+        print(f"{channel.weights.shape[1]:,} parameters; {config.loss}, head in {head}")
+        print(f"devices: {', '.join(map(str, devices))} (learner, generator, teacher)", flush=True)
+        start_output(config, self.checkpoint)
+        self.timeline = Timeline(channel.busy, config.trace, config.generators + 1, "learner")
+        self.tickets = Tickets(config, channel, self.prompts, learner.version, trained_ahead)
+        self.saved_version = learner.version
+        self.accuracies: list[float] = []
+        learner.publish(channel)
+        self.roles = Roles(config, channel, devices, self.held_out, self.tickets.lowest)
 
-
-def ignore_interrupts():
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def worker(index: int, config: Config, paths: list[str], parameters: int, devices: list, ranks: int, held: list, first: int, trace: Path):
-    """Entry of a spawned role: generators 0..G-1, then the teacher. Being interrupted is rank 0's business."""
-    ignore_interrupts()
-    device = devices[ranks + index]
-    set_up_process(config, device, ranks)
-    channel = Channel(config, parameters, compute_dtype(config, device), paths)
-    if index < config.generators:
-        generate.run(config, channel, index, device, held, trace)
-    else:
-        teacher.run(config, channel, first, device, trace)
-
-
-class RoleDied(RuntimeError):
-    """A generator or the teacher is gone; the message says which, and has its traceback or signal."""
-
-
-class Roles:
-    """The spawned processes, as rank 0 sees them."""
-
-    def __init__(self, config: Config, channel: Channel, arguments: tuple):
-        self.channel, self.names = channel, [*(f"generator {i}" for i in range(config.generators)), "teacher"]
-        self.context = mp.start_processes(worker, arguments, len(self.names), join=False, daemon=True, start_method="forkserver")
-
-    def check(self):
-        """Raise RoleDied as soon as any role has left."""
-        gone = [name for name, process in zip(self.names, self.context.processes) if not process.is_alive()]
-        if gone:
-            self.channel.stop.fill_(1)
-            try:
-                self.context.join(timeout=0, grace_period=3)
-            except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-                raise RoleDied(f"{self.names[error.error_index]} died: {error}") from None
-            raise RoleDied(f"{gone[0]} left before the end")
-
-    def stop(self, patience: float = 10.0):
-        """Ask every role to leave its loop, then insist."""
-        self.channel.stop.fill_(1)
-        deadline = time.monotonic() + patience
-        for process in self.context.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            process.kill()
-            process.join()
-
-
-def train(config: Config, rank: int, world: int):
-    """One learner rank: check everything that can be checked, load, make or open the channel, then lead or follow."""
-    devices = place(config, world)
-    set_up_process(config, devices[rank], world)
-    checkpoint, notes = check_output(config)
-    tokenizer, _, vocab, more = shared_vocabulary(config)
-    notes += more
-    prompts, held = load_prompts(config, tokenizer)
-    dtype = compute_dtype(config, devices[rank])
-    if checkpoint:
-        check_path("--resume", str(checkpoint))
-    model = load_model(str(checkpoint or config.student_path), torch.float32, devices[rank])
-    learner = Learner(model, config, vocab, dtype, rank, world)
-    trained_ahead = learner.load(checkpoint) if checkpoint else []
-    parameters = sum(p.numel() for p in learner.parameters)
-    channel = Channel(config, parameters, dtype) if rank == 0 else None
-    paths = broadcast(channel and channel.paths)
-    if rank > 0:
-        return follow(learner, Channel(config, parameters, dtype, paths))
-    output = start_output(config, checkpoint)
-    if config.eval_every and not held:
-        notes.append("no evaluation: it needs 10 --prompts, some with an answer, or --eval-prompts; --eval-every 0 says so")
-    for note in notes:
-        print(f"note: {note}")
-    print(f"first prompt: {prompts[0].text!r}")
-    print(f"{len(prompts)} prompts to train on, {len(held)} others to evaluate on; {parameters:,} parameters")
-    print(f"{config.loss}, head in {'Triton kernels' if devices[rank].type == 'cuda' else 'plain torch'}")
-    print(f"devices: {', '.join(map(str, devices))} (learner x{world}, generator x{config.generators}, teacher)", flush=True)
-    open_trace(output / "trace.json")
-    tickets = Tickets(config, channel, prompts, learner.version, trained_ahead)
-    learner.publish(channel)
-    roles = Roles(config, channel, (config, paths, parameters, devices, world, held, tickets.lowest, output / "trace.json"))
-    try:
-        lead(config, learner, channel, tickets, roles, tokenizer, evaluating=bool(held) and config.eval_every > 0)
-    finally:
-        roles.stop()
-        close_trace(output / "trace.json")
-
-
-def lead(config: Config, learner: Learner, channel: Channel, tickets: Tickets, roles: Roles, tokenizer, evaluating: bool):
-    """Rank 0: wait, train, publish, issue, evaluate, save, log. Ctrl-C ends the loop after the update at hand."""
-    output, interrupts, saved, before, accuracies = Path(config.output_dir), [], learner.version, {}, []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupts.append(1))
-    timeline = Timeline(channel.busy[-1:], output / "trace.json", config.generators + 1, "learner")
-
-    def going_on() -> bool:
-        if not interrupts:
-            roles.check()
-        return not interrupts and channel.running()
-
-    def evaluate(key: str) -> dict[str, float]:
-        """Greedy accuracy of the weights just published; the learner waits, so that they are these weights."""
-        channel.eval_due.fill_(learner.version + 1)  # one more than the version: 0 means that none is due
-        while int(channel.eval_done) <= learner.version and going_on():
-            time.sleep(0.002)
-        if int(channel.eval_done) <= learner.version:
-            return {}
-        accuracies.append(float(channel.eval_accuracy))
-        return {key: accuracies[-1]}
-
-    def save() -> int:
-        with timeline.span("save"):
-            learner.save(output, tokenizer, sorted(tickets.trained_ahead))
-        return learner.version
-
-    try:
-        tickets.issue(learner.version)
-        if evaluating and learner.version == 0:
-            before = evaluate("eval_accuracy_before")
-            print(*(f"accuracy before training {value:.1%}" for value in before.values()), flush=True)
-        log = Log(config, channel)
-        while learner.version < config.steps and (rows := tickets.next_batch(learner.version, going_on)):
-            broadcast(rows)
-            with timeline.span("update"):
-                metrics = learner.update(channel, rows)
-            with timeline.span("publish"):
-                metrics["publish_seconds"] = learner.publish(channel)
-            tickets.trained(rows)
-            tickets.issue(learner.version)
-            last = learner.version == config.steps
-            try:
-                if evaluating and (last or learner.version % config.eval_every == 0):
-                    metrics |= evaluate("eval_accuracy")
-            finally:  # the update was made, whoever died since
-                log.write(learner.version, metrics | before)
-            before = {}
-            if last or config.save_every and learner.version % config.save_every == 0:
-                saved = save()
+    def lead(self):
+        """Run the main loop. Whatever ends it, what was learned is saved."""
+        end = "done"
+        try:
+            self.main_loop()
+        except Interrupted:
+            end = "interrupted"
+        except (RoleDied, OSError):  # OSError: a full disk, say
+            with suppress(RuntimeError):  # a follower may be gone too
+                broadcast(None)
+            raise
+        finally:  # after FloatingPointError, too: every rank has raised it and left
+            self.save()
+            self.timeline.flush()
         broadcast(None)
-    except (RoleDied, OSError):  # a full disk, say; after FloatingPointError every rank has left
-        with suppress(RuntimeError):  # a follower may be gone too
-            broadcast(None)
-        raise
-    finally:  # whatever ended the loop, what was learned is kept
-        if saved < learner.version:
-            save()
-        timeline.flush()
-    gain = f", accuracy {accuracies[0]:.1%} -> {accuracies[-1]:.1%}" if len(accuracies) > 1 else ""
-    end = "done" if learner.version == config.steps else "interrupted"
-    print(f"{end} after update {learner.version}{gain}: {newest_checkpoint(output) or output}", flush=True)
+        self.report(end)
+
+    def report(self, end: str):
+        gain = ""
+        if len(self.accuracies) > 1:
+            gain = f", accuracy {self.accuracies[0]:.1%} -> {self.accuracies[-1]:.1%}"
+        where = newest_checkpoint(self.config.output) or self.config.output
+        print(f"{end} after update {self.learner.version}{gain}: {where}", flush=True)
+
+    def main_loop(self):
+        """Wait for rollouts, train, publish, issue tickets, evaluate and log, save."""
+        config, learner = self.config, self.learner
+        self.tickets.issue(learner.version)
+        before = self.evaluate("eval_accuracy_before") if learner.version == 0 else {}
+        with closing(Log(config, self.channel)) as self.log:
+            while learner.version < config.steps:
+                rows = self.wait_for_rows()
+                metrics = self.train_on(rows) | before
+                metrics["publish_seconds"] = self.publish()
+                self.tickets.issue(learner.version)
+                self.evaluate_and_log(metrics)
+                if self.is_due(config.save_every):
+                    self.save()
+                before = {}
+
+    def wait_for_rows(self):
+        """The rows of the next update. Raises Interrupted or RoleDied."""
+        rows = None
+        while not rows:
+            self.roles.check()
+            rows = self.tickets.batch(self.learner.version)
+            if not rows:
+                self.tickets.receive(self.channel.to_learner.get_all(timeout=0.5))
+        return rows
+
+    def train_on(self, rows: list[int]):
+        """One update, on every rank; frees the rows."""
+        broadcast(rows)
+        with self.timeline.span("update"):
+            metrics = self.learner.update(self.channel, rows)
+        self.tickets.trained(rows)
+        return metrics
+
+    def publish(self):
+        with self.timeline.span("publish"):
+            return self.learner.publish(self.channel)
+
+    def evaluate_and_log(self, metrics: dict[str, float]):
+        try:
+            if self.is_due(self.config.eval_every):
+                metrics |= self.evaluate("eval_accuracy")
+        finally:  # the update was made, whoever died since
+            self.log.write(self.learner.version, metrics)
+
+    def evaluate(self, name: str):
+        """Greedy accuracy of the published weights. We wait, so that they stay these weights."""
+        if not (self.held_out and self.config.eval_every):
+            return {}
+        channel, version = self.channel, self.learner.version
+        channel.eval_due.fill_(version + 1)  # 0 means that none is due
+        while int(channel.eval_done) <= version:
+            self.roles.check()
+            time.sleep(0.002)
+        accuracy = float(channel.eval_accuracy)
+        if version == 0:
+            print(f"accuracy before training {accuracy:.1%}", flush=True)
+        self.accuracies.append(accuracy)
+        return {name: accuracy}
+
+    def is_due(self, every: int):
+        version = self.learner.version
+        return every > 0 and (version % every == 0 or version == self.config.steps)
+
+    def save(self):
+        if self.saved_version < self.learner.version:
+            self.saved_version = self.learner.version
+            with self.timeline.span("save"):
+                trained_ahead = sorted(self.tickets.trained_ahead)
+                self.learner.save(self.config.output, self.tokenizer, trained_ahead)
+
+
+def run_rank(config: Config, rank: int, world: int):
+    """One learner rank: load the student, then lead (rank 0) or follow."""
+    devices = role_devices(config, world)
+    device = devices[rank]
+    set_up_process(config, device, len(devices))
+    run = Run(config) if rank == 0 else None
+    checkpoint = broadcast(run and run.checkpoint)
+    dtype = compute_dtype(config, device)
+    model = load_model(str(checkpoint or config.student_path), torch.float32, device)
+    learner = Learner(model, config, shared_vocabulary(config), dtype, rank, world)
+    trained_ahead = learner.load(checkpoint) if checkpoint else []
+    if rank > 0:
+        follow(learner, broadcast())
+        return
+    num_parameters = sum(p.numel() for p in learner.parameters)
+    channel = broadcast(Channel.create(config, num_parameters, dtype))
+    run.start(learner, channel, devices, trained_ahead)
+    try:
+        run.lead()
+    finally:
+        run.roles.stop()
+        close_trace(config.trace)
 
 
 def follow(learner: Learner, channel: Channel):
     """Ranks above 0: train on the rows that rank 0 names, until it names none."""
-    ignore_interrupts()
-    while rows := broadcast(None):
+    fork_server.ignore_interrupts()
+    rows = broadcast()
+    while rows:
         learner.update(channel, rows)
-
-
-def broadcast(value):
-    """Rank 0's value, on every rank."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+        rows = broadcast()
 
 
 def main():
     config = parse()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
-            raise ConfigError(f"{world} ranks on several nodes: one node only, use torchrun --standalone")
-        if torch.cuda.is_available() and world > torch.cuda.device_count():
-            raise ConfigError(f"{world} learner ranks, {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
-        if world > 1:  # ranks wait for rank 0 as long as rollouts take; torchrun ends the run when one dies
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=7))
-        train(config, rank, world)
-        if world > 1:
+        run_rank(config, *join_ranks())
+        if dist.is_initialized():
             dist.destroy_process_group()
-    except (ConfigError, DataError, MemoryError, FloatingPointError, RoleDied) as error:
+    except (InputError, MemoryError, FloatingPointError, RoleDied) as error:
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted before the first update")

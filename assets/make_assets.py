@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-from data import SYNONYMS, build_tokenizer, running_sums  # noqa: E402
+from assets.task import SYNONYMS, build_tokenizer, running_sums  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parent
 PROBE_SEED = 99  # of the held-out prompts that decide when the student stops

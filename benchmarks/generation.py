@@ -6,8 +6,6 @@ of a batch is done. A useful token is one of a response, stop token included; ro
 sample at temperature 1, on `--threads` threads, in alternation; the ratio is of medians.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -19,7 +17,10 @@ import torch
 import transformers
 from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from generate import Generator, Rollout
+from channel import Rollout
+from config import Config
+from generate import Generator
+from losses import Proposal
 
 VOCAB, STOP_ID = 2048, 0
 
@@ -59,7 +60,8 @@ class ScriptedGenerator(Generator):
 
 
 def run_ours(model, prompts, slots, lengths):
-    generator = ScriptedGenerator(model, {STOP_ID}, slots=slots, max_prompt=max(map(len, prompts)), max_new=max(lengths), loss="sampled_reverse_kl")
+    config = Config(max_prompt_tokens=max(map(len, prompts)), max_new_tokens=max(lengths))
+    generator = ScriptedGenerator(model=model, proposal=Proposal(), config=config, stops={STOP_ID}, vocab=VOCAB, slots=slots)
     generator.lengths = lengths
     started = time.perf_counter()
     rollouts = generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts)])

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import Config
 from kernels import head
-from kernels.head import candidate_loss, fused_loss
+from kernels.head import candidate_loss
 from losses import LOSSES, make_loss
 
 SHAPES = [(8192, 1024, 151936, 64), (8192, 2048, 151936, 64), (16384, 4096, 128256, 64), (4096, 896, 49152, 32)]  # N, D, V, K
@@ -53,8 +53,8 @@ def problem(N: int, D: int, V: int, C: int, dtype: torch.dtype) -> list[torch.Te
 
 
 def ours(config, chunk):
-    losses = make_loss(config), fused_loss(config)
-    return lambda hidden, weight, *candidates: candidate_loss(hidden, weight, *candidates, *losses, 1.0, chunk)[0].backward()
+    loss = make_loss(config)
+    return lambda *tensors: candidate_loss(*tensors, loss, 1.0, chunk)[0].backward()
 
 
 def products(config, chunk):
@@ -79,7 +79,7 @@ def products(config, chunk):
 
 def on_logits(config, hidden, weight, ids, t, b):
     logits = (hidden @ weight.t()).float()
-    return make_loss(config)(logits.log_softmax(-1).gather(1, ids), t, b).sum()
+    return make_loss(config).value(logits.log_softmax(-1).gather(1, ids), t, b).sum()
 
 
 def full_logits(config, chunk):
@@ -157,7 +157,7 @@ def kernel_alone(config, inputs, chunk: int, repeats: int) -> dict:
     """The fused kernel on one chunk of logits, and a copy of the same buffer: bytes moved per second."""
     hidden, weight, ids, t, b = (x.detach()[:chunk] if i != 1 else x.detach() for i, x in enumerate(inputs))
     source = head.head_logits(hidden, weight.to(hidden.dtype), 1.0, head.LOGITS_DTYPE)
-    buffer, kernel = torch.empty_like(source), fused_loss(config)
+    buffer, kernel = torch.empty_like(source), make_loss(config).fused
     copy = seconds(lambda: buffer.copy_(source), repeats)
     alone = seconds(lambda: kernel(buffer, ids, t, b, hidden.dtype), repeats, before=lambda: buffer.copy_(source))
     bandwidth = 2 * source.nbytes / copy
@@ -203,7 +203,7 @@ def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
     for row in rows:
         print(f"{row['variant']:20s} " + (f"{row['ms']:9.2f} ms  {row['ms'] / floor:5.2f} of the products  {row['peak_mib']:9.0f} MiB"
                                           if "ms" in row else "out of memory"), flush=True)  # fmt: skip
-    if GPU and config.loss != "forward_kl":
+    if GPU and make_loss(config).fused:
         rows[0] |= kernel_alone(config, inputs, chunk, repeats)
         print(f"the kernel alone: {rows[0]['kernel_of_copy_bandwidth']:.0%} of the copy bandwidth, {rows[0]['copy_gb_per_s']:.0f} GB/s", flush=True)
     return rows
@@ -218,7 +218,7 @@ def rounding(config, shape=(64, 512, 151936, 64)) -> list[dict]:
     weight = weight.bfloat16()
     z = (hidden.double() @ weight.double().t()).requires_grad_()
     s = z.log_softmax(-1).gather(1, ids)
-    (g,) = torch.autograd.grad(make_loss(config)(s, t.double(), b.double()).sum(), z)
+    (g,) = torch.autograd.grad(make_loss(config).value(s, t.double(), b.double()).sum(), z)
     exact = s.detach(), g @ weight.double(), g.t() @ hidden.double()
     results = []
     for logits_dtype, gradient_dtype in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):

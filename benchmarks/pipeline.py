@@ -12,8 +12,6 @@ answer. Each mode gets the threads per role that suit it best: a pilot run tries
 Tokens per second are response tokens trained over the wall time of the updates after the first `--skip`; evaluation is off.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -33,8 +31,8 @@ MODES = {"sync": ["--max-staleness=0"], "async": [], "arrival": ["--order=arriva
 
 
 def long_tailed_student(directory: Path) -> Path:
-    from data import build_tokenizer
-    from model import load_model
+    from assets.task import build_tokenizer
+    from checks import load_model
 
     torch.manual_seed(0)
     reference = load_model(str(ROOT / "assets" / "student"), torch.float32, torch.device("cpu"))

@@ -24,12 +24,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checks import load_model
 from config import Config
 from experiments import study
 from experiments.lagged import CPU, Lagged
 from experiments.staleness import BASE, LAGS, LOSSES, task
-from losses import make_loss, second_moment_threshold, sparse_reverse_kl, stratified_reverse_kl
-from model import flatten_parameters, load_model
+from losses import Loss, make_loss, second_moment_threshold
+from model import flatten_parameters
 
 TRAINING = "stratified 28+4"  # the loss of the run whose snapshots are looked at
 GROUPS = [range(first, first + 128) for first in (0, 128, 256, 384)]  # training prompts
@@ -40,10 +41,10 @@ KINDS = {"estimator": str, "seed": int, "update": int, "lag": int, "draws": int}
 COLUMNS = ("seed", "update", "lag", "draws", "drift_kl", "estimator", "candidates", "norm", "bias", "scatter", "cosine", "variance")
 
 
-def derivative(loss, s: Tensor) -> Tensor:
-    """c = dL/ds of a loss [n] of log-probabilities s [n,k]."""
+def derivative(loss: Loss, s: Tensor, t: Tensor, b: Tensor) -> Tensor:
+    """c = dL/ds of a loss of candidates, [n,C] each."""
     s = s.detach().requires_grad_()
-    (c,) = torch.autograd.grad(loss(s).sum(), s)
+    (c,) = torch.autograd.grad(loss.value(s, t, b).sum(), s)
     return c
 
 
@@ -52,26 +53,41 @@ def each_alone(x: Tensor) -> Tensor:
     return x.reshape(-1, 1)
 
 
-def derivatives(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """What a loss does to the log-probability of every id, from log-probabilities [P,V]: three tables [P,V].
+def in_columns(loss: Loss, columns: slice, x: Tensor) -> Tensor:
+    """A table [n,C] with x in some columns. The others' s = t = b = 0 make exact zeros of terms."""
+    table = x.new_zeros(len(x), loss.num_columns)
+    table[:, columns] = x
+    return table
 
-    c = dL/ds of what is summed exactly (0 outside the top-K); c of every id as the only draw; the density it is drawn from.
+
+def derivatives(
+    config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a loss does to the log-probability of every id, from [P,V]: three tables [P,V].
+
+    c = dL/ds of what is summed exactly (0 outside the top-K); c of every id as the only draw; the
+    density it is drawn from.
     """
     nothing = torch.zeros_like(s)
     if config.loss == "sampled_reverse_kl":
-        loss = make_loss(replace(config, num_samples=1), m2_threshold)
-        return nothing, derivative(lambda x: loss(x, each_alone(t), each_alone(b)), each_alone(s)).view_as(s), b.exp()
-    ids = b.topk(config.top_k, dim=-1).indices
-    top_s, top_t = s.gather(1, ids), t.gather(1, ids)
-    if config.loss == "sparse_reverse_kl":
-        return nothing.scatter(1, ids, derivative(lambda x: sparse_reverse_kl(x, top_t), top_s)), nothing, nothing
-    if config.loss != "stratified_reverse_kl":
+        loss = make_loss(replace(config, num_samples=1))
+        loss.m2_threshold = m2_threshold
+        c = derivative(loss, each_alone(s), each_alone(t), each_alone(b))
+        return nothing, c.view_as(s), b.exp()
+    if config.loss not in ("sparse_reverse_kl", "stratified_reverse_kl"):
         raise ValueError(f"no expectation is known for the loss {config.loss!r}")
-    none, no_tail = s.new_zeros(s.numel(), 0), s.new_zeros(len(s), 1)
-    exact = nothing.scatter(1, ids, derivative(lambda x: stratified_reverse_kl(x, top_t, no_tail, no_tail, no_tail), top_s))
+    loss = make_loss(replace(config, num_samples=1))
+    ids = b.topk(config.top_k, dim=-1).indices
+    top_s, top_t = (in_columns(loss, loss.top, x.gather(1, ids)) for x in (s, t))
+    c = derivative(loss, top_s, top_t, torch.zeros_like(top_s))[:, loss.top]
+    exact = nothing.scatter(1, ids, c)
+    if config.loss == "sparse_reverse_kl":
+        return exact, nothing, nothing
+    loss = make_loss(replace(config, top_k=1, num_samples=1))
     tail_b = b.scatter(1, ids, float("-inf")).log_softmax(-1)
-    finite = each_alone(tail_b.clamp(min=-1e4))  # the top-K has no density in the tail
-    c = derivative(lambda x: stratified_reverse_kl(none, none, x, each_alone(t), finite), each_alone(s)).view_as(s)
+    finite = tail_b.clamp(min=-1e4)  # the top-K has no density in the tail
+    tail = (in_columns(loss, loss.tail, each_alone(x)) for x in (s, t, finite))
+    c = derivative(loss, *tail)[:, loss.tail].reshape(s.shape)
     return exact, torch.where(tail_b.isfinite(), c, 0.0), tail_b.exp()
 
 

@@ -1,173 +1,243 @@
-"""The figures of docs/staleness.md from the CSVs beside them: `python -m experiments.figures` (needs matplotlib, extra [plots]).
+"""The figures: `python -m experiments.figures` (needs matplotlib, extra [plots]).
 
-Points are means over seeds, bars run from the lowest to the highest seed. Colours are Okabe and Ito's; every line also
-has a marker of its own. The timelines come from two runs' trace.json, of which `--traces` keeps two seconds.
+Without options it draws the figures of docs/staleness.md from the CSVs beside them. With --run it
+draws the picture of one run of train.py (run_figure.py).
+
+Points are means over seeds, bars run from the lowest to the highest seed. A loss has one colour
+and one marker in all figures. The timelines come from two runs' trace.json, of which `--traces`
+keeps two seconds.
 """
-
-from __future__ import annotations
 
 import argparse
 import csv
-import json
 import statistics
 from pathlib import Path
 
-try:
-    import matplotlib
-except ImportError:
-    raise SystemExit("the figures need matplotlib: pip install matplotlib") from None
+from experiments.run_figure import Span, draw_run, draw_timeline, keep_window, label_ends, plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from experiments import estimators, frontier, staleness
-from experiments.claims import cells
-from experiments.study import RESULTS
-
-BLACK, GREY, ORANGE, SKY, GREEN = "#000000", "#888888", "#E69F00", "#56B4E9", "#009E73"
-RED, BLUE, PINK, OLIVE = "#D55E00", "#0072B2", "#CC79A7", "#999933"
-STYLE = {  # one for each loss, in all figures
-    "forward KL 16": (BLACK, "o"), "forward KL 32": (BLACK, "o"), "dense reverse KL": (OLIVE, "s"),
-    "rollout signal": (RED, "v"), "rollout signal + IS": (PINK, "P"), "rollout signal + PPO clip": (GREEN, "D"), "decoupled": (SKY, "X"), "M2PO": (OLIVE, "*"),
-    "current signal": (ORANGE, "^"), "current signal, N=16": (ORANGE, "<"), "current signal + IS": (BLUE, "o"), "current signal + IS, N=16": (SKY, "s"),
-    "current signal + IS, N=32": (BLUE, "s"), "rollout signal + IS, N=16": (GREY, "P"), "sparse K=16": (RED, "X"), "sparse K=32": (RED, "*"),
-    "stratified 12+4": (PINK, "D"), "stratified 28+4": (GREEN, "P"),
-}  # fmt: skip
-ONE_SAMPLE = ("rollout signal", "rollout signal + IS", "current signal", "current signal + IS", "rollout signal + PPO clip", "decoupled", "M2PO")
-CANDIDATES = ("forward KL 16", "dense reverse KL", "current signal, N=16", "rollout signal + IS, N=16", "current signal + IS, N=16",
-              "current signal + IS, N=32", "sparse K=32", "stratified 12+4", "stratified 28+4")  # fmt: skip
-ESTIMATORS = ("rollout signal", "rollout signal + PPO clip", "current signal", "current signal + IS", "current signal + IS, N=16", "current signal + IS, N=32",
-              "sparse K=32", "stratified 12+4", "stratified 28+4")  # fmt: skip
+RESULTS = Path(__file__).parent / "results"
 SEEDS = 5  # the marker of a point of fewer is hollow
-plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8}
+STYLE = {
+    # nothing is drawn: black and grey
+    "forward KL 16": ("#000000", "o"),
+    "forward KL 32": ("#000000", "o"),
+    "dense reverse KL": ("#787878", "s"),
+    # the rollout's signal: red; what clips its ratio: a colour each
+    "rollout signal": ("#A50F15", "v"),
+    "rollout signal + IS": ("#F5684A", "P"),
+    "rollout signal + IS, N=16": ("#E0281F", "P"),
+    "rollout signal + PPO clip": ("#D16BB0", "D"),
+    "decoupled": ("#3A2F8F", "X"),
+    "M2PO": ("#00807A", "*"),
+    # the current signal: orange without the ratio, blue with it, darker with more draws
+    "current signal": ("#D98300", "^"),
+    "current signal, N=16": ("#D49500", "<"),
+    "current signal + IS": ("#4A9FDB", "o"),
+    "current signal + IS, N=16": ("#1F67AE", "s"),
+    "current signal + IS, N=32": ("#0B2A66", "s"),
+    # a top-K: purple alone, green with a tail
+    "sparse K=32": ("#7A1F8C", "*"),
+    "stratified 12+4": ("#2BA87F", "D"),
+    "stratified 28+4": ("#00593F", "P"),
+    "stratified 28+4, arrival order": ("#68AB2D", "P"),
+}
+ONE_SAMPLE = (
+    "rollout signal",
+    "rollout signal + IS",
+    "current signal",
+    "current signal + IS",
+    "rollout signal + PPO clip",
+    "decoupled",
+    "M2PO",
+)
+CANDIDATES = (
+    "forward KL 16",
+    "dense reverse KL",
+    "current signal, N=16",
+    "rollout signal + IS, N=16",
+    "current signal + IS, N=16",
+    "current signal + IS, N=32",
+    "sparse K=32",
+    "stratified 12+4",
+    "stratified 28+4",
+)
+ESTIMATORS = (
+    "rollout signal",
+    "rollout signal + PPO clip",
+    "current signal",
+    "current signal + IS",
+    "current signal + IS, N=16",
+    "current signal + IS, N=32",
+    "sparse K=32",
+    "stratified 12+4",
+    "stratified 28+4",
+)
+AXES = {
+    "accuracy": ("accuracy", "linear"),
+    "reverse_kl": ("reverse KL, nats a token,", "log"),
+}
+FRONTIER = {
+    "tokens_per_second": "tokens / s",
+    "lag_mean": "mean lag, updates",
+    "seconds_to_90": "seconds to 90 % (hollow: not all seeds got there)",
+    "accuracy": "accuracy",
+}
+Cells = dict[tuple, dict[int, float]]  # cell of a study -> seed -> value
 
 
-def spread(axis, points: dict, name: str, i: int, label: str = "", dashed: bool = False):
-    """Line i of a panel through the means of points {x: [a value per seed]}, bars from lowest to highest; lines stand side by side."""
-    means = [statistics.mean(group) for group in points.values()]
-    bars = [[m - min(g) for m, g in zip(means, points.values())], [max(g) - m for m, g in zip(means, points.values())]]
+# ---- lines ------------------------------------------------------------------------------------
+
+
+def spread(axis, groups: dict[int, list[float]], name: str, shift: float):
+    """A line through the means of groups {x: [a value per seed]}, with bars to the extremes."""
     colour, marker = STYLE[name]
-    look = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.3, "linestyle": "--" if dashed else "-", "capsize": 2, "clip_on": False}
-    axis.errorbar([x + 0.03 * (i - 4) for x in points], means, bars, label=label or name, **look)
-    for (x, group), mean in zip(points.items(), means):
-        if len(group) < SEEDS:
-            axis.plot(x + 0.03 * (i - 4), mean, color=colour, marker=marker, markersize=6, markerfacecolor="white", zorder=3)
+    look = {"color": colour, "marker": marker, "clip_on": False}
+    places = [x + shift for x in groups]
+    means = [statistics.mean(group) for group in groups.values()]
+    below = [mean - min(group) for mean, group in zip(means, groups.values())]
+    above = [max(group) - mean for mean, group in zip(means, groups.values())]
+    axis.errorbar(places, means, (below, above), fmt="none", ecolor=colour, elinewidth=1, capsize=2)
+    line = "--" if "arrival" in name else "-"
+    axis.plot(places, means, line, linewidth=1.3, markersize=5, label=name, **look)
+    hollow = [i for i, group in enumerate(groups.values()) if len(group) < SEEDS]
+    for i in hollow:
+        axis.plot(places[i], means[i], markersize=6, markerfacecolor="white", zorder=3, **look)
 
 
-def over(axis, values: dict[tuple, dict[int, float]], cell, xs: tuple, name: str, i: int, **look):
-    """Line i: the cell `cell(x)` for every x of a categorical axis that has one."""
-    points = {place: list(values[cell(x)].values()) for place, x in enumerate(xs) if cell(x) in values}
-    if points:
-        spread(axis, points, name, i, **look)
-    axis.set(xticks=range(len(xs)), xticklabels=xs)
+def over(axis, values: Cells, cells: dict[str, list[tuple]], ticks: list):
+    """A line for every name in `cells`, whose cells are in the order of the ticks.
+
+    A cell that the study does not have is left out. Lines stand side by side.
+    """
+    axis.set(xticks=range(len(ticks)), xticklabels=ticks)
+    for i, (name, places) in enumerate(cells.items()):
+        groups = {x: list(values[cell].values()) for x, cell in enumerate(places) if cell in values}
+        if groups:
+            spread(axis, groups, name, shift=0.03 * (i - len(cells) / 2))
 
 
-def against_lag(lines: list[dict], metric: str, start: str, out: Path):
-    """Final accuracy or divergence against lag: one panel for one sample a position, one for more candidates."""
-    values = cells("staleness", lines, metric)
-    lags = [lag for lag in staleness.LAGS if any(cell[0] == start and cell[2] == lag for cell in values)]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, names, title in zip(axes, (ONE_SAMPLE, CANDIDATES), ("one sample a position", "more candidates")):
-        for i, name in enumerate(names):
-            over(axis, values, lambda lag: (start, name, lag), lags, name, i)  # noqa: B023
-        axis.set(title=title, xlabel="lag, updates")
-        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
-    label, scale = {"accuracy": ("accuracy", "linear"), "reverse_kl": ("reverse KL, nats a token,", "log")}[metric]
-    axes[0].set_ylabel(f"{label} after {max(line['update'] for line in lines)} updates")
-    axes[0].set_yscale(scale)
-    figure.savefig(out, dpi=160, bbox_inches="tight")
+# ---- figures ----------------------------------------------------------------------------------
 
 
-def save_with_legend(figure, axis, out: Path):
-    """Panels side by side, one legend below for all."""
-    figure.subplots_adjust(wspace=0.35)
-    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=4)
-    figure.savefig(out, dpi=160, bbox_inches="tight")
+def draw_against_lag(values: Cells, start: str, metric: str, updates: int, out: Path):
+    """Final accuracy or divergence against lag, with one sample a position and with more."""
+    lags = sorted({cell[-1] for cell in values if cell[0] == start})
+    label, scale = AXES[metric]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure.subplots_adjust(wspace=0.6)
+    for axis, names in zip(axes, (ONE_SAMPLE, CANDIDATES)):
+        cells = {name: [(start, name, lag) for lag in lags] for name in names}
+        over(axis, values, cells, lags)
+        axis.set(xlabel="lag, updates", yscale=scale)
+    axes[0].set(title="one sample a position", ylabel=f"{label} after {updates} updates")
+    axes[1].set(title="more candidates")
+    for axis in axes:
+        label_ends(axis)
+    figure.savefig(out)
 
 
-def bias_and_variance(lines: list[dict], out: Path, lag: int = 8):
-    """Bias and standard deviation of the gradient against lag, and the error at one lag against the batch.
+def draw_estimators(tables: dict[str, Cells], batches: tuple[int, ...], out: Path, lag: int = 8):
+    """Bias and standard deviation of the gradient against lag, and the error at one lag.
 
     Linear below 0.01, so that what is exactly unbiased is seen lying at 0.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2))
-    for axis, key, title in zip(axes, ("bias", "deviation"), ("bias", "st. deviation, 1,000 tokens")):
-        values = cells("estimators", lines, key)
-        for i, name in enumerate(ESTIMATORS):
-            over(axis, values, lambda lag: (name, lag), staleness.LAGS, name, i)  # noqa: B023
-        axis.set(title=title, xlabel="lag, updates", ylim=(0, None))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    figure.subplots_adjust(wspace=1.25)
+    lags = sorted({cell[-1] for cell in tables["bias"]})
+    cells = {name: [(name, lag) for lag in lags] for name in ESTIMATORS}
+    for axis, key in zip(axes, ("bias", "deviation")):
+        over(axis, tables[key], cells, lags)
+        axis.set(xlabel="lag, updates", ylim=(0, None))
         axis.set_yscale("symlog", linthresh=0.01)
-    for i, name in enumerate(ESTIMATORS):
-        spread(axes[2], {place: list(cells("estimators", lines, f"error_{m}")[name, lag].values()) for place, m in enumerate(estimators.BATCHES)}, name, i)
-    axes[2].set(title=f"error at lag {lag}", xlabel="tokens in the batch", yscale="log", xticks=range(4), xticklabels=("1k", "10k", "100k", "1M"))
-    axes[0].set_ylabel("relative to the exact gradient")
-    save_with_legend(figure, axes[0], out)
+    errors = {(name, m): tables[f"error_{m}"][name, lag] for name in ESTIMATORS for m in batches}
+    cells = {name: [(name, m) for m in batches] for name in ESTIMATORS}
+    over(axes[2], errors, cells, [f"{m // 1000}k" for m in batches])
+    axes[2].set(title=f"error at lag {lag}", xlabel="tokens in the batch", yscale="log")
+    axes[1].set(title="st. deviation, 1,000 tokens")
+    axes[0].set(title="bias", ylabel="relative to the exact gradient")
+    for axis in axes:
+        label_ends(axis)
+    figure.savefig(out)
 
 
-def frontier_of(lines: list[dict], out: Path):
-    """Tokens/s, lag, seconds to 90 % (of the seeds that reached it) and final accuracy against --max-staleness."""
-    panels = {"tokens_per_second": "tokens / s", "lag_mean": "mean lag, updates", "seconds_to_90": "seconds to 90 %\n(hollow: not all did)", "accuracy": "accuracy"}
-    figure, axes = plt.subplots(1, 4, figsize=(10, 2.8))
-    curves = list(dict.fromkeys((line["loss"], line["order"]) for line in lines))
-    for axis, (key, title) in zip(axes, panels.items()):
-        values = cells("frontier", lines, key)
-        for i, (loss, order) in enumerate(curves):
-            look = {"label": f"{loss}, {order} order", "dashed": order == "arrival"}
-            over(axis, values, lambda s: (loss, order, s), frontier.STALENESS, loss, i, **look)  # noqa: B023
+def draw_frontier(tables: dict[str, Cells], out: Path):
+    """Throughput, lag, seconds to 90 % (of the seeds that got there) and final accuracy."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5))
+    figure.subplots_adjust(wspace=0.75, hspace=0.4)
+    known = tables["accuracy"]
+    staleness = sorted({cell[-1] for cell in known})
+    cells = {}
+    for loss, order in dict.fromkeys(cell[:2] for cell in known):
+        name = loss if order == "batch" else f"{loss}, {order} order"
+        cells[name] = [(loss, order, limit) for limit in staleness]
+    for axis, (key, title) in zip(axes.flat, FRONTIER.items()):
+        over(axis, tables[key], cells, staleness)
         axis.set(title=title, xlabel="--max-staleness", ylim=(0, None))
-    save_with_legend(figure, axes[0], out)
+        label_ends(axis)
+    figure.savefig(out)
 
 
-def keep_window(traces: dict[str, Path], out: Path, seconds: float = 2.0):
-    """The spans in the middle `seconds` of each trace.json, as a CSV: run, role, what, begin, end (seconds)."""
-    with open(out, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("run", "role", "what", "begin", "end"))
-        for run, path in traces.items():
-            events = json.loads(path.read_text())
-            roles = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-            spans = [(e["tid"], e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in events if e["ph"] == "X"]
-            first = statistics.median(begin for _, _, begin, _ in spans)
-            for tid, name, begin, end in sorted(spans, key=lambda span: span[2]):
-                if begin < first + seconds and end > first:
-                    writer.writerow((run, roles[tid], name, f"{max(0, begin - first):.4f}", f"{min(seconds, end - first):.4f}"))
-
-
-def timelines(path: Path, out: Path):
-    """Who works when, a panel per run."""
+def draw_timelines(path: Path, out: Path):
+    """Draw a panel for every run of the CSV."""
+    runs = {}
     with open(path, newline="") as file:
-        spans = list(csv.DictReader(file))
-    runs, roles = (list(dict.fromkeys(span[key] for span in spans)) for key in ("run", "role"))
-    roles = sorted(roles, key=lambda role: ("generator", "teacher", "learner").index(role.split()[0]))
-    figure, axes = plt.subplots(len(runs), 1, figsize=(9, 1.5 * len(runs)), sharex=True, squeeze=False)
-    for axis, run in zip(axes[:, 0], runs):
-        for span in spans:
-            if span["run"] == run:
-                begin, end, place = float(span["begin"]), float(span["end"]), roles.index(span["role"])
-                axis.barh(place, end - begin, left=begin, color=(BLUE, GREEN, RED)[place % 3], height=0.8)
-        axis.set(title=run, yticks=range(len(roles)), yticklabels=roles)
-        axis.margins(x=0)
-        axis.invert_yaxis()
-    axes[-1, 0].set_xlabel("seconds")
-    figure.tight_layout()
-    figure.savefig(out, dpi=160)
+        for line in csv.DictReader(file):
+            span = Span(line["role"], line["what"], float(line["begin"]), float(line["end"]))
+            runs.setdefault(line["run"], []).append(span)
+    figure, axes = plt.subplots(len(runs), 1, figsize=(9, 1.5 * len(runs)), sharex=True)
+    figure.subplots_adjust(hspace=0.4)
+    for axis, (run, spans) in zip(axes, runs.items()):
+        draw_timeline(axis, spans)
+        axis.set(title=run)
+    axes[-1].set_xlabel("seconds")
+    figure.savefig(out)
+
+
+# ---- all of them ------------------------------------------------------------------------------
+
+
+def draw_study(results: Path):
+    from experiments import estimators, frontier, staleness  # import torch, which a run's does not
+    from experiments.claims import cells
+
+    lines = staleness.read(results / "staleness.csv")
+    updates = max(line["update"] for line in lines)
+    for metric in AXES:
+        values = cells("staleness", lines, metric)
+        for start in ("weak", "strong"):
+            draw_against_lag(values, start, metric, updates, results / f"{metric}_{start}.png")
+    lines = estimators.read(results / "estimators.csv")
+    keys = ("bias", "deviation", *(f"error_{m}" for m in estimators.BATCHES))
+    tables = {key: cells("estimators", lines, key) for key in keys}
+    draw_estimators(tables, estimators.BATCHES, results / "estimators.png")
+    lines = frontier.read(results / "frontier.csv")
+    tables = {key: cells("frontier", lines, key) for key in FRONTIER}
+    draw_frontier(tables, results / "frontier.png")
+    draw_timelines(results / "timelines.csv", results / "timelines.png")
+
+
+def options() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--run", type=Path, help="--output-dir of a run, whose picture is drawn")
+    parser.add_argument("--out", type=Path, help="PNG of --run; default run.png in the run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="place of CSVs and PNGs")
+    traces = "trace.json of a synchronous and an asynchronous run, for timelines.csv"
+    parser.add_argument("--traces", type=Path, nargs=2, metavar=("SYNC", "ASYNC"), help=traces)
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the CSVs, and of the PNGs")
-    parser.add_argument("--traces", type=Path, nargs=2, metavar=("SYNC", "ASYNC"), help="trace.json of a synchronous and an asynchronous run")
+    parser = options()
     args = parser.parse_args()
-    lines = staleness.read(args.results / "staleness.csv")
-    for start in ("weak", "strong"):
-        against_lag(lines, "accuracy", start, args.results / f"accuracy_{start}.png")
-        against_lag(lines, "reverse_kl", start, args.results / f"reverse_kl_{start}.png")
-    bias_and_variance(estimators.read(args.results / "estimators.csv"), args.results / "estimators.png")
-    frontier_of(frontier.read(args.results / "frontier.csv"), args.results / "frontier.png")
+    if args.run:
+        return draw_run(args.run, args.out or args.run / "run.png")
+    if args.out:
+        parser.error(f"--out {args.out}: it belongs to --run: add --run, or use --results")
     if args.traces:
-        runs = dict(zip(("synchronous (--max-staleness 0)", "asynchronous (--max-staleness 1)"), args.traces))
-        keep_window(runs, args.results / "timelines.csv")
-    timelines(args.results / "timelines.csv", args.results / "timelines.png")
+        names = ("synchronous (--max-staleness 0)", "asynchronous (--max-staleness 1)")
+        keep_window(dict(zip(names, args.traces)), args.results / "timelines.csv")
+    draw_study(args.results)
 
 
 if __name__ == "__main__":

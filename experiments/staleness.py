@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
+from assets.task import running_sums
+from checks import load_tokenizer
 from config import Config
-from data import Prompt, running_sums
+from data import Prompt
 from experiments import study
 from experiments.lagged import Lagged
-from model import shared_vocabulary
 
 VOCAB = 173
 ADDENDS = (4, 5, 6)  # of the built-in prompts: the initial student gets about a third of these right
@@ -32,7 +33,7 @@ RESULTS = study.RESULTS / "staleness.csv"
 @functools.cache
 def task() -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, 128 evaluation prompts): the part of the built-in task with ADDENDS addends, the same for every seed."""
-    tokenizer = shared_vocabulary(BASE)[0]
+    tokenizer = load_tokenizer("--student", BASE.student_path)
     pairs = running_sums(8000, 0, heldout=False), running_sums(1000, 12345, heldout=True)
     train, held = ([(text, answer) for text, answer in part if text.count("+") + 1 in ADDENDS] for part in pairs)
     return tuple([Prompt(text, tokenizer(text).input_ids, answer) for text, answer in part] for part in (train, held[:128]))

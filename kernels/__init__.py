@@ -1,1 +1,1 @@
-"""The LM head where the vocabulary is: chunked driver (head.py) and, on a GPU, its Triton kernels."""
+"""The LM head in chunks (head.py) and, on a GPU, its Triton kernels."""

@@ -1,36 +1,39 @@
-"""The LM head in chunks of positions: log-probabilities and loss gradients without [N,V] logits.
+"""The LM head in chunks of positions: losses and their gradients without logits [T,V].
 
-    N  positions      n  positions of one chunk      D  hidden size      V  vocabulary      C  candidates
-
-Every loss here is a function of candidate log-probabilities s = z[ids] - logsumexp(z) with logits
-z = scale * h W^T, so its gradient with respect to one row of logits needs only c_k = dL/ds_k:
+Letters of shapes: serial.py. A chunk has G of the T positions. Every loss here is a function of the
+log-probabilities s = z[ids] - logsumexp(z) of the candidates, with logits z = scale * h W^T. So its
+gradient with respect to one row of logits needs only c_k = dL/ds_k:
 
     dL/dz_j = sum_{k: ids_k = j} c_k  -  softmax(z)_j * sum_k c_k
 
-`candidate_loss` computes that in the forward pass, chunk by chunk and in place of the logits, and with it
-dh = g W and dW += g^T h: three matrix products in all, nothing recomputed, memory O(n V) whatever N is.
+`candidate_loss` computes it in the forward pass, chunk by chunk, in place of the logits. Then
+dh = g W and dW += g^T h. These are three matrix products in all. Nothing is recomputed, and the
+memory is O(G V) for any T.
 
-On a GPU a chunk goes through Triton: the loss's own kernel if it has one, else `gather`, the loss in plain torch,
-`scatter`. Without a GPU, and in float64, plain torch does all of it. docs/kernels.md has the derivation.
+On a GPU a chunk goes through Triton: the loss's own kernel if it has one, else `gather`, the loss
+in plain torch, and `scatter`. Without a GPU, and in float64, plain torch does all of it.
+docs/kernels.md has the derivation.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_DTYPE = torch.float32  # what a bfloat16 head product is rounded to for the loss; docs/decisions.md compares
+# What a bfloat16 head product is rounded to for the loss; docs/kernels.md compares.
+LOGITS_DTYPE = torch.float32
 
 
-def uses_triton(tensor: Tensor) -> bool:
+def uses_triton(tensor):
     return tensor.is_cuda and tensor.dtype != torch.float64
 
 
-def head_logits(hidden: Tensor, weight: Tensor, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """scale * h W^T: [n,D], [V,D] -> [n,V], accumulated in float32 and rounded to `dtype`. float64 inputs stay float64."""
+def head_logits(hidden, weight, scale=1.0, dtype=torch.float32):
+    """scale * h W^T: [G,D], [V,D] -> [G,V].
+
+    Accumulated in float32 and rounded to `dtype`; float64 inputs stay float64.
+    """
     if hidden.dtype in (torch.float32, torch.float64, dtype):
         logits = hidden @ weight.t()
     elif hidden.is_cuda:
@@ -41,92 +44,96 @@ def head_logits(hidden: Tensor, weight: Tensor, scale: float, dtype: torch.dtype
 
 
 def logit_chunks(
-    hidden: Tensor, weight: Tensor, scale: float, chunk: int, dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, their logits [n,V]); the buffer is the caller's to overwrite."""
-    for start in range(0, hidden.shape[0], chunk):
-        rows = slice(start, min(start + chunk, hidden.shape[0]))
-        yield rows, head_logits(hidden[rows], weight, scale, dtype)
+    hidden, weight, scale: float, chunk: int, dtype=torch.float32
+):
+    """Yield (positions, their logits [G,V]). The caller may overwrite the logits.
+
+    The caller deletes its logits before it asks for the next, or two chunks would exist.
+    """
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        yield part, head_logits(hidden[part], weight, scale, dtype)
 
 
-def gather(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of ids, 0 where an id is -1: logits [n,V], ids int64 [n,C] -> ([n,C], logsumexp [n])."""
+def gather(logits, ids):
+    """Log-probabilities of ids int64 [G,C], 0 where an id is -1, and logsumexp [G]."""
     if uses_triton(logits):
-        from kernels import rows  # Triton is loaded where it is used
+        from kernels import shared  # Triton is loaded where it is used
 
-        return rows.gather(logits, ids)
+        return shared.gather(logits, ids)
     logsumexp = logits.logsumexp(-1)
-    return (logits.gather(1, ids.clamp(min=0)) - logsumexp[:, None]).masked_fill_(ids < 0, 0.0), logsumexp
+    logp = logits.gather(1, ids.clamp(min=0)) - logsumexp[:, None]
+    return logp.masked_fill_(ids < 0, 0.0), logsumexp
 
 
-def scatter(logits: Tensor, ids: Tensor, c: Tensor, logsumexp: Tensor, dtype: torch.dtype) -> Tensor:
-    """Overwrite logits [n,V] with the gradient, given c = dL/ds [n,C] (0 where an id is -1); returns it as `dtype`."""
+def scatter(logits, ids, c, logsumexp, dtype):
+    """Overwrite logits [G,V] with the gradient, given c = dL/ds [G,C]; returned as `dtype`.
+
+    c is 0 where an id is -1.
+    """
     if uses_triton(logits):
-        from kernels import rows
+        from kernels import shared
 
-        return rows.scatter(logits, ids, c, logsumexp, dtype)
+        return shared.scatter(logits, ids, c, logsumexp, dtype)
     softmax = logits.sub_(logsumexp[:, None]).exp_()
-    return softmax.mul_(-c.sum(-1, keepdim=True)).scatter_add_(1, ids.clamp(min=0), c).to(dtype)
+    gradient = softmax.mul_(-c.sum(-1, keepdim=True))
+    return gradient.scatter_add_(1, ids.clamp(min=0), c).to(dtype)
+
+
+def float_like(tensor, shape):
+    """Uninitialised float32, or float64 beside float64."""
+    return tensor.new_empty(shape, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 @torch.no_grad()
-def candidate_logp(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float = 1.0, chunk: int = 1024) -> Tensor:
-    """Log-probabilities of given ids: hidden [N,D], weight [V,D], ids int64 [N,C] -> [N,C]. No gradient."""
-    logp = torch.empty(ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    for rows, logits in logit_chunks(hidden, weight, scale, chunk):
-        logp[rows] = gather(logits, ids[rows])[0]
-        del logits  # before the next chunk's are made
+def candidate_logp(hidden, weight, ids, scale=1.0, chunk=1024):
+    """Log-probabilities of given ids, without gradient.
+
+    hidden [T,D], weight [V,D], ids int64 [T,C] -> [T,C].
+    """
+    logp = float_like(hidden, ids.shape)
+    for part, logits in logit_chunks(hidden, weight, scale, chunk):
+        logp[part] = gather(logits, ids[part])[0]
+        del logits
     return logp
 
 
-def fused_loss(config, m2_threshold: float | None = None) -> Callable | None:
-    """The Triton kernel of the configured loss, the counterpart of losses.make_loss; None where there is none.
+def loss_and_gradient(loss, logits, ids, t, b, dtype):
+    """A loss on one chunk: (its value [G], student_logp [G,C], gradient [G,V] of `dtype`).
 
-    A function (logits [n,V], ids, teacher_logp, behavior_logp [n,C], dtype) -> (loss [n], student_logp [n,C], gradient
-    [n,V] of that dtype in the memory of logits).
+    The gradient overwrites the logits.
     """
-    top, tail = config.columns["top"].start, config.columns["tail"].start
-
-    def fused(logits: Tensor, ids: Tensor, t: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        from kernels.sampled_reverse_kl import sampled_reverse_kl
-        from kernels.sparse_reverse_kl import sparse_reverse_kl
-
-        if config.loss == "sparse_reverse_kl":
-            return sparse_reverse_kl(logits, ids, t, dtype, top)
-        if config.loss == "stratified_reverse_kl":
-            return sampled_reverse_kl(logits, ids, t, b, dtype, top, tail)
-        return sampled_reverse_kl(logits, ids, t, b, dtype, 0, 0, config.signal, config.correction, m2_threshold)
-
-    return fused if config.loss in ("sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl") else None
+    if loss.fused and uses_triton(logits):
+        return loss.fused(logits, ids, t, b, dtype)
+    return unfused_loss(loss, logits, ids, t, b, dtype)
 
 
-def unfused_loss(loss: Callable, logits: Tensor, ids: Tensor, t: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What a fused loss returns, for any `loss(student_logp, teacher_logp, behavior_logp)` -> [n]."""
+def unfused_loss(loss, logits, ids, t, b, dtype):
+    """The same for any `loss.value`, by autograd through the candidates alone."""
     s, logsumexp = gather(logits, ids)
     with torch.enable_grad():
-        value = loss(s.requires_grad_(), t, b)
+        value = loss.value(s.requires_grad_(), t, b)
         (c,) = torch.autograd.grad(value.sum(), s)
-    return value.detach(), s.detach(), scatter(logits, ids, c.masked_fill(ids < 0, 0.0).contiguous(), logsumexp, dtype)
+    c = c.masked_fill(ids < 0, 0.0).contiguous()
+    return value.detach(), s.detach(), scatter(logits, ids, c, logsumexp, dtype)
 
 
-class _CandidateLoss(torch.autograd.Function):
+class CandidateLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, ids, teacher_logp, behavior_logp, loss, fused, scale, chunk):
+    def forward(ctx, hidden, weight, ids, t, b, loss, scale, chunk):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        student_logp = torch.empty(ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        student_logp = float_like(hidden, ids.shape)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
         compute_weight = weight.to(hidden.dtype)
-        for rows, logits in logit_chunks(hidden, compute_weight, scale, chunk, LOGITS_DTYPE):
-            candidates = ids[rows], teacher_logp[rows], behavior_logp[rows]
-            if fused and uses_triton(logits):
-                value, student_logp[rows], g = fused(logits, *candidates, hidden.dtype)
-            else:
-                value, student_logp[rows], g = unfused_loss(loss, logits, *candidates, hidden.dtype)
+        for part, logits in logit_chunks(hidden, compute_weight, scale, chunk, LOGITS_DTYPE):
+            value, student_logp[part], g = loss_and_gradient(
+                loss, logits, ids[part], t[part], b[part], hidden.dtype
+            )
             total += value.sum(dtype=torch.float64)
-            grad_hidden[rows] = torch.mm(g, compute_weight).mul_(scale)
-            add_product(grad_weight, g.t(), hidden[rows], scale)
-            del logits, g  # one chunk's memory, before the next chunk's logits are made
+            grad_hidden[part] = torch.mm(g, compute_weight).mul_(scale)
+            add_product(grad_weight, g.t(), hidden[part], scale)
+            del logits, g
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(student_logp)
         return total, student_logp
@@ -135,11 +142,14 @@ class _CandidateLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_total, _):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_weight * grad_total, None, None, None, None, None, None, None
+        return grad_hidden * grad_total, grad_weight * grad_total, *[None] * 6
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float):
-    """total += scale * a b, summed in total's dtype: a bfloat16 product of each chunk would be rounded once a chunk."""
+def add_product(total, a, b, scale: float):
+    """total += scale * a b, summed in the dtype of `total`.
+
+    A bfloat16 product of each chunk would be rounded once a chunk.
+    """
     if total.dtype == a.dtype:
         total.addmm_(a, b, alpha=scale)
     elif total.is_cuda:
@@ -149,14 +159,15 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float):
 
 
 def candidate_loss(
-    hidden: Tensor, weight: Tensor, ids: Tensor, teacher_logp: Tensor, behavior_logp: Tensor, loss: Callable,
-    fused: Callable | None = None, scale: float = 1.0, chunk: int = 1024,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sum of a loss over positions, with gradients to `hidden` and `weight`, never holding more than `chunk` rows of logits.
+    hidden, weight, ids, t, b, loss, scale=1.0, chunk=1024
+):
+    """Sum of a losses.Loss over positions, with gradients to `hidden` and `weight`.
 
-    hidden [N,D] sets the dtype of the products, weight [V,D] (a float32 master) that of its own gradient. ids int64 [N,C]:
-    candidates; -1 where there is none, with teacher_logp and behavior_logp [N,C] 0 there. `loss(student_logp, teacher_logp,
-    behavior_logp)` [n,C] -> [n] is the specification (losses.make_loss), `fused` its kernel (fused_loss), used on a GPU.
-    N may be 0: the graph stays connected, the loss is 0. Returns (loss summed over N, float64 scalar; student_logp [N,C], detached).
+    hidden [T,D] sets the dtype of the products. weight [V,D], a float32 master, sets that of its
+    own gradient. ids int64 [T,C] are the candidates; where there is none, the id is -1 and teacher
+    and behaviour log-probabilities t and b [T,C] are 0. At most `chunk` rows of logits exist at
+    once. T may be 0: the graph stays connected and the loss is 0.
+
+    Returns (loss summed over T, float64 scalar; student_logp [T,C], detached).
     """
-    return _CandidateLoss.apply(hidden, weight, ids, teacher_logp, behavior_logp, loss, fused, scale, chunk)
+    return CandidateLoss.apply(hidden, weight, ids, t, b, loss, scale, chunk)

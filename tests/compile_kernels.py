@@ -14,21 +14,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels import rows, sampled_reverse_kl, sparse_reverse_kl  # noqa: E402
+from kernels import sampled_reverse_kl, shared, sparse_reverse_kl  # noqa: E402
 from losses import CORRECTIONS  # noqa: E402
 
 POINTERS = {"ids": "*i64", **dict.fromkeys(("teacher_logp", "behavior_logp", "loss", "student_logp", "logp", "logsumexp", "c"), "*fp32")}
 SCALARS = {"m2_threshold": "fp32", **dict.fromkeys(("V", "C", "first", "first_exact", "first_draw", "grad_stride"), "i32")}
 SAMPLED = sampled_reverse_kl.sampled_reverse_kl_kernel
 VARIANTS = [(SAMPLED, {"SIGNAL": "current", "CORRECTION": c}) for c in CORRECTIONS] + [(SAMPLED, {"SIGNAL": "rollout", "CORRECTION": "ppo"})]
-KERNELS = [(rows.gather_kernel, {}), (rows.scatter_kernel, {}), (sparse_reverse_kl.sparse_reverse_kl_kernel, {}), VARIANTS[0]]
+KERNELS = [(shared.gather_kernel, {}), (shared.scatter_kernel, {}), (sparse_reverse_kl.sparse_reverse_kl_kernel, {}), VARIANTS[0]]
 CASES = [("*fp32", "*bf16", 151936, 64, KERNELS + VARIANTS[1:])]  # logits, gradient, V, C
 CASES += [("*bf16", "*bf16", 151936, 256, KERNELS), ("*fp32", "*fp32", 151936, 256, KERNELS)]
 CASES += [("*bf16", "*bf16", 173, 256, KERNELS), ("*fp32", "*bf16", 173, 1, KERNELS)]
 
 
 def compile_kernel(kernel, arch: int, logits: str, grad: str, vocab: int, candidates: int, constants: dict):
-    shape = rows.launch_shape(vocab, candidates)
+    shape = shared.launch_shape(vocab, candidates)
     options = {"num_warps": shape.pop("num_warps")}
     constants, names = shape | constants, kernel.arg_names
     types = POINTERS | SCALARS | {"logits": logits, "grad": grad} | dict.fromkeys(constants, "constexpr")

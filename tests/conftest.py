@@ -19,10 +19,13 @@ from transformers import (  # noqa: E402
     Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM,
 )  # fmt: skip
 
-from channel import STOP  # noqa: E402
+from assets.task import build_tokenizer  # noqa: E402
+from channel import STOP, write_rollout  # noqa: E402
+from checks import load_model  # noqa: E402
 from config import Config  # noqa: E402
-from data import build_tokenizer  # noqa: E402
-from model import load_model  # noqa: E402
+from generate import Generator  # noqa: E402
+from losses import Greedy, Proposal, make_loss  # noqa: E402
+from model import head_weight  # noqa: E402
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -66,14 +69,28 @@ def model_dir(tmp_path_factory, tokenizer):
     return get
 
 
+@pytest.fixture(scope="session")
+def pair(model_dir):
+    """Flags that name a tiny student and another tiny teacher."""
+    return [f"--student={model_dir('qwen3', 0)}", f"--teacher={model_dir('qwen3', 1, hidden=40)}"]
+
+
 def load(path: str, attention: str | None = None, dtype: torch.dtype = torch.float32):
     return load_model(path, dtype, CPU, attention)
 
 
-def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
-    """The fields of a Channel that teacher and learner use, filled from finished generate.Rollout objects."""
-    from generate import write_rollout
+def new_generator(
+    model, stops=(1,), slots=4, max_prompt=20, max_new=24, vocab=None, proposal: Proposal | None = None, cls=Generator, **settings
+):  # fmt: skip
+    """A generator that draws what the loss in `settings` wants, greedy if they name none."""
+    config = Config(max_prompt_tokens=max_prompt, max_new_tokens=max_new, **settings)
+    proposal = proposal or (make_loss(config) if "loss" in settings else Greedy())
+    vocab = vocab or len(head_weight(model))
+    return cls(model=model, proposal=proposal, config=config, stops=set(stops), vocab=vocab, slots=slots)
 
+
+def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
+    """The fields of a Channel that teacher and learner use, filled from finished channel.Rollout objects."""
     rows, total = len(rollouts), max_prompt + max_new
     table = SimpleNamespace(
         tokens=torch.zeros(rows, total, dtype=torch.int32),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-import channel as channel_module
-from channel import Channel, Tickets, check_space, layout, may_start
+import checks
+from channel import Channel, Field, Tickets, may_start
 from config import Config
+from data import Prompt
 from log import Timeline, close_trace, open_trace
 
 CONFIG = Config(batch_size=4, max_staleness=2, max_prompt_tokens=8, max_new_tokens=8, slots=2)
@@ -20,7 +22,7 @@ P = 200_000
 
 
 def make(config=CONFIG, parameters=P):
-    return Channel(config, parameters, torch.float32)
+    return Channel.create(config, parameters, torch.float32)
 
 
 def test_ticket_n_starts_if_and_only_if_the_inequality_holds():
@@ -34,7 +36,8 @@ def test_ticket_n_starts_if_and_only_if_the_inequality_holds():
 def test_nothing_is_named_in_dev_shm_and_others_open_it_by_path():
     before = set(os.listdir("/dev/shm"))
     ours = make()
-    theirs = Channel(CONFIG, P, torch.float32, ours.paths)
+    theirs = pickle.loads(pickle.dumps(ours))
+    assert len(pickle.dumps(ours)) < 5000  # the paths; no tensor is sent
     assert set(os.listdir("/dev/shm")) == before
     theirs.tokens[3, 5] = 77
     theirs.to_teacher.put([3])
@@ -44,11 +47,13 @@ def test_nothing_is_named_in_dev_shm_and_others_open_it_by_path():
 def test_every_field_has_its_own_whole_pages():
     ours = make()
     spans = []
-    for field in layout(torch.float32):
-        tensor = getattr(ours, field.name)
-        assert tensor.dtype == field.dtype and not tensor.any()
+    fields = {name: field for name, field in vars(Channel).items() if isinstance(field, Field)}
+    assert fields["weights"].dtype is None and ours.weights.dtype == torch.float32  # the caller's choice
+    for name, field in fields.items():
+        tensor = getattr(ours, name)
+        assert tensor.dtype == (field.dtype or torch.float32) and tensor.dim() == len(field.shape.split()) and not tensor.any()
         spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
-    assert all(start % 4096 == spans[0][0] % 4096 for start, _ in spans)
+    assert len(spans) == 17 and all(start % 4096 == spans[0][0] % 4096 for start, _ in spans)
     assert all(first[1] <= second[0] for first, second in zip(sorted(spans), sorted(spans)[1:]))
 
 
@@ -60,8 +65,8 @@ def test_a_row_queue_keeps_order_and_times_out():
     assert queue.get(timeout=0.05) is None and 0.04 < time.monotonic() - started < 5
 
 
-def _publish(paths):
-    mailbox, version = Channel(CONFIG, P, torch.float32, paths), 0
+def _publish(mailbox):
+    version = 0
     while not mailbox.stop.item():
         version += 1
         mailbox.publish(torch.full((P,), float(version)), version)
@@ -70,7 +75,7 @@ def _publish(paths):
 def test_a_reader_never_sees_weights_of_two_versions_mixed():
     """A writer process publishes as fast as it can; every pickup must be all of one version, and the named one."""
     ours = make()
-    writer = mp.get_context("spawn").Process(target=_publish, args=(ours.paths,))
+    writer = mp.get_context("spawn").Process(target=_publish, args=(ours,))
     writer.start()
     flat, seen = torch.empty(P), set()
     while len(seen) < 300:
@@ -101,9 +106,11 @@ def test_a_pickup_that_two_publishes_overtake_is_made_again():
 
 
 def test_too_little_memory_is_said_with_the_number_the_limit_and_the_fix(monkeypatch):
+    monkeypatch.setattr(checks, "available_memory", lambda: 100_000_000)
     with pytest.raises(MemoryError, match=r"need 954 MiB .* 95 MiB\s+are available: lower --batch-size \(4\)"):
-        check_space(1_000_000_000, 100_000_000, CONFIG)
-    monkeypatch.setattr(channel_module, "available_memory", lambda: 1000)
+        checks.check_memory(1_000_000_000, CONFIG)
+    checks.check_memory(89_000_000, CONFIG)
+    monkeypatch.setattr(checks, "available_memory", lambda: 1000)
     with pytest.raises(MemoryError, match="lower --batch-size"):
         make()
 
@@ -114,8 +121,6 @@ class Queue(list):
 
 
 def tickets(config, version=0, trained_ahead=()):
-    from data import Prompt
-
     ours = make(config)
     ours.to_generator = Queue()
     return ours, Tickets(config, ours, [Prompt("x", [5, 6]), Prompt("y", [7])], version, list(trained_ahead))
@@ -124,19 +129,19 @@ def tickets(config, version=0, trained_ahead=()):
 def finish(ours, books, tickets):
     for row in list(ours.to_generator):
         if int(ours.ticket[row]) in tickets:
-            books.scored[int(ours.ticket[row])] = row
+            books.receive([row])
             ours.to_generator.remove(row)
 
 
 def test_rows_suffice_for_every_ticket_the_inequality_admits_and_no_more():
     ours, books = tickets(CONFIG)
     books.issue(0)
-    assert sorted(int(ours.ticket[row]) for row in ours.to_generator) == list(range(12)) and not books.free
+    assert sorted(int(ours.ticket[row]) for row in ours.to_generator) == list(range(12)) and not books.free_rows
     for version in range(5):
         finish(ours, books, range(version * 4, version * 4 + 4))
-        books.trained(books.next_batch(version, lambda: True))
+        books.trained(books.batch(version))
         books.issue(version + 1)
-        assert not books.free and max(int(ours.ticket[row]) for row in ours.to_generator) == (version + 4) * 4 - 1
+        assert not books.free_rows and max(int(ours.ticket[row]) for row in ours.to_generator) == (version + 4) * 4 - 1
 
 
 def test_batch_order_waits_for_its_tickets_and_arrival_order_takes_what_is_there():
@@ -146,8 +151,14 @@ def test_batch_order_waits_for_its_tickets_and_arrival_order_takes_what_is_there
         books.issue(0)
         for ticket in (3, 5, 8, 9):
             finish(ours, books, [ticket])
-        rows = books.next_batch(0, iter([True, False]).__next__)
+            if ticket != 9:
+                assert books.batch(0) is None
+        rows = books.batch(0)
         assert (rows and [int(ours.ticket[row]) for row in rows]) == expected
+        finish(ours, books, [2])
+        finish(ours, books, [1, 0])
+        in_order = [int(ours.ticket[row]) for row in books.batch(0)]  # of the first to finish, or of the lowest tickets
+        assert in_order == (expected or [0, 1, 2, 3])
 
 
 def test_resume_issues_every_ticket_once_also_in_arrival_order():
@@ -156,7 +167,7 @@ def test_resume_issues_every_ticket_once_also_in_arrival_order():
     books.issue(0)
     for ticket in (3, 5, 8, 9):
         finish(ours, books, [ticket])
-    books.trained(books.next_batch(0, lambda: True))
+    books.trained(books.batch(0))
     assert books.lowest == 0 and books.trained_ahead == {3, 5, 8, 9}
     resumed, again = tickets(config, version=1, trained_ahead=sorted(books.trained_ahead))
     again.issue(1)
@@ -171,7 +182,7 @@ def test_resume_with_a_smaller_max_staleness_waits_for_free_rows():
         books.issue(version)
         issued.append(sorted(int(ours.ticket[row]) for row in ours.to_generator))
         finish(ours, books, issued[-1])
-        books.trained(books.next_batch(version, lambda: True))
+        books.trained(books.batch(version))
     assert issued == [[5, 6, 7, 8], [9, 10, 11, 12], [16, 17, 18, 19]]
 
 
@@ -180,7 +191,7 @@ def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_p
     monkeypatch.setattr("log.time", SimpleNamespace(monotonic=lambda: next(clock)))
     ours, path = make(), tmp_path / "trace.json"
     open_trace(path)
-    first, second = (Timeline(ours.busy[i : i + 1], path, i, f"role {i}") for i in (0, 1))
+    first, second = (Timeline(ours.busy, path, i, f"role {i}") for i in (0, 1))
     for timeline, name in ((first, "decode"), (first, "decode"), (first, "decode"), (second, "score"), (second, "publish")):
         with timeline.span(name):
             pass

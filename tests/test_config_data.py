@@ -10,9 +10,11 @@ import pytest
 import torch
 import yaml
 
-from config import Config, ConfigError, parse
-from data import ADDENDS, DataError, TicketOrder, is_correct, load_prompts, read_jsonl, running_sums
-from log import check_output, newest_checkpoint, start_output
+from assets.task import ADDENDS, build_tokenizer, running_sums
+from checks import check_models, check_output, load_tokenizer
+from config import Config, InputError, parse
+from data import TicketOrder, is_correct, load_prompts, read_jsonl
+from log import newest_checkpoint, start_output
 from model import shared_vocabulary, stop_ids
 
 
@@ -118,14 +120,14 @@ def write_lines(path, *lines):
     ],
 )
 def test_a_bad_prompt_file_is_refused_with_its_line(lines, message, tmp_path, tokenizer):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(InputError, match=message):
         read_jsonl(write_lines(tmp_path / "p.jsonl", *lines), tokenizer, 64)
 
 
 def test_a_prompt_file_that_cannot_be_read_is_refused(tmp_path, tokenizer):
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "caf\xe9"}\n'.encode("latin-1"))
     for path, message in (("/nowhere.jsonl", "No such file"), (str(tmp_path), "Is a directory"), (str(tmp_path / "latin.jsonl"), "'utf-8' codec")):
-        with pytest.raises(DataError, match=f"{path}: cannot be read: .*{message}"):
+        with pytest.raises(InputError, match=f"{path}: cannot be read: .*{message}"):
             read_jsonl(path, tokenizer, 64)
 
 
@@ -136,12 +138,12 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, tokenizer):
 
 def test_a_prompt_above_the_limit_is_refused_or_dropped_on_request(tmp_path, tokenizer):
     path = write_lines(tmp_path / "p.jsonl", {"prompt": "1+1="}, {"prompt": "1+" * 20 + "1="})
-    with pytest.raises(DataError, match="line 2: 42 tokens, --max-prompt-tokens is 8: raise it or pass --drop-long-prompts"):
+    with pytest.raises(InputError, match="line 2: 42 tokens, --max-prompt-tokens is 8: raise it or pass --drop-long-prompts"):
         read_jsonl(path, tokenizer, 8)
     assert [p.text for p in read_jsonl(path, tokenizer, 8, drop_long=True)] == ["1+1="]
-    with pytest.raises(DataError, match="all 2 are longer than --max-prompt-tokens 2"):
+    with pytest.raises(InputError, match="p.jsonl: no prompts in it of at most 2 tokens: raise --max-prompt-tokens"):
         read_jsonl(path, tokenizer, 2, drop_long=True)
-    with pytest.raises(DataError, match="built-in prompts have up to 32 tokens, --max-prompt-tokens is 8"):
+    with pytest.raises(InputError, match="built-in prompts have up to 32 tokens, --max-prompt-tokens is 8"):
         load_prompts(Config(max_prompt_tokens=8), tokenizer)
 
 
@@ -160,8 +162,6 @@ def test_only_plain_prompts_get_the_tokenizers_own_special_tokens(tmp_path):
     """The chat template has put its own in; adding a second beginning of sequence would be a prompt never trained on."""
     from tokenizers.processors import TemplateProcessing
 
-    from data import build_tokenizer
-
     adds_bos = build_tokenizer()
     adds_bos._tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
     message = {"messages": [{"role": "user", "content": "1+2="}]}
@@ -178,9 +178,9 @@ def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
     train, held = load_prompts(Config(prompts=path, eval_prompts=held_path), tokenizer)
     assert [p.text for p in held] == ["5+5="] and "5+5=" not in {p.text for p in train}
     no_answer = write_lines(tmp_path / "n.jsonl", {"prompt": "5+5="})
-    with pytest.raises(DataError, match="every evaluation prompt needs an `answer`"):
+    with pytest.raises(InputError, match="every evaluation prompt needs an `answer`"):
         load_prompts(Config(prompts=path, eval_prompts=no_answer), tokenizer)
-    with pytest.raises(DataError, match="none is left to train on"):
+    with pytest.raises(InputError, match="e.jsonl: all prompts are evaluation prompts"):
         load_prompts(Config(prompts=held_path, eval_prompts=held_path), tokenizer)
     assert load_prompts(Config(prompts=no_answer), tokenizer)[1] == []
 
@@ -211,28 +211,28 @@ def test_answers_are_matched_exactly_then_by_box_then_by_last_number(response, a
 
 
 def test_a_missing_model_directory_is_refused_at_once():
-    with pytest.raises(ConfigError, match=r"--teacher /nowhere: no model there \(config.json is missing\)"):
-        shared_vocabulary(Config(teacher="/nowhere"))
-    with pytest.raises(ConfigError, match="--teacher tests/nowhere: no model there .*tests is a directory here"):  # not a hub id: tests is a directory here
-        shared_vocabulary(Config(teacher="tests/nowhere"))
+    with pytest.raises(InputError, match=r"--teacher /nowhere: no model there \(config.json is missing\)"):
+        check_models(Config(teacher="/nowhere"))
+    with pytest.raises(InputError, match="--teacher tests/nowhere: no model there .*tests is a directory here"):  # not a hub id: tests is a directory here
+        check_models(Config(teacher="tests/nowhere"))
 
 
 def test_weights_that_are_missing_or_cut_short_are_refused_at_once(model_dir, tmp_path):
     broken = shutil.copytree(model_dir(), tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ConfigError, match=r"--teacher .*broken/model.safetensors: weights missing or damaged"):
-        shared_vocabulary(Config(teacher=str(broken)))
+    with pytest.raises(InputError, match=r"--teacher .*broken/model.safetensors: weights missing or damaged"):
+        check_models(Config(teacher=str(broken)))
     weights.unlink()
-    with pytest.raises(ConfigError, match=r"--teacher .*broken/model.safetensors: weights missing or damaged: No such file"):
-        shared_vocabulary(Config(teacher=str(broken)))
+    with pytest.raises(InputError, match=r"--teacher .*broken/model.safetensors: weights missing or damaged: No such file"):
+        check_models(Config(teacher=str(broken)))
     index = broken / "model.safetensors.index.json"
     for text in (json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}), "{", "{}"):
         index.write_text(text)
-        with pytest.raises(ConfigError, match=r"safetensors: weights missing or damaged"):
-            shared_vocabulary(Config(teacher=str(broken)))
+        with pytest.raises(InputError, match=r"safetensors: weights missing or damaged"):
+            check_models(Config(teacher=str(broken)))
     shutil.copy(Path(model_dir()) / "model.safetensors", weights)
-    shared_vocabulary(Config(student=model_dir(), teacher=str(broken)))  # an old index beside a whole file: transformers takes the file
+    check_models(Config(student=model_dir(), teacher=str(broken)))  # an old index beside a whole file: transformers takes the file
 
 
 def test_a_model_whose_files_lack_a_tensor_is_refused_not_started_at_random(model_dir, tmp_path):
@@ -243,34 +243,36 @@ def test_a_model_whose_files_lack_a_tensor_is_refused_not_started_at_random(mode
     tensors = load_file(partial / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match="1 tensors are not in its files, model.norm.weight for one"):
+    with pytest.raises(InputError, match="1 tensors are not in its files, model.norm.weight for one"):
         load(str(partial))
 
 
 def test_different_tokenizers_are_refused(model_dir, tmp_path, tokenizer):
     from conftest import build_model
 
-    from data import build_tokenizer
-
     other = build_tokenizer()
     other.add_tokens(["<new>"])
     build_model("qwen3", vocab=174).save_pretrained(tmp_path)
     other.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"different tokenizers \(174 and 173 tokens\): choose two models of one family"):
-        shared_vocabulary(Config(student=model_dir(), teacher=str(tmp_path)))
+    with pytest.raises(InputError, match=r"different tokenizers \(174 and 173 tokens\): choose two models of one family"):
+        check_models(Config(student=model_dir(), teacher=str(tmp_path)))
 
 
 def test_heads_padded_to_different_sizes_are_cut_to_the_smaller_and_said_so(model_dir):
-    _, stops, vocab, notes = shared_vocabulary(Config(student=model_dir(vocab=190), teacher=model_dir(vocab=180)))
-    assert vocab == 180 and stops == {1} and "cut to the first 180 ids" in notes[0]
+    for sizes in ((190, 180), (180, 190)):
+        config = Config(student=model_dir(vocab=sizes[0]), teacher=model_dir(vocab=sizes[1]))
+        (note,) = check_models(config)
+        assert note == f"student head has {sizes[0]} rows, teacher {sizes[1]}: both are cut to the first 180 ids"
+        assert shared_vocabulary(config) == 180
+        assert stop_ids(config.student_path, load_tokenizer("--student", config.student_path)) == {1}
 
 
 @pytest.mark.parametrize("loss, limit", [("forward_kl", 173), ("stratified_reverse_kl", 172)])
 def test_a_top_k_above_the_vocabulary_is_refused(loss, limit, model_dir):
     config = Config(student=model_dir(), teacher=model_dir(), loss=loss, top_k=limit)
-    shared_vocabulary(config)
-    with pytest.raises(ConfigError, match=f"--top-k is {limit + 1}, the vocabulary has 173 ids: {limit} is the most for {loss}"):
-        shared_vocabulary(replace(config, top_k=limit + 1))
+    check_models(config)
+    with pytest.raises(InputError, match=f"--top-k is {limit + 1}, the vocabulary has 173 ids: {limit} is the most for {loss}"):
+        check_models(replace(config, top_k=limit + 1))
 
 
 def test_stop_ids_are_those_of_generation_config_and_tokenizer(tmp_path, tokenizer):
@@ -290,7 +292,7 @@ def test_different_stop_ids_of_teacher_and_student_are_said(tmp_path, tokenizer,
     model.generation_config.eos_token_id = [7]
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    notes = shared_vocabulary(Config(student=model_dir(), teacher=str(tmp_path)))[3]
+    notes = check_models(Config(student=model_dir(), teacher=str(tmp_path)))
     assert "student stops at [1], teacher at [1, 7]" in notes[0]
 
 
@@ -304,7 +306,7 @@ def test_a_head_that_is_more_than_a_product_is_refused(tmp_path):
         head_dim=8, final_logit_softcapping=1.0, initializer_range=0.5,
     )  # fmt: skip
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="a bias, scale or soft-cap follows the head"):
+    with pytest.raises(InputError, match="a bias, scale or soft-cap follows the head"):
         load(str(tmp_path))
 
 
@@ -314,31 +316,31 @@ def test_an_output_directory_that_holds_another_run_is_left_alone(tmp_path):
     start_output(config, None)
     assert check_output(config) == (None, [])  # died before its first update: nothing to lose
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ConfigError, match="holds another run: choose a new directory"):
+    with pytest.raises(InputError, match="holds another run: choose a new directory"):
         check_output(replace(config, lr=1.0))
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
 
 
-def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path):
+def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, model_dir):
     config = Config(output_dir=str(tmp_path), resume=True, steps=9)
-    with pytest.raises(ConfigError, match="--resume: no checkpoint"):
+    with pytest.raises(InputError, match="--resume: no checkpoint"):
         check_output(config)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="--output-dir .*file/x: .*Not a directory.*: choose another directory"):
+    with pytest.raises(InputError, match="--output-dir .*file/x: .*Not a directory.*: choose another directory"):
         check_output(Config(output_dir=str(tmp_path / "file" / "x")))
     start_output(replace(config, resume=False), None)
-    (tmp_path / "step_4").mkdir()
+    shutil.copytree(model_dir(), tmp_path / "step_4")
     state = tmp_path / "step_4" / "training_state.pt"
     torch.save({"version": 4}, state)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 7)))
-    with pytest.raises(ConfigError, match="--resume: seed was 0 and is 5: keep it"):
+    with pytest.raises(InputError, match="--resume: seed was 0 and is now 5: keep it"):
         check_output(replace(config, seed=5))
-    with pytest.raises(ConfigError, match="has made 4 updates already, --steps is 4"):
+    with pytest.raises(InputError, match="has made 4 updates already, --steps is 4"):
         check_output(replace(config, steps=4))
     whole = state.read_bytes()
     state.write_bytes(whole[:100])
-    with pytest.raises(ConfigError, match="--resume: .*training_state.pt is damaged, without .*step_4 an older one is taken"):
+    with pytest.raises(InputError, match="--resume: .*training_state.pt is damaged, without .*step_4 an older one is taken"):
         check_output(config)
     state.write_bytes(whole)
     checkpoint, notes = check_output(replace(config, lr=0.5))
@@ -360,8 +362,8 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path):
     assert newest_checkpoint(tmp_path) == checkpoint
     for text in ("", "a: [", "- 1\n"):
         (tmp_path / "config.yaml").write_text(text)
-        with pytest.raises(ConfigError, match="--resume: .*config.yaml or .* cannot be read"):
+        with pytest.raises(InputError, match="--resume: .*config.yaml or .* cannot be read"):
             check_output(config)
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match="--resume: .*cannot be read: .*No such file"):
+    with pytest.raises(InputError, match="--resume: .*cannot be read: .*No such file"):
         check_output(config)

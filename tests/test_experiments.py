@@ -17,7 +17,6 @@ from experiments.estimators import ESTIMATORS, Snapshot, Spread, dense_logit_gra
 from experiments.lagged import Lagged, flat
 from experiments.staleness import BASE, LAGS, LOSSES, STRONG, Job, canonical, grid, make, run, summary, task
 from experiments.study import results
-from generate import draws_per_position, propose
 from kernels.head import unfused_loss
 from losses import make_loss
 
@@ -72,9 +71,12 @@ def test_the_expectation_is_the_mean_of_what_the_generator_draws_and_the_learner
     config = replace(config, num_samples=min(config.num_samples, 16))
     exact = expected_logit_gradient(config, s, t, b, m2_threshold=0.2)
     s, t, b = (x.repeat_interleave(draws, 0) for x in (s, t, b))
-    uniforms = torch.rand(len(s), draws_per_position(config.loss, config.num_samples), dtype=torch.float64, generator=generator)
-    ids, logp = propose(b, uniforms, config.loss, config.top_k)
-    _, _, g = unfused_loss(make_loss(config, 0.2), s.clone(), ids, t.gather(1, ids), logp, torch.float32)
+    loss = make_loss(config)
+    loss.m2_threshold = 0.2
+    size = (len(s), loss.num_uniforms)
+    uniforms = torch.rand(size, dtype=torch.float64, generator=generator)
+    ids, logp = loss.propose(b, uniforms)
+    _, _, g = unfused_loss(loss, s.clone(), ids, t.gather(1, ids), logp, torch.float32)
     g = g.view(3, draws, -1).double()
     error = (g.mean(1) - exact).norm() / (g.var(1).sum() / draws).sqrt().clamp(min=1e-6 * exact.norm())
     assert error < 2  # standard errors of the whole vector
@@ -137,7 +139,8 @@ def test_every_token_is_sampled_by_the_weights_of_exactly_lag_updates_ago(lag):
     versions = [flat(lagged.learner.model)]
     for update in range(5):
         metrics = lagged.update()
-        assert torch.equal(lagged.weights, versions[max(0, update - lag)])  # the sampler's own parameters
+        # The sampler's own parameters.
+        assert torch.equal(lagged.sampler.weights, versions[max(0, update - lag)])
         assert metrics["lag_max"] == metrics["lag_mean"] == min(lag, update)
         assert (abs(metrics["drift_kl"]) < 1e-5) == (min(lag, update) == 0)
         versions.append(flat(lagged.learner.model))

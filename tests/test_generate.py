@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, build_model, load
+from conftest import FAMILIES, ROOT, build_model, load, new_generator
 from torch.distributions import Chi2
 
-from channel import LENGTH, STOP
-from config import ConfigError
-from generate import Generator, Rollout, draw, main, propose
-from losses import LOSSES, candidate_columns
+from channel import LENGTH, STOP, Rollout
+from config import Config, InputError
+from experiments.sample import main
+from losses import LOSSES, draw, make_loss
 from model import flatten_parameters
 
 
@@ -19,10 +19,6 @@ def prompts(count, seed=0, longest=20, vocab=173):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(2, vocab, (length,), generator=generator).tolist() for length in lengths]
-
-
-def new_generator(model, stops=(1,), slots=4, max_new=24, **kwargs):
-    return Generator(model, set(stops), slots=slots, max_prompt=20, max_new=max_new, **kwargs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,14 +94,16 @@ def test_new_weights_in_flight_keep_the_cache_and_each_token_records_its_version
 def test_column_0_is_the_emitted_token_and_columns_are_as_declared(loss, model_dir):
     model = load(model_dir(), "kv_slots")
     generator = new_generator(model, loss=loss, top_k=6, num_samples=3)
-    columns = candidate_columns(loss, 6, 3)
-    written = 1 if loss == "forward_kl" else columns["total"].stop  # the teacher fills in its own top-K
+    columns = make_loss(Config(loss=loss, top_k=6, num_samples=3))
+    written = 1 if loss == "forward_kl" else columns.num_columns  # the teacher fills in its own top-K
+    assert columns.num_proposed == written
     for rollout in generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(3))]):
         assert rollout.candidate_ids.shape == rollout.behavior_logp.shape == (len(rollout.weight_version), written)
         if loss in ("sparse_reverse_kl", "stratified_reverse_kl"):
-            top = rollout.candidate_ids[:, columns["top"]]
+            top = rollout.candidate_ids[:, columns.top]
             assert all(len(set(row)) == 6 for row in top.tolist())
-            tail = rollout.candidate_ids[:, columns["tail"]]
+            tail = rollout.candidate_ids[:, columns.tail]
+            assert tail.shape[1] == (3 if loss == "stratified_reverse_kl" else 0)
             assert not (tail[:, :, None] == top[:, None, :]).any()
 
 
@@ -157,7 +155,7 @@ def test_stratified_candidates_follow_the_sampler_and_the_restricted_sampler():
     rows, k, n = 40_000, 4, 3
     logits = (torch.randn(1, 40, generator=generator) * 1.5).expand(rows, -1)
     uniforms = torch.rand(rows, 1 + n, dtype=torch.float64, generator=generator)
-    ids, logp = propose(logits, uniforms, "stratified_reverse_kl", k)
+    ids, logp = make_loss(Config(loss="stratified_reverse_kl", top_k=k, num_samples=n)).propose(logits, uniforms)
     probs = logits[0].double().softmax(-1)
     top = probs.topk(k).indices
     tail = probs.scatter(0, top, 0.0)
@@ -172,7 +170,8 @@ def test_stratified_candidates_follow_the_sampler_and_the_restricted_sampler():
 def test_tail_log_mass_is_right_where_one_minus_the_top_mass_would_be_zero():
     logits = torch.zeros(1, 64)
     logits[0, :4] = 60.0  # the tail holds 60 / 4 e^-60 of the mass, far below float32's 1 - mass
-    ids, logp = propose(logits, torch.tensor([[0.5, 0.25]], dtype=torch.float64), "stratified_reverse_kl", 4)
+    loss = make_loss(Config(loss="stratified_reverse_kl", top_k=4, num_samples=1))
+    ids, logp = loss.propose(logits, torch.tensor([[0.5, 0.25]], dtype=torch.float64))
     assert ids[0, 5] >= 4
     assert float(logp[0, 5]) == pytest.approx(-math.log(60), abs=1e-4)
 
@@ -208,7 +207,7 @@ def test_models_whose_memory_the_slots_do_not_hold_are_refused(tmp_path):
     for model, name, message in ((soft_capped, "gemma2", "softcap"), (recurrent, "qwen3_next", "more than attention remembers")):
         model.save_pretrained(tmp_path / name)
         load(str(tmp_path / name))
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(InputError, match=message):
             load(str(tmp_path / name), "kv_slots")
 
 
@@ -239,23 +238,23 @@ def test_flat_parameters_hold_tied_weights_once():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_a_step_to_a_cuda_graphs_bucket_changes_nothing(family, model_dir, monkeypatch):
-    """`_replay` with the graph taken out: warm-up, saved and restored state, idle slots, lengths rounded up."""
+    """`replay` with the graph taken out: warm-up, saved and restored state, idle slots, lengths rounded up."""
     kwargs = dict(slots=6, loss="stratified_reverse_kl", top_k=4, num_samples=2)
     model = load(model_dir(family), "kv_slots")
     rollouts = [[Rollout(ids, ticket=i) for i, ids in enumerate(prompts(13))] for _ in range(2)]
     plain = new_generator(model, **kwargs).generate(rollouts[0])
     padded = new_generator(model, **kwargs)
-    decode = padded._decode
+    decode = padded.decode
 
     def replay(n, length):
         n, length = min(padded.slots, 1 << (n - 1).bit_length()), min(padded.cache.max_len, -(-length // 16) * 16)
-        state = [t.clone() for t in padded.per_slot[:3]]
+        state = [t.clone() for t in padded.counters]
         decode(n, length)
-        for tensor, saved in zip(padded.per_slot, state):
+        for tensor, saved in zip(padded.counters, state):
             tensor.copy_(saved)
         decode(n, length)
 
-    monkeypatch.setattr(padded, "_decode", replay)
+    monkeypatch.setattr(padded, "decode", replay)
     for a, b in zip(plain, padded.generate(rollouts[1])):
         assert a.response_ids == b.response_ids
         torch.testing.assert_close(a.behavior_logp, b.behavior_logp, atol=2e-5, rtol=0)

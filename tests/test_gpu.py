@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILIES, LOSS_CONFIGS, ROOT, label
+from conftest import FAMILIES, LOSS_CONFIGS, ROOT, label, new_generator
 
+from channel import Rollout
+from checks import load_model
 from config import Config
-from generate import Generator, Rollout
-from kernels.head import candidate_loss, fused_loss, head_logits
+from kernels.head import candidate_loss, head_logits
 from losses import make_loss
-from model import load_model
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -28,14 +28,21 @@ def problem(config, dtype, positions=N):
     torch.manual_seed(0)
     hidden, weight = torch.randn(positions, D, device=GPU).to(dtype), torch.randn(V, D, device=GPU) * (2 / D**0.5)
     logp = (hidden.float() @ weight.t()).log_softmax(-1)
-    ids = torch.multinomial(logp.exp(), config.columns["total"].stop, replacement=True)  # draws repeat
+    columns = make_loss(config).num_columns
+    ids = torch.multinomial(logp.exp(), columns, replacement=True)  # draws repeat
     b = logp.gather(1, ids) + 0.1 * torch.randn(ids.shape, device=GPU)
     return hidden, weight, ids, b + 0.3 * torch.randn_like(b), b
 
 
+def new_loss(config):
+    loss = make_loss(config)
+    loss.m2_threshold = 0.02
+    return loss
+
+
 def run(config, hidden, weight, ids, t, b, chunk=100):
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    total, s = candidate_loss(hidden, weight, ids, t, b, make_loss(config, 0.02), fused_loss(config, 0.02), 1.0, chunk)
+    total, s = candidate_loss(hidden, weight, ids, t, b, new_loss(config), 1.0, chunk)
     return total.detach(), *torch.autograd.grad(total, (hidden, weight)), s
 
 
@@ -50,7 +57,7 @@ def test_gradients_at_a_real_vocabulary_equal_float64_ones(config, dtype):
     loss, *exact = run(config, hidden.double(), weight.to(dtype).double(), ids, t.double(), b.double())
     total, *ours = run(config, hidden, weight, ids, t, b)
     s, t, b = exact[2], t.double(), b.double()
-    scale = sum(make_loss(config, 0.02)(s[i : i + 1], t[i : i + 1], b[i : i + 1]).abs().sum() for i in range(N))
+    scale = new_loss(config).value(s, t, b).abs().sum()
     assert (total - loss).abs() <= 1e-4 * scale  # terms of both signs: the sum may be small
     for o, e, bound in zip(ours, exact, (1e-2, 1e-2, 1e-5) if dtype == torch.bfloat16 else (2e-5, 2e-5, 1e-5)):
         assert torch.isfinite(o).all() and (o - e).norm() <= bound * e.norm()
@@ -66,8 +73,8 @@ def test_every_entry_of_the_gradient_is_exact_up_to_its_own_rounding(config, log
     logits = head_logits(hidden, weight[:vocab].bfloat16(), 1.0, logits_dtype)
     z = logits.double().requires_grad_()
     s = z.log_softmax(-1).gather(1, ids)
-    (expected,) = torch.autograd.grad(make_loss(config, 0.02)(s, t.double(), b.double()).sum(), z)
-    _, student_logp, gradient = fused_loss(config, 0.02)(logits, ids, t, b, dtype)
+    (expected,) = torch.autograd.grad(new_loss(config).value(s, t.double(), b.double()).sum(), z)
+    _, student_logp, gradient = new_loss(config).fused(logits, ids, t, b, dtype)
     torch.testing.assert_close(student_logp.double(), s.detach(), rtol=0, atol=2e-5)
     scale = expected.abs().amax(-1, keepdim=True)  # at a candidate two large terms may cancel
     error = (gradient.double() - expected).abs()
@@ -82,7 +89,7 @@ def test_reruns_are_equal_to_the_last_bit(dtype):
     gradients = []
     for _ in range(20):
         logits = head_logits(hidden, weight.to(dtype), 1.0)
-        gradients.append(fused_loss(config)(logits, ids, t, b, dtype)[2].clone())
+        gradients.append(new_loss(config).fused(logits, ids, t, b, dtype)[2].clone())
     assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 
@@ -107,7 +114,7 @@ def test_decoding_through_cuda_graphs_equals_model_generate(family, model_dir):
     reference = load_model(model_dir(family), torch.float32, GPU)
     torch.manual_seed(0)
     prompts = [torch.randint(2, 173, (int(n),)).tolist() for n in torch.randint(1, 20, (11,))]
-    generator = Generator(model, {1}, slots=3, max_prompt=20, max_new=24)
+    generator = new_generator(model, slots=3, max_prompt=20, max_new=24)
     for _ in range(2):  # the second time every graph is replayed, none captured
         rollouts = generator.generate([Rollout(ids) for ids in prompts])
         for rollout in rollouts:

@@ -3,14 +3,15 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import LOSS_CONFIGS, ROOT, label
 
 from config import Config
-from kernels import head, rows
-from kernels.head import candidate_loss, candidate_logp, fused_loss
+from kernels import head, shared
+from kernels.head import candidate_loss, candidate_logp
 from losses import make_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +52,7 @@ def round_like_hardware(monkeypatch):
 def problem(config, positions=N, vocab=V, seed=0, different_ids=9):
     """float64 hidden, weight, ids, t, b. Few different ids, so that they repeat within a row."""
     generator = torch.Generator().manual_seed(seed)
-    columns = config.columns["total"].stop
+    columns = make_loss(config).num_columns
     hidden = torch.randn(positions, D, dtype=torch.float64, generator=generator)
     weight = torch.randn(vocab, D, dtype=torch.float64, generator=generator) * 0.5
     ids = torch.randint(0, different_ids, (positions, columns), generator=generator) * ((vocab - 1) // max(1, different_ids - 1))
@@ -60,11 +61,16 @@ def problem(config, positions=N, vocab=V, seed=0, different_ids=9):
     return [x.to(DEVICE) for x in (hidden, weight, ids, t, b)]
 
 
+def new_loss(config):
+    loss = make_loss(config)
+    loss.m2_threshold = 0.02
+    return loss
+
+
 def run(config, hidden, weight, ids, t, b, scale=1.0, chunk=8, upstream=1.0):
     """Loss, gradients of hidden and weight, student_logp; weight is a float32 master also for bfloat16 hidden states."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    losses = make_loss(config, m2_threshold=0.02), fused_loss(config, m2_threshold=0.02)
-    total, student_logp = candidate_loss(hidden, weight, ids, t, b, *losses, scale, chunk)
+    total, student_logp = candidate_loss(hidden, weight, ids, t, b, new_loss(config), scale, chunk)
     return total.detach(), *torch.autograd.grad(upstream * total, (hidden, weight)), student_logp
 
 
@@ -121,8 +127,8 @@ def test_the_gradient_is_the_exact_one_of_the_logits_as_rounded(logits_dtype, tr
     assert logits.dtype == logits_dtype
     z = logits.double().requires_grad_()
     s = z.log_softmax(-1).gather(1, ids)
-    (expected,) = torch.autograd.grad(make_loss(config)(s, t.double(), b.double()).sum(), z)
-    _, student_logp, gradient = fused_loss(config)(logits, ids, t, b, torch.bfloat16)
+    (expected,) = torch.autograd.grad(make_loss(config).value(s, t.double(), b.double()).sum(), z)
+    _, student_logp, gradient = make_loss(config).fused(logits, ids, t, b, torch.bfloat16)
     assert gradient.dtype == torch.bfloat16 and gradient.data_ptr() == logits.data_ptr()
     torch.testing.assert_close(student_logp.double(), s.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double(), expected, rtol=2**-8, atol=1e-6)
@@ -155,7 +161,7 @@ def test_logits_of_any_size_neither_overflow_nor_vanish():
     logits[3, 39_999] = 50.0
     ids = torch.tensor([[0, 39_999]], device=DEVICE).expand(4, 2).contiguous()
     expected = logits.double().log_softmax(-1).gather(1, ids)
-    torch.testing.assert_close(rows.gather(logits, ids)[0].double(), expected, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(shared.gather(logits, ids)[0].double(), expected, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tiny models on the CPU; tests/test_gpu.py trains on the GPU")
@@ -169,7 +175,7 @@ def test_the_learner_reaches_the_kernels_by_itself(triton_path, model_dir, monke
         plain = new_learner(model_dir(seed=2), config).update(table, ROWS)
         triton_path(True)
         calls = []
-        for module, kernel in ((rows, "gather"), (rows, "scatter")):
+        for module, kernel in ((shared, "gather"), (shared, "scatter")):
             original = getattr(module, kernel)
             monkeypatch.setattr(module, kernel, lambda *args, original=original, kernel=kernel: calls.append(kernel) or original(*args))
         ours = new_learner(model_dir(seed=2), config).update(table, ROWS)
@@ -183,10 +189,11 @@ def test_a_loss_may_have_any_derivative_with_absent_candidates(triton_path):
     logits = torch.randn(5, 30, device=DEVICE)
     ids = torch.tensor([[3, -1, 7]], device=DEVICE).expand(5, 3).contiguous()
     x = torch.zeros(5, 3, device=DEVICE)
+    loss = SimpleNamespace(value=lambda s, t, b: (s - t).sum(-1), fused=None)
     gradients = []
     for on in (True, False):
         triton_path(on)
-        gradients.append(head.unfused_loss(lambda s, t, b: (s - t).sum(-1), logits.clone(), ids, x, x, torch.float32)[2])
+        gradients.append(head.unfused_loss(loss, logits.clone(), ids, x, x, torch.float32)[2])
     expected = -2 * logits.softmax(-1)
     expected[:, [3, 7]] += 1
     for gradient in gradients:
@@ -201,7 +208,7 @@ def test_a_column_without_loss_may_be_impossible(triton_path):
         ids = torch.arange(ids.shape[1], device=DEVICE).expand_as(ids).contiguous()
         logits = head.head_logits(hidden, weight, 1.0)
         logits[:, 0] = float("-inf")
-        loss, _, gradient = fused_loss(config)(logits, ids, t, b, torch.float32)
+        loss, _, gradient = make_loss(config).fused(logits, ids, t, b, torch.float32)
         assert loss.isfinite().all() and gradient.isfinite().all() and (gradient[:, 0] == 0).all()
 
 
@@ -232,14 +239,15 @@ def test_what_a_kernel_cannot_take_is_refused(triton_path):
     logits, ids = torch.zeros(4, 8, device=DEVICE), torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
     for bad in ((logits.half(), ids), (logits.t(), ids), (logits, ids[:3]), (logits, ids.expand(2, 4, 2).transpose(0, 1)[:, 0].t().t()[:, ::2])):
         with pytest.raises(ValueError, match="needs 4 contiguous rows|needs 8 contiguous rows|float32 or bfloat16 are needed"):
-            rows.gather(*bad)
+            shared.gather(*bad)
     with pytest.raises(ValueError, match="gradient torch.float32: float32 or bfloat16 are needed"):
-        rows.scatter(logits.bfloat16(), ids, torch.zeros(4, 2, device=DEVICE), torch.zeros(4, device=DEVICE), torch.float32)
+        shared.scatter(logits.bfloat16(), ids, torch.zeros(4, 2, device=DEVICE), torch.zeros(4, device=DEVICE), torch.float32)
     with pytest.raises(ValueError, match=r"\(4, 3\): needs 2 columns"):
-        fused_loss(LOSS_CONFIGS[1])(logits, ids, torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 2, device=DEVICE), torch.float32)
-    fused = fused_loss(Config(loss="sampled_reverse_kl", num_samples=2, correction="m2po"))
+        t, b = torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 2, device=DEVICE)
+        make_loss(LOSS_CONFIGS[1]).fused(logits, ids, t, b, torch.float32)
+    loss = make_loss(Config(loss="sampled_reverse_kl", num_samples=2, correction="m2po"))
     with pytest.raises(ValueError, match="m2po needs m2_threshold"):
-        fused(logits, ids, torch.zeros(4, 2, device=DEVICE), torch.zeros(4, 2, device=DEVICE), torch.float32)
+        loss.fused(logits, ids, b, b, torch.float32)
 
 
 def test_every_kernel_compiles_for_sm_80_and_sm_90_and_spills_nothing(tmp_path):
@@ -265,7 +273,8 @@ torch.set_num_threads(1)
 def peak(positions, chunk):
     hidden, weight = torch.randn(positions, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
     ids, x = torch.randint(0, 8192, (positions, 4)), torch.full((positions, 4), -5.0)
-    candidate_loss(hidden, weight, ids, x, x, make_loss(Config(loss="sampled_reverse_kl")), None, 1.0, chunk)[0].backward()
+    loss = make_loss(Config(loss="sampled_reverse_kl"))
+    candidate_loss(hidden, weight, ids, x, x, loss, 1.0, chunk)[0].backward()
     return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
 print(peak(2048, 256), peak(16384, 256), peak(16384, 4096))
 """

@@ -12,10 +12,10 @@ from test_teacher import MAX_NEW, full_logp, scored_table
 
 from channel import Channel
 from config import Config
-from kernels import head
+from kernels.head import candidate_loss
 from learner import Learner
 from log import newest_checkpoint
-from losses import make_loss, second_moment_threshold
+from losses import LOSSES, SampledReverseKL, make_loss, second_moment_threshold
 from model import flatten_parameters, head_weight
 
 ROWS = list(range(8))
@@ -55,7 +55,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_response_tokens(config, famil
         logits = reference(table.tokens[row : row + 1, :length].long()).logits[0] / config.temperature
         for r in range(length - prompt_len):
             s = logits[prompt_len - 1 + r].log_softmax(-1)[table.candidate_ids[row, r].long()]
-            total = total + loss(s[None], table.teacher_logp[row, r][None], table.behavior_logp[row, r][None]).sum()
+            total = total + loss.value(s[None], table.teacher_logp[row, r][None], table.behavior_logp[row, r][None]).sum()
             tokens += 1
     (total / tokens).backward()
     assert metrics["tokens"] == tokens
@@ -80,11 +80,10 @@ def test_every_response_token_is_trained_once_stop_token_included_and_none_after
     config = config_for("sampled_reverse_kl", num_samples=1)
     table = stale_table(model_dir, config)
     trained = []
-    original = head.candidate_loss
 
     def spy(hidden, weight, ids, *args):
         trained.extend(ids[:, 0].tolist())
-        return original(hidden, weight, ids, *args)
+        return candidate_loss(hidden, weight, ids, *args)
 
     monkeypatch.setattr("learner.candidate_loss", spy)
     metrics = new_learner(model_dir(seed=2), config).update(table, ROWS)
@@ -133,16 +132,37 @@ def test_lag_is_measured_per_token(model_dir):
 def test_m2po_has_one_threshold_for_the_whole_update(model_dir, monkeypatch):
     config = config_for("sampled_reverse_kl", num_samples=3, correction="m2po", max_prompt_tokens=16, max_new_tokens=MAX_NEW)
     table = stale_table(model_dir, config)
-    seen = []
-    monkeypatch.setattr("learner.make_loss", lambda c, threshold: seen.append(threshold) or make_loss(c, threshold))
+    computed, used = [], []
+
+    class Spy(SampledReverseKL):
+        def use_log_ratios(self, log_ratios):
+            super().use_log_ratios(log_ratios)
+            computed.append(self.m2_threshold)
+
+        def value(self, *args):
+            used.append(self.m2_threshold)
+            return super().value(*args)
+
+    monkeypatch.setitem(LOSSES, "sampled_reverse_kl", Spy)
+    micro_batches = []
     for budget in (8192, 28):
-        new_learner(model_dir(seed=2), replace(config, micro_batch_tokens=budget)).update(table, ROWS)
+        computed.clear()
+        used.clear()
+        learner = new_learner(model_dir(seed=2), replace(config, micro_batch_tokens=budget))
+        for update in (1, 2):  # of the second update, whose weights are others, it is another
+            learner.update(table, ROWS)
+            assert len(computed) == update and set(used) == set(computed[:update])
+        first = computed[0]
+        micro_batches.append((first, len(used)))
+        assert computed[1] != first
+    (seen_whole, few), (seen_pieces, many) = micro_batches
+    assert many > few
     log_ratio = []
     for row in ROWS:
         count = int(table.length[row] - table.prompt_len[row])
         s = full_logp(model_dir(seed=2), table, row).gather(1, table.candidate_ids[row, :count].long())
         log_ratio.append((s - table.behavior_logp[row, :count]).flatten())
-    assert seen[0] == pytest.approx(seen[1], rel=1e-4) == pytest.approx(second_moment_threshold(torch.cat(log_ratio)), rel=1e-3)
+    assert seen_whole == pytest.approx(seen_pieces, rel=1e-4) == pytest.approx(second_moment_threshold(torch.cat(log_ratio)), rel=1e-3)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_no_parameter(model_dir):
@@ -166,7 +186,7 @@ def test_masters_are_float32_and_small_updates_are_not_lost_though_bfloat16_is_p
     in_bfloat16 = sum(int((a.bfloat16() != b.bfloat16()).sum()) for a, b in zip(before, learner.parameters))
     assert changed > 0.5 * sum(p.numel() for p in before) and in_bfloat16 < 0.02 * changed
     count = sum(p.numel() for p in before)
-    channel = Channel(Config(batch_size=1, max_prompt_tokens=4, max_new_tokens=4), count, torch.bfloat16)
+    channel = Channel.create(Config(batch_size=1, max_prompt_tokens=4, max_new_tokens=4), count, torch.bfloat16)
     learner.publish(channel)
     received = load(model_dir(seed=0), dtype=torch.bfloat16)
     assert channel.pick_up(flatten_parameters(received)) == 1

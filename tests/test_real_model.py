@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load
+from conftest import load, new_generator
 from test_train import command, metrics
 
+from channel import Rollout
+from checks import load_tokenizer
 from data import read_jsonl
-from generate import Generator, Rollout
-from model import load_tokenizer, stop_ids
+from model import stop_ids
 
 pytestmark = pytest.mark.slow
 QUESTIONS = [
@@ -52,7 +53,7 @@ def test_greedy_output_equals_model_generate_token_for_token(smollm, prompt_file
     tokenizer = load_tokenizer("--model", smollm)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id  # the case that loses stop tokens elsewhere
     prompts = read_jsonl(prompt_file, tokenizer, limit=512)
-    generator = Generator(load(smollm, "kv_slots"), stop_ids(smollm, tokenizer), slots=3, max_prompt=64, max_new=48)
+    generator = new_generator(load(smollm, "kv_slots"), stop_ids(smollm, tokenizer), slots=3, max_prompt=64, max_new=48)
     rollouts = generator.generate([Rollout(prompt.ids) for prompt in prompts])
     reference = load(smollm)
     for rollout in rollouts:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import LOSS_CONFIGS, label, load, make_table
+from conftest import LOSS_CONFIGS, label, load, make_table, new_generator
 
+from channel import Rollout
 from config import Config
-from generate import Generator, Rollout
-from model import head_weight
-from teacher import Teacher, TopKCache, predicting_positions, ready_rows, token_batches
+from losses import make_loss
+from model import head_weight, predicting_positions, token_batches
+from teacher import Teacher, TopKCache, ready_rows
 
 PROMPTS = [[69, 117, 2, 85, 133, 3], [21, 22, 2, 40, 41, 2, 50, 51, 3], [100], [7, 8, 9, 3]]
 MAX_NEW = 12
@@ -15,15 +16,15 @@ MAX_NEW = 12
 
 def rollouts(model_path, config, count=8):
     model = load(model_path, "kv_slots")
-    generator = Generator(
-        model, {1, 60, 61}, slots=4, max_prompt=16, max_new=MAX_NEW, loss=config.loss, top_k=config.top_k,
+    generator = new_generator(
+        model, {1, 60, 61}, max_prompt=16, max_new=MAX_NEW, loss=config.loss, top_k=config.top_k,
         num_samples=config.num_samples, temperature=config.temperature,
     )  # fmt: skip
     return generator.generate([Rollout(PROMPTS[i % 4], ticket=i) for i in range(count)])
 
 
 def scored_table(student, teacher_path, config, count=8):
-    table = make_table(rollouts(student, config, count), config.columns["total"].stop, MAX_NEW, 16)
+    table = make_table(rollouts(student, config, count), config.num_candidates, MAX_NEW, 16)
     teacher = Teacher(load(teacher_path), config, head_weight(load(teacher_path)).shape[0])
     teacher.score(table, list(range(count)))
     return table, teacher
@@ -66,11 +67,12 @@ def test_for_forward_kl_the_teacher_proposes_its_own_top_k(model_dir):
 def test_teacher_equal_to_student_agrees_at_every_candidate(config, model_dir):
     """Catches every off-by-one between generator and teacher: same model, same ids, same log-probabilities."""
     table, _ = scored_table(model_dir(), model_dir(), config)
-    columns = config.columns
+    loss = make_loss(config)
     for row in range(8):
         count = int(table.length[row] - table.prompt_len[row])
         s, t = table.behavior_logp[row, :count], table.teacher_logp[row, :count]
-        known = slice(0, 1) if config.loss == "forward_kl" else slice(0, columns["top"].stop if columns["tail"].stop > columns["tail"].start else None)
+        known = slice(0, 1 if config.loss == "forward_kl" else loss.tail.start)  # the tail's b is that of the restricted sampler
+        assert known.stop == {"forward_kl": 1, "stratified_reverse_kl": 1 + config.top_k}.get(config.loss, config.num_candidates)
         torch.testing.assert_close(t[:, known], s[:, known], atol=2e-5, rtol=0)
 
 
@@ -82,7 +84,7 @@ def test_a_hit_gives_what_the_model_gave(config, model_dir):
     if config.loss == "forward_kl":
         table.candidate_ids[:, :, 1:] = 0
     hits = teacher.cache.hits
-    assert all(teacher._from_cache(table, row) for row in range(8)) and teacher.cache.hits == hits + 8
+    assert all(teacher.from_cache(table, row) for row in range(8)) and teacher.cache.hits == hits + 8
     for row in range(8):
         assert torch.equal(table.teacher_logp[row], expected[row]) and torch.equal(table.candidate_ids[row], expected_ids[row])
 
@@ -112,7 +114,7 @@ def test_the_same_response_after_another_split_of_prompt_and_response_is_another
     config = Config(loss="forward_kl", top_k=4)
     table, teacher = scored_table(model_dir(seed=0), model_dir(seed=1), config, count=1)
     table.prompt_len[0] += 1
-    assert not teacher._from_cache(table, 0)
+    assert not teacher.from_cache(table, 0)
 
 
 def test_token_batches_cover_everything_within_the_budget_and_are_at_most_a_third_padding():
@@ -130,12 +132,15 @@ def test_in_batch_order_the_rows_scored_together_do_not_depend_on_timing():
     waiting = {}
     for ticket in (1, 3, 0, 2, 7, 6, 4, 5):
         waiting[ticket] = 100 + ticket
-        if rows := ready_rows(waiting, 2 * len(groups), config):
+        if rows := ready_rows(waiting, 2 * len(groups), config):  # takes them out of `waiting`
             groups.append(rows)
-            for row in rows:
-                del waiting[row - 100]
     while rows := ready_rows(waiting, 2 * len(groups), config):
         groups.append(rows)
-        for row in rows:
-            del waiting[row - 100]
-    assert groups == [[100, 101], [102, 103], [104, 105], [106, 107]]
+    assert groups == [[100, 101], [102, 103], [104, 105], [106, 107]] and not waiting
+
+
+def test_no_group_reaches_into_the_next_batch_and_arrival_order_scores_what_is_there():
+    waiting = {ticket: ticket for ticket in range(20)}
+    assert ready_rows(waiting, 8, Config(batch_size=9)) == [8]  # the end of the first batch; the groups of this size have two
+    assert ready_rows(waiting, 9, Config(batch_size=9)) == [9, 10]
+    assert ready_rows({7: 1, 3: 2}, 0, Config(order="arrival")) == [2, 1] and not ready_rows({}, 0, Config(order="arrival"))

@@ -1,19 +1,30 @@
 """Claims about the whole run: real processes on tiny models."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.multiprocessing as mp
 from conftest import ROOT
 
+import fork_server
+import launch
 import train
+from config import Config
 
 BASE = [
     "--batch-size=8", "--slots=8", "--eval-size=8", "--max-prompt-tokens=32", "--max-new-tokens=12", "--cpu-threads=1",
@@ -66,6 +77,14 @@ def alive(pid):
         return False
 
 
+def still_alive(family, within=20.0):
+    """Command lines of those that outlive the deadline: the fork server and orphans notice by themselves."""
+    deadline = time.monotonic() + within
+    while any(alive(pid) for pid in family) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [line for pid, line in family.items() if alive(pid)]
+
+
 def read_until(process, pattern):
     lines = []
     for line in process.stdout:
@@ -73,11 +92,6 @@ def read_until(process, pattern):
         if re.search(pattern, line):
             return "".join(lines)
     raise AssertionError(f"{pattern!r} never appeared:\n{''.join(lines)}")
-
-
-@pytest.fixture(scope="module")
-def pair(model_dir):
-    return [f"--student={model_dir('qwen3', 0)}", f"--teacher={model_dir('qwen3', 1, hidden=40)}"]
 
 
 SYNC = ["--max-staleness=0", "--steps=6", "--eval-every=3"]
@@ -184,10 +198,7 @@ def die_and_collect(process, victim, within=20.0):
     started = time.monotonic()
     out = finish(process, expect=1)
     assert time.monotonic() - started < within
-    deadline = time.monotonic() + within  # orphans of rank 0 notice by themselves
-    while any(alive(pid) for pid in family) and time.monotonic() < deadline:
-        os.sched_yield()
-    assert not [line for pid, line in family.items() if alive(pid)]
+    assert not still_alive(family, within)
     return out
 
 
@@ -215,6 +226,83 @@ def test_a_role_that_fails_ends_the_run_with_its_own_traceback(pair, tmp_path):
     assert "in follow" not in out  # the other rank was told: a traceback of its own would name where it waited
 
 
+# ---- waiting ------------------------------------------------------------------------------------------
+
+
+class StubContext:
+    """What torch's process context shows of a generator and the teacher."""
+
+    def __init__(self, exits=()):
+        self.living = [True, True]
+        self.exits = exits  # what `join` raises
+        self.processes = [SimpleNamespace(is_alive=lambda i=i: self.living[i]) for i in range(2)]
+
+    def join(self, timeout, grace_period):
+        if self.exits:
+            raise self.exits
+
+
+@pytest.fixture
+def stub_roles(monkeypatch):
+    """roles(exits) -> launch.Roles with its real signal handlers over processes that do not exist."""
+    handlers = {number: signal.getsignal(number) for number in fork_server.INTERRUPTS}
+
+    def make(exits=()):
+        monkeypatch.setattr(launch.mp, "start_processes", lambda *args, **kwargs: StubContext(exits))
+        channel = SimpleNamespace(stop=torch.zeros(1), running=lambda: not channel.stop.item())
+        return launch.Roles(Config(), channel, [], [], 0)
+
+    yield make
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def waits(roles):
+    """The two places where rank 0 waits, as functions: for rows that never come, for an evaluation that is never done."""
+    empty = iter([[]] * 50)  # StopIteration where waiting would never end
+    to_learner = SimpleNamespace(get_all=lambda timeout: next(empty))
+    channel = SimpleNamespace(to_learner=to_learner, eval_due=torch.zeros(1), eval_done=torch.zeros(1), eval_accuracy=torch.zeros(1))
+    run = train.Run.__new__(train.Run)
+    run.config, run.channel, run.roles, run.held_out = Config(), channel, roles, ["prompt"]
+    run.learner = SimpleNamespace(version=3)
+    run.tickets = SimpleNamespace(batch=lambda version: None, receive=lambda rows: None)
+    return roles.check, run.wait_for_rows, lambda: run.evaluate("eval_accuracy")
+
+
+def test_waiting_ends_with_the_name_and_the_reason_when_a_role_is_gone(stub_roles):
+    killed = mp.ProcessExitedException("terminated with signal SIGKILL", 1, 77, -9, "SIGKILL")
+    for index, exits, message in ((0, None, "generator 0 died: its own traceback"), (1, killed, "teacher died: .*SIGKILL"), (0, (), "left before the end")):
+        raised = mp.ProcessRaisedException("its own traceback", index, 77) if exits is None else exits
+        roles = stub_roles(raised)
+        roles.check()  # as long as all live, nothing is raised
+        roles.context.living[index] = False
+        for wait in waits(roles):
+            roles.channel.stop.fill_(0)
+            with pytest.raises(launch.RoleDied, match=message):
+                wait()
+            assert roles.channel.stop.item()  # the others are told to leave
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_waiting_ends_after_a_signal_even_if_a_role_is_gone_too(number, stub_roles):
+    roles = stub_roles()
+    roles.check()
+    signal.raise_signal(number)  # raises nothing by itself: an update that is being made is finished
+    for living in (True, False):
+        roles.context.living[0] = living
+        for wait in waits(roles):
+            with pytest.raises(launch.Interrupted):
+                wait()
+
+
+def test_waiting_ends_when_torchrun_is_gone(stub_roles):
+    roles = stub_roles()
+    roles.channel.running = lambda: False
+    for wait in waits(roles):
+        with pytest.raises(launch.Interrupted):
+            wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_or_a_terminate_signal_saves_and_leaves_and_the_run_can_be_resumed(number, pair, tmp_path):
     """To every process at once: what a terminal does, and a cluster's scheduler at the time limit."""
@@ -228,7 +316,7 @@ def test_ctrl_c_or_a_terminate_signal_saves_and_leaves_and_the_run_can_be_resume
     out, _ = process.communicate(timeout=60)
     done = int(re.search(r"interrupted after update (\d+)", out).group(1))
     assert (output / f"step_{done}" / "training_state.pt").exists() and len(metrics(output)) == done
-    assert not [pid for pid in family if alive(pid)]
+    assert not still_alive(family, within=5.0)
     json.loads((output / "trace.json").read_text())
     if number == signal.SIGTERM:
         finish(start(output, *pair, f"--steps={done + 2}", "--eval-every=0", "--resume"))
@@ -249,7 +337,7 @@ def refuse(*args, **kwargs):
     raise RuntimeError("a device was asked for")
 for name in ("is_available", "device_count", "_lazy_init", "current_device", "get_device_capability", "get_device_properties"):
     setattr(torch.cuda, name, refuse)
-for name in {train.PRELOAD}:
+for name in {fork_server.PRELOAD}:
     importlib.import_module(name)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -263,3 +351,49 @@ def test_a_damaged_checkpoint_is_named_on_resume(sync_run, pair, tmp_path, monke
     monkeypatch.setattr("sys.argv", command(output, *pair, *SYNC, "--steps=8", "--resume")[1:])
     with pytest.raises(SystemExit, match=re.escape(f"train.py: error: --resume {weights}: weights missing or damaged")):
         train.main()
+
+
+# ---- progress -----------------------------------------------------------------------------------------
+
+
+def run_on_a_terminal(*flags, width=200):
+    """What train.py writes to a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    process = subprocess.Popen(command(*flags), stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    written = b""
+    with suppress(OSError):  # how the end of a terminal reads
+        while part := os.read(ours, 4096):
+            written += part
+    os.close(ours)
+    assert process.wait(timeout=60) == 0, written.decode()
+    return written.decode().replace("\r\n", "\n")
+
+
+def test_on_a_terminal_the_progress_is_one_line_that_is_drawn_again(pair, tmp_path):
+    text = run_on_a_terminal(tmp_path / "run", *pair, "--steps=4", "--eval-every=4")
+    lines = text.rstrip("\n").split("\n")
+    assert "update " not in "".join(line for line in lines if not line.startswith("done"))
+    *_, accuracy, progress, end = lines
+    assert accuracy.startswith("accuracy before training ") and "\r" not in "".join([*lines[:-2], end])
+    drawn = [part for part in progress.split("\r") if part.strip()]
+    counts = [int(re.match(r"(\d+)/4 \[", part).group(1)) for part in drawn]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 4 and len(drawn) > 2
+    assert end.startswith("done after update 4, accuracy ")
+    last = metrics(tmp_path / "run")[-1]
+    for name, number in (("reverse KL", f"{last['reverse_kl']:.4f}"), ("lag", f"{last['lag_mean']:.2f}"), ("accuracy", f"{last['eval_accuracy']:.1%}")):
+        assert f"{name} {number}" in drawn[-1]
+    for part in drawn:  # the numbers of an update stand beside its own number
+        records = {f"reverse KL {r['reverse_kl']:.4f}": r["step"] for r in metrics(tmp_path / "run")}
+        shown = re.search(r"reverse KL -?[\d.]+", part)
+        assert shown is None or records[shown.group()] == int(part.split("/")[0]), part
+
+
+def test_elsewhere_the_progress_is_one_line_for_each_update(sync_run):
+    output, text = sync_run
+    assert "\r" not in text
+    lines = [line for line in text.splitlines() if line.startswith("update ")]
+    for line, record in zip(lines, metrics(output), strict=True):
+        assert line.startswith(f"update {record['step']:4d}/6  ") and f"reverse KL {record['reverse_kl']:.4f}" in line
+        assert ("accuracy" in line) == ("eval_accuracy" in record)

@@ -1,0 +1,350 @@
+"""What models, prompt files and the output directory must be, and the messages that say so.
+
+Nothing here is needed to understand the algorithm. Every message names the value, the limit and the
+fix. A model is judged by comparing numbers, not by its name: its logits must be hidden @ W^T, which
+the chunked head computes, and attention must be its only memory, which the KV slots hold.
+
+Left out: quantised models, adapters, teacher and student with different tokenizers.
+"""
+
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from attention import Decode, KVCache, Prefill
+from config import Config, InputError
+from kernels.head import head_logits
+from log import newest_checkpoint, step_of
+from model import head_weight, last_hidden, shared_vocabulary, stop_ids, text_config
+
+
+def require(condition, message: str):
+    if not condition:
+        raise InputError(message)
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+def available_memory():
+    """Bytes that may still be used: what the kernel calls available, or a cgroup's limit."""
+    free = 1024 * number_after("MemAvailable:", Path("/proc/meminfo"))
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.exists() and limit.read_text().strip() != "max":
+        used = int((group / "memory.current").read_text())
+        reclaimable = number_after("inactive_file", group / "memory.stat")
+        free = min(free, int(limit.read_text()) - used + reclaimable)
+    return free
+
+
+def number_after(name: str, path: Path):
+    return int(re.search(rf"^{name}\s+(\d+)", path.read_text(), re.MULTILINE)[1])
+
+
+def check_memory(needed: int, config: Config):
+    """Raises MemoryError before anything is allocated."""
+    free = available_memory()
+    if needed > 0.9 * free:
+        raise MemoryError(
+            f"the rollout table and the weight mailbox need {needed / 2**20:,.0f} MiB of shared "
+            f"memory, {free / 2**20:,.0f} MiB are available: lower --batch-size "
+            f"({config.batch_size}), --max-staleness ({config.max_staleness}), --max-new-tokens "
+            f"({config.max_new_tokens}) or the candidates per position ({config.num_candidates}), "
+            "or give the container more memory"
+        )
+
+
+# ---- models -----------------------------------------------------------------------------------
+
+
+def check_path(flag: str, path: str):
+    """A model directory must be whole. What does not look like a path is taken for a hub id."""
+    place = Path(path)
+    is_path = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not is_path and not place.parent.is_dir():
+        return
+    why = "" if is_path else f"; {place.parent} is a directory here, so this is no hub id"
+    fix = "give a model directory or a hub id such as org/name"
+    missing = f"{flag} {path}: no model there (config.json is missing{why}): {fix}"
+    require((place / "config.json").is_file(), missing)
+    if not any(place.glob("pytorch_model*.bin")):
+        check_weight_files(flag, place)
+
+
+def check_weight_files(flag: str, place: Path):
+    """Safetensors files must be there and as long as their headers say."""
+    file = place / "model.safetensors"
+    index = place / "model.safetensors.index.json"
+    try:
+        shards = [file]
+        if index.is_file() and not file.is_file():
+            shards = {place / name for name in json.loads(index.read_text())["weight_map"].values()}
+        for file in shards:
+            safe_open(file, "pt")
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{flag} {file}: weights missing or damaged: {error}: fetch or save the model again"
+        ) from None
+
+
+def load_tokenizer(flag: str, path: str):
+    check_path(flag, path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{flag} {path}: no tokenizer there: {reason}") from None
+
+
+def check_models(config: Config):
+    """Teacher and student must read text alike. Returns what the user should be told."""
+    student = load_tokenizer("--student", config.student_path)
+    teacher = load_tokenizer("--teacher", config.teacher_path)
+    probe = "The 3 answers: 47+58=105, naïve 你好\n\tdef f(x): return x**2"
+    same_ids = student.get_vocab() == teacher.get_vocab()
+    require(
+        same_ids and student(probe).input_ids == teacher(probe).input_ids,
+        f"--teacher {config.teacher_path} and --student {config.student_path} have different "
+        f"tokenizers ({len(teacher)} and {len(student)} tokens): choose two models of one family",
+    )
+    check_top_k(config)
+    ours = stop_ids(config.student_path, student)
+    theirs = stop_ids(config.teacher_path, teacher)
+    notes = vocabulary_notes(config)
+    if ours != theirs:
+        notes.append(
+            f"student stops at {sorted(ours)}, teacher at {sorted(theirs)}: "
+            "the student's are used, watch truncated_fraction"
+        )
+    return notes
+
+
+def check_top_k(config: Config):
+    vocab = shared_vocabulary(config)
+    limit = vocab - (config.loss == "stratified_reverse_kl")  # its tail needs an id
+    require(
+        config.loss == "sampled_reverse_kl" or config.top_k <= limit,
+        f"--top-k is {config.top_k}, the vocabulary has {vocab} ids: "
+        f"{limit} is the most for {config.loss}",
+    )
+
+
+def vocabulary_notes(config: Config):
+    paths = (config.student_path, config.teacher_path)
+    student, teacher = map(text_config, paths)
+    notes = []
+    if student.vocab_size != teacher.vocab_size:
+        notes.append(
+            f"student head has {student.vocab_size} rows, teacher {teacher.vocab_size}: "
+            f"both are cut to the first {shared_vocabulary(config)} ids"
+        )
+    for path, settings in zip(paths, (student, teacher)):
+        positions = getattr(settings, "max_position_embeddings", config.max_sequence)
+        if config.max_sequence > positions:
+            notes.append(
+                f"{path} was made for {positions} positions, "
+                f"a sequence may have {config.max_sequence}"
+            )
+    return notes
+
+
+def load_model(path, dtype, device, attention: str | None = None):
+    """The model, frozen, on `device`. `attention`: "kv_slots" for a generator.
+
+    Raises InputError if weights are missing, if its head is more than a matrix product, or if the
+    slots do not hold all that it remembers.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    missing = info["missing_keys"]  # transformers would start them at random
+    require(
+        not missing,
+        f"{path}: {len(missing)} tensors are not in its files, {min(missing, default='')} for one: "
+        "wrong config.json?",
+    )
+    model = model.to(device).eval().requires_grad_(False)
+    check_head(model, path)
+    if attention:
+        check_slots(model, path, attention)
+    return model
+
+
+def agree(a, b):
+    tolerance = 0.05 if a.dtype == torch.bfloat16 else 1e-3
+    largest = float(a.abs().max())
+    return torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * largest)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, path: str):
+    ids = torch.arange(4, device=model.device)[None]
+    ours = head_logits(last_hidden(model, ids)[0], head_weight(model))
+    require(
+        agree(model(input_ids=ids, use_cache=False).logits[0], ours),
+        f"{path}: its logits are not hidden @ W^T (a bias, scale or soft-cap follows the head): "
+        "such a model is not supported",
+    )
+
+
+@torch.no_grad()
+def check_slots(model: nn.Module, path: str, attention: str):
+    """Switch to the KV slots; compare prefill and decode of 8 tokens with the plain forward."""
+    ids = torch.arange(8, device=model.device)[None]
+    last = ids[0, -1:]
+    cache = KVCache(slots=1, max_len=8)
+    expected = last_hidden(model, ids)[0, -1]
+    model.set_attn_implementation(attention)
+    last_hidden(model, ids[:, :-1], slot_step=Prefill(cache, last - 7))
+    step = Decode(cache, last, length=8)
+    actual = last_hidden(model, ids[:, -1:], position_ids=last[None], slot_step=step)[0, 0]
+    require(
+        agree(expected, actual),
+        f"{path}: more than attention remembers earlier tokens (recurrent or convolution layers): "
+        "such a model is not supported",
+    )
+
+
+# ---- prompt files -----------------------------------------------------------------------------
+
+
+def json_lines(path: str):
+    """Yield (where, object) for every line that is not blank."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fix = "give a file of JSON lines in UTF-8"
+        raise InputError(f"{path}: cannot be read: {error}: {fix}") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            yield where, parse_line(where, line)
+
+
+def parse_line(where: str, line: str):
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON: {error}: one object per line is needed") from None
+    require(
+        isinstance(item, dict) and ("prompt" in item) != ("messages" in item),
+        f"{where}: needs an object with either `prompt` (text) or `messages` (chat list), not both",
+    )
+    answer = item.get("answer", "")
+    require(
+        answer is None or isinstance(answer, (str, int, float)),
+        f"{where}: `answer` is {type(answer).__name__}, text or a number is needed",
+    )
+    return item
+
+
+def prompt_text(where: str, item: dict, tokenizer):
+    """The `prompt`, or the `messages` through the chat template."""
+    text = item.get("prompt")
+    if "messages" in item:
+        text = apply_template(where, item["messages"], tokenizer)
+    require(
+        text and isinstance(text, str),
+        f"{where}: the prompt is empty or not text: {json.dumps(item)[:80]}",
+    )
+    return text
+
+
+def apply_template(where: str, messages, tokenizer):
+    require(
+        tokenizer.chat_template,
+        f"{where}: has `messages`, but the student's tokenizer has no chat template: use `prompt`",
+    )
+    refusal = f"{where}: the chat template refuses `messages`"
+    kind = type(messages).__name__
+    require(isinstance(messages, list), f"{refusal}: it is {kind}, a list is needed")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever the template raises on bad messages
+        raise InputError(f"{refusal}: {error}") from None
+
+
+def check_prompt(where: str, text: str, ids: list[int], limit: int, tokenizer):
+    require(
+        len(ids) <= limit,
+        f"{where}: {len(ids)} tokens, --max-prompt-tokens is {limit}: "
+        "raise it or pass --drop-long-prompts",
+    )
+    require(ids, f"{where}: the prompt has no tokens: {text!r}")
+    ordinary = {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    is_known = tokenizer.unk_token_id in ordinary or tokenizer.unk_token_id not in ids
+    require(
+        is_known,
+        f"{where}: the prompt has characters that the tokenizer does not know: {text!r}",
+    )
+
+
+# ---- the output directory ---------------------------------------------------------------------
+
+# The settings that decide which rollouts come next.
+MUST_MATCH = """student prompts eval_prompts eval_size seed batch_size samples_per_prompt order
+    max_prompt_tokens drop_long_prompts""".split()
+
+
+def check_output(config: Config):
+    """The checkpoint to resume from (None: a new run), and what the user should be told.
+
+    Makes the directory, writes nothing. Raises InputError if the directory cannot be written or
+    holds another run, if there is nothing to resume, or if a setting in MUST_MATCH has changed.
+    """
+    output, checkpoint = config.output, newest_checkpoint(config.output)
+    if config.resume:
+        return checkpoint, check_resume(config, checkpoint)
+    fix = f"--resume continues it from {checkpoint}" if checkpoint else "it has no checkpoint"
+    metrics = output / "metrics.jsonl"
+    is_used = checkpoint or (metrics.exists() and metrics.stat().st_size)
+    require(not is_used, f"--output-dir {output} holds another run: choose a new directory ({fix})")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError("no permission to write into it")
+    except OSError as error:
+        raise InputError(f"--output-dir {output}: {error}: choose another directory") from None
+    return None, []
+
+
+def check_resume(config: Config, checkpoint: Path | None):
+    output = config.output
+    missing = f"--resume: no checkpoint (step_N) in --output-dir {output}: start without --resume"
+    require(checkpoint, missing)
+    before = read_resumed(output, checkpoint)
+    changed = {}
+    for name, value in yaml.safe_load(config.dump()).items():
+        if value != before.get(name):
+            changed[name] = f"{name} was {before.get(name)!r} and is now {value!r}"
+    for name in changed.keys() & set(MUST_MATCH):
+        raise InputError(f"--resume: {changed[name]}: keep it")
+    done = step_of(checkpoint)
+    require(
+        done < config.steps,
+        f"--resume: {output} has made {done} updates already, --steps is {config.steps}: raise it",
+    )
+    return [f"resuming from {checkpoint}", *changed.values()]
+
+
+def read_resumed(output: Path, checkpoint: Path):
+    """The settings of the run before; the checkpoint must not be damaged."""
+    try:
+        before = dict(yaml.safe_load((output / "config.yaml").read_text()))
+        if not zipfile.is_zipfile(checkpoint / "training_state.pt"):
+            fix = f"without {checkpoint} an older one is taken"
+            raise OSError(f"training_state.pt is damaged, {fix}")
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        where = f"{output}/config.yaml or {checkpoint}"
+        raise InputError(f"--resume: {where} cannot be read: {error}") from None
+    return before

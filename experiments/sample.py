@@ -1,0 +1,90 @@
+"""Sample from a checkpoint: `python generate.py --model DIR --prompts FILE.jsonl`.
+
+Prints one JSON object per prompt on stdout and, where there are answers, the accuracy on stderr.
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+
+from channel import STOP, Rollout
+from checks import load_model, load_tokenizer
+from config import Config, model_path
+from data import is_correct, read_jsonl
+from generate import Generator
+from losses import Greedy, Proposal
+from model import compute_dtype, head_weight, stop_ids
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        "generate.py",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    option("--model", required=True, help="directory or hub id; builtin: the shipped student")
+    option("--prompts", required=True, help="JSONL, as for train.py")
+    option("--temperature", type=float, default=1.0, help="softmax temperature; 0: greedy")
+    option("--max-prompt-tokens", type=int, default=2048, help="longest prompt, tokens")
+    option("--drop-long-prompts", action="store_true", help="leave longer prompts out")
+    option("--max-new-tokens", type=int, default=256, help="longest response, tokens")
+    option("--slots", type=int, default=64, help="sequences decoded at once")
+    option("--seed", type=int, default=0, help="seed of sampling")
+    args = parser.parse_args()
+    if min(args.max_prompt_tokens, args.max_new_tokens, args.slots) < 1:
+        parser.error("--max-prompt-tokens, --max-new-tokens and --slots are at least 1")
+    if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**32:
+        parser.error("--temperature and --seed are at least 0 and finite")
+    return args
+
+
+def sample(args):
+    """Yield (prompt, finished rollout, response text) for every prompt of the file, in order."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = model_path(args.model, "student")
+    tokenizer = load_tokenizer("--model", path)
+    prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens, args.drop_long_prompts)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    config = Config(
+        max_prompt_tokens=longest,
+        max_new_tokens=args.max_new_tokens,
+        micro_batch_tokens=max(8192, longest + args.max_new_tokens),
+        temperature=args.temperature or 1.0,
+        seed=args.seed,
+    )
+    model = load_model(path, compute_dtype(config, device), device, attention="kv_slots")
+    proposal = Proposal() if args.temperature > 0 else Greedy()
+    stops, vocab = stop_ids(path, tokenizer), len(head_weight(model))
+    generator = Generator(model, proposal, config, stops, vocab, args.slots)
+    rollouts = [Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)]
+    for prompt, rollout in zip(prompts, generator.generate(rollouts)):
+        yield prompt, rollout, tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+
+
+def main():
+    args = parse_args()
+    correct = []
+    try:
+        for prompt, rollout, response in sample(args):
+            result = {
+                "prompt": prompt.text,
+                "response": response,
+                "tokens": len(rollout.response_ids),
+                "finish": "stop" if rollout.finish == STOP else "length",
+            }
+            if prompt.answer is not None:
+                correct.append(is_correct(response, prompt.answer))
+                result |= {"answer": prompt.answer, "correct": correct[-1]}
+            print(json.dumps(result, ensure_ascii=False))
+    except ValueError as error:
+        sys.exit(f"generate.py: {error}")
+    if correct:
+        share = f"{sum(correct) / len(correct):.1%}"
+        print(f"{sum(correct)} of {len(correct)} answers correct ({share})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""What the kernels share: one program a row of logits reads it twice and writes the gradient.
+
+Letters of shapes: serial.py; G rows are the positions of a chunk. kernels/head.py has the
+mathematics. How much of the second read the L2 cache serves depends on V (docs/kernels.md). An id
+of -1 means that there is no candidate: s = 0, c = 0.
+
+The gradient goes where the logits were. It has the dtype of the next matrix product, so no pass is
+needed to convert it: a bfloat16 gradient of float32 logits fills the first half of its row's bytes.
+Equal ids add up without atomics: each of them stores the same sum, taken in the same order.
+
+`gather` and `scatter` are the two steps as kernels of their own, for losses without a fused kernel.
+Left out: autotuning (one launch shape per vocabulary size), float64 (plain torch), vocabularies
+split over several programs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+
+DEPTH = constexpr(2)  # loads of LANES logits that are in flight at once
+
+
+@triton.jit
+def row_logsumexp(row, V, LANES: constexpr):
+    """logsumexp of a row, float32: a running maximum and sum in every lane, joined at the end."""
+    offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    peak = tl.full([LANES], -1e38, tl.float32)  # finite: -inf minus -inf would be NaN beyond V
+    total = tl.zeros([LANES], tl.float32)
+    for start in range(0, V, DEPTH * LANES):
+        at = start + offsets
+        z = tl.load(row + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(z, 0))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher[None, :]), 0)
+        peak = higher
+    top = tl.max(peak, 0)
+    return top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
+
+
+@triton.jit
+def row_gather(row, ids_row, lse, C, CANDIDATES: constexpr):
+    """(column numbers, ids or -1, log-probabilities or 0 where the id is -1), [CANDIDATES] each."""
+    k = tl.arange(0, CANDIDATES)
+    ids = tl.load(ids_row + k, mask=k < C, other=-1)
+    z = tl.load(row + ids, mask=ids >= 0, other=0.0).to(tl.float32)
+    return k, ids, tl.where(ids >= 0, z - lse, 0.0)
+
+
+@triton.jit
+def gradient_at_candidates(s, ids, ids_row, c_row, c_sum, C, CANDIDATES: constexpr):
+    """dL/dz at the candidates' ids [CANDIDATES]; candidates with equal ids get the same sum."""
+    # All pairs at once would not fit into registers.
+    PART: constexpr = max(1, min(CANDIDATES, 8192 // CANDIDATES))
+    at_ids = -tl.exp(s) * c_sum
+    for first in range(0, C, PART):
+        j = first + tl.arange(0, PART)
+        other_ids = tl.load(ids_row + j, mask=j < C, other=-1)
+        other_c = tl.load(c_row + j, mask=j < C, other=0.0)
+        is_same = ids[:, None] == other_ids[None, :]
+        at_ids += tl.sum(tl.where(is_same, other_c[None, :], 0.0), 1)
+    return at_ids
+
+
+@triton.jit
+def row_scatter(
+    row,
+    grad_row,
+    ids_row,
+    c_row,  # [C] in memory, 0 where there is no candidate
+    lse,
+    V,
+    C,
+    LANES: constexpr,
+    CANDIDATES: constexpr,
+):
+    """Overwrite a row of logits with the gradient."""
+    GRAD: constexpr = grad_row.dtype.element_ty
+    NARROW: constexpr = GRAD.primitive_bitwidth < row.dtype.element_ty.primitive_bitwidth
+    k, ids, s = row_gather(row, ids_row, lse, C, CANDIDATES)
+    c_sum = tl.sum(tl.load(c_row + k, mask=k < C, other=0.0), 0)
+    at_ids = gradient_at_candidates(s, ids, ids_row, c_row, c_sum, C, CANDIDATES)
+    # Every thread has read its candidates' logits; from here on they are overwritten.
+    tl.debug_barrier()
+    offsets = tl.arange(0, DEPTH)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    for start in range(0, V, DEPTH * LANES):
+        at = start + offsets
+        z = tl.load(row + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        if NARROW:
+            tl.debug_barrier()  # the gradient covers logits of this block and of earlier ones
+        tl.store(grad_row + at, (-tl.exp(z - lse) * c_sum).to(GRAD), mask=at < V)
+    tl.debug_barrier()  # the candidates' entries come last, over what the loop left there
+    tl.store(grad_row + ids, at_ids.to(GRAD), mask=ids >= 0)
+
+
+@triton.jit
+def gather_kernel(
+    logits,  # [G,V] float32 or bfloat16, read
+    grad,  # unused: every row kernel takes the same first arguments
+    ids,  # [G,C] int64, read; -1: none
+    logp,  # [G,C] float32, written
+    logsumexp,  # [G] float32, written
+    V,
+    C,
+    grad_stride,
+    LANES: constexpr,
+    CANDIDATES: constexpr,
+):
+    g = tl.program_id(0).to(tl.int64)
+    lse = row_logsumexp(logits + g * V, V, LANES)
+    k, _, s = row_gather(logits + g * V, ids + g * C, lse, C, CANDIDATES)
+    tl.store(logp + g * C + k, s, mask=k < C)
+    tl.store(logsumexp + g, lse)
+
+
+@triton.jit
+def scatter_kernel(
+    logits,  # [G,V] float32 or bfloat16, read and overwritten through grad
+    grad,  # the same memory in the gradient's dtype, rows equally many bytes apart
+    ids,  # [G,C] int64, read; -1: none
+    c,  # [G,C] float32, read
+    logsumexp,  # [G] float32, read
+    V,
+    C,
+    grad_stride,
+    LANES: constexpr,
+    CANDIDATES: constexpr,
+):
+    g = tl.program_id(0).to(tl.int64)
+    lse = tl.load(logsumexp + g)
+    row, grad_row = logits + g * V, grad + g * grad_stride
+    row_scatter(row, grad_row, ids + g * C, c + g * C, lse, V, C, LANES, CANDIDATES)
+
+
+def launch(kernel, logits, dtype, columns, outputs, *scalars, **constants):
+    """Run kernel(logits, grad, *columns, *outputs, V, C, grad_stride, *scalars) on every row.
+
+    `columns` and `outputs` have G rows; the first is ids [G,C]. Returns grad [G,V] of `dtype`: the
+    memory of logits, each row where its logits began. Raises ValueError on what the kernels cannot
+    take.
+    """
+    V, C = logits.shape[1], columns[0].shape[1]
+    check_logits(logits, dtype)
+    for tensor in (logits, *columns, *outputs):
+        check_rows(tensor, logits, C)
+    grad = logits.view(dtype)[:, :V]
+    if len(logits):
+        tensors = (logits, grad, *columns, *outputs)
+        shape = launch_shape(V, C)
+        grid = (len(logits),)
+        kernel[grid](*tensors, V, C, grad.stride(0), *scalars, **constants, **shape)
+    return grad
+
+
+def check_logits(logits, dtype: torch.dtype):
+    is_wide_enough = dtype.itemsize <= logits.dtype.itemsize
+    is_known = logits.dtype in (torch.float32, torch.bfloat16)
+    if not (is_known and is_wide_enough and logits.shape[1] < 2**30):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} {logits.dtype}, gradient {dtype}: "
+            "float32 or bfloat16 are needed, below 2^30 ids"
+        )
+
+
+def check_rows(tensor, logits, C: int):
+    if tensor.dim() == 2 and tensor is not logits and tensor.shape[1] != C:
+        raise ValueError(f"{tuple(tensor.shape)}: needs {C} columns, as many as ids")
+    is_here = tensor.device == logits.device
+    if not (is_here and tensor.is_contiguous() and len(tensor) == len(logits)):
+        raise ValueError(
+            f"{tuple(tensor.shape)} on {tensor.device}: "
+            f"needs {len(logits)} contiguous rows on {logits.device}"
+        )
+
+
+def launch_shape(vocab: int, candidates: int):
+    """One shape per V: LANES * DEPTH logits a step, up to 16 a thread, 8 to 32 warps."""
+    lanes = min(8192, max(256, triton.next_power_of_2(vocab) // 8))
+    return {
+        "LANES": lanes,
+        "CANDIDATES": triton.next_power_of_2(candidates),
+        "num_warps": max(8, min(32, lanes // 256)),
+    }
+
+
+def launch_loss(kernel, logits, dtype, columns, *scalars, **constants):
+    """Run a fused loss: (loss float32 [G], student_logp float32 [G,C], gradient [G,V])."""
+    student_logp, c = logits.new_empty(2, *columns[0].shape, dtype=torch.float32)
+    loss = logits.new_empty(len(logits), dtype=torch.float32)
+    outputs = (loss, student_logp, c)
+    grad = launch(kernel, logits, dtype, columns, outputs, *scalars, **constants)
+    return loss, student_logp, grad
+
+
+def gather(logits, ids):
+    """Log-probabilities of ids int64 [G,C]: (float32 [G,C], logsumexp float32 [G])."""
+    logp = logits.new_empty(ids.shape, dtype=torch.float32)
+    logsumexp = logits.new_empty(len(logits), dtype=torch.float32)
+    launch(gather_kernel, logits, logits.dtype, (ids,), (logp, logsumexp))
+    return logp, logsumexp
+
+
+def scatter(logits, ids, c, logsumexp, dtype):
+    """Overwrite logits [G,V] with the gradient, given c = dL/ds float32 [G,C]."""
+    return launch(scatter_kernel, logits, dtype, (ids, c, logsumexp), ())

@@ -1,0 +1,126 @@
+"""The processes of a run: devices and threads, ranks, the spawned roles, signals.
+
+torchrun starts the learner ranks. Rank 0 starts the generators and the teacher as its daemons and
+watches them. The roles ignore interrupts: they leave when rank 0 says so or is gone.
+
+Left out: several nodes, restarting a role that died (the run ends and can be resumed).
+"""
+
+import os
+import signal
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import generate
+import teacher
+from channel import Channel
+from config import Config, InputError
+from fork_server import INTERRUPTS, ignore_interrupts
+
+# ---- devices and ranks ------------------------------------------------------------------------
+
+
+def role_devices(config: Config, world: int):
+    """Learner ranks first, then generators, the teacher last. They share where GPUs are few."""
+    roles = range(world + config.generators + 1)
+    gpus = torch.cuda.device_count()
+    return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in roles]
+
+
+def set_up_process(config: Config, device: torch.device, num_roles: int):
+    """Threads and precision of a role's process."""
+    share = len(os.sched_getaffinity(0)) // num_roles
+    torch.set_num_threads(config.cpu_threads or max(1, share))
+    torch.set_float32_matmul_precision("highest")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def join_ranks():
+    """(rank, number of learner ranks). Connects them if there are several."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
+        raise InputError(f"{world} ranks on several nodes: use one node, torchrun --standalone")
+    if gpus and world > gpus:
+        raise InputError(f"{world} learner ranks, {gpus} GPUs: lower --nproc-per-node")
+    if world > 1:
+        # Ranks wait for rank 0 as long as rollouts take; torchrun ends the run when one dies.
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(days=7))
+    return rank, world
+
+
+def broadcast(value=None):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+# ---- the spawned roles ------------------------------------------------------------------------
+
+
+class RoleDied(RuntimeError):
+    """A generator or the teacher is gone. The message says which, with its traceback or signal."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, a terminate signal, or the end of torchrun: save and leave."""
+
+
+class Roles:
+    """The generators and the teacher, as rank 0 sees them."""
+
+    def __init__(self, config: Config, channel: Channel, devices, held_out, next_ticket: int):
+        """`devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: the teacher's."""
+        self.channel = channel
+        self.names = [*(f"generator {i}" for i in range(config.generators)), "teacher"]
+        self.context = mp.start_processes(
+            run_role,
+            (config, channel, devices, held_out, next_ticket),
+            nprocs=len(self.names),
+            join=False,
+            daemon=True,
+            start_method="forkserver",
+        )
+        self.interrupts = []
+        for number in INTERRUPTS:
+            signal.signal(number, lambda *_: self.interrupts.append(number))
+
+    def check(self):
+        """Raise Interrupted or RoleDied if there is nothing to wait for any more."""
+        if self.interrupts or not self.channel.running():
+            raise Interrupted
+        if all(process.is_alive() for process in self.context.processes):
+            return
+        self.channel.stop.fill_(1)
+        try:
+            self.context.join(timeout=0, grace_period=3)
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            raise RoleDied(f"{self.names[error.error_index]} died: {error}") from None
+        raise RoleDied("a generator or the teacher left before the end")
+
+    def stop(self, patience: float = 10.0):
+        """Ask every role to leave its loop, then insist."""
+        self.channel.stop.fill_(1)
+        deadline = time.monotonic() + patience
+        for process in self.context.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+
+
+def run_role(index: int, config: Config, channel: Channel, devices, held_out, next_ticket):
+    """Entry of a spawned role: generators 0, 1, ..., then the teacher."""
+    ignore_interrupts()
+    device = devices[index - config.generators - 1]  # these roles have the last devices
+    set_up_process(config, device, len(devices))
+    if index < config.generators:
+        generate.run(config, channel, device, index, held_out)
+    else:
+        teacher.run(config, channel, device, next_ticket)

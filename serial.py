@@ -1,0 +1,95 @@
+"""On-policy distillation in one process: `python serial.py` trains the built-in student.
+
+This is the whole algorithm, before the system. The student writes rollouts, the teacher scores
+them, the learner trains on them, and the new weights go back to the generator. train.py makes the
+same calls, each in a process of its own, so that they overlap. Then rollouts come from older
+weights than those they train. Here the lag is exact: `--max-staleness 8` takes every rollout from
+the weights of 8 updates ago (in the first 8 updates: from the first weights).
+
+Letters of shapes, in all files:
+
+    B  rollouts of an update        R  rows of the rollout table
+    L  longest sequence             M  longest response, or tokens of one response
+    T  response tokens at hand      C  candidates of a token
+    K  top ids among them           N  draws among them
+    S  decode slots                 A  active slots
+    D  hidden size                  V  vocabulary
+    H  key-value heads              E  head size
+    P  parameters
+"""
+
+from collections import deque
+from dataclasses import replace
+
+import torch
+
+from channel import Channel, Tickets, read_rollout, write_rollout
+from checks import check_models, load_model, load_tokenizer
+from config import Config, parse
+from data import Prompt, load_prompts
+from generate import Sampler
+from learner import Learner
+from model import flat_parameters, shared_vocabulary
+from teacher import Teacher
+
+CPU = torch.device("cpu")
+
+
+class Serial:
+    """Generator, teacher and learner in one process, called in turn."""
+
+    def __init__(self, config: Config, lag: int, prompts: list[Prompt], held_out: list[Prompt]):
+        """`lag` is exact and replaces `config.max_staleness`. `held_out`: evaluation prompts."""
+        self.config = config = replace(config, max_staleness=0, order="batch")
+        student = load_model(config.student_path, torch.float32, CPU)
+        vocab = shared_vocabulary(config)
+        self.learner = Learner(student, config, vocab, torch.float32)
+        self.teacher = Teacher(load_model(config.teacher_path, torch.float32, CPU), config, vocab)
+        self.sampler = Sampler(config, CPU, config.batch_size, held_out)
+        self.lag = lag
+        self.versions = deque([flat_parameters(student)], maxlen=lag + 1)  # the last is the newest
+        self.channel = Channel.create(config, len(self.versions[0]), torch.float32)
+        self.tickets = Tickets(config, self.channel, prompts)
+
+    def update(self):
+        """Sample a batch with the weights of `lag` updates ago, score it, train on it."""
+        version = self.learner.version
+        self.tickets.issue(version)
+        rows = self.channel.to_generator.get_all()
+        self.pick_up(min(self.lag, version))
+        rollouts = [read_rollout(self.channel, row) for row in rows]
+        for rollout in self.sampler.generator.generate(rollouts):
+            write_rollout(self.channel, rollout)
+        self.teacher.score(self.channel, rows)
+        self.tickets.receive(rows)
+        metrics = self.learner.update(self.channel, self.tickets.batch(version))
+        self.tickets.trained(rows)
+        self.versions.append(flat_parameters(self.learner.model))
+        return metrics
+
+    def pick_up(self, behind: int):
+        """Give the sampler the weights of `behind` updates ago."""
+        self.sampler.weights.copy_(self.versions[-1 - behind])
+        self.sampler.generator.version = self.learner.version - behind
+
+    def accuracy(self):
+        """Greedy accuracy of the newest weights on the evaluation prompts."""
+        self.pick_up(0)
+        return self.sampler.accuracy()
+
+
+def main():
+    config = parse(usage="python serial.py [options of train.py]")
+    check_models(config)
+    prompts, held_out = load_prompts(config, load_tokenizer("--student", config.student_path))
+    run = Serial(config, config.max_staleness, prompts, held_out)
+    print(f"accuracy before training {run.accuracy():.1%}")
+    for step in range(1, config.steps + 1):
+        metrics = run.update()
+        numbers = f"reverse KL {metrics['reverse_kl']:.4f}  lag {metrics['lag_mean']:.2f}"
+        print(f"update {step:4d}/{config.steps}  {numbers}")
+    print(f"accuracy after training {run.accuracy():.1%}")
+
+
+if __name__ == "__main__":
+    main()
