@@ -31,10 +31,9 @@ class KVCache:
     def layer(self, index: int, key, value):
         """The tensors of one layer; `key` and `value` [A,H,X,E] show their shape and dtype."""
         if index not in self.layers:
-            _, heads, _, size = key.shape
-            keys = key.new_zeros(self.slots, heads, self.max_len, size)
-            values = value.new_zeros(self.slots, heads, self.max_len, value.shape[3])
-            self.layers[index] = keys, values
+            self.layers[index] = tuple(
+                x.new_zeros(self.slots, x.shape[1], self.max_len, x.shape[3]) for x in (key, value)
+            )
         return self.layers[index]
 
     def move(self, source: int, target: int, length: int):

@@ -17,17 +17,17 @@ import torch
 import transformers
 import yaml
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attention import Decode, KVCache, Prefill
 from config import Config, InputError
 from kernels.head import head_logits
 from log import newest_checkpoint, step_of
+from losses import make_loss
 from model import head_weight, last_hidden, shared_vocabulary, stop_ids, text_config
 
 
-def require(condition, message: str):
+def require(condition, message):
     if not condition:
         raise InputError(message)
 
@@ -47,11 +47,11 @@ def available_memory():
     return free
 
 
-def number_after(name: str, path: Path):
+def number_after(name, path: Path):
     return int(re.search(rf"^{name}\s+(\d+)", path.read_text(), re.MULTILINE)[1])
 
 
-def check_memory(needed: int, config: Config):
+def check_memory(needed, config: Config):
     """Raises MemoryError before anything is allocated."""
     free = available_memory()
     if needed > 0.9 * free:
@@ -67,7 +67,7 @@ def check_memory(needed: int, config: Config):
 # ---- models -----------------------------------------------------------------------------------
 
 
-def check_path(flag: str, path: str):
+def check_path(flag, path):
     """A model directory must be whole. What does not look like a path is taken for a hub id."""
     place = Path(path)
     is_path = path.startswith((".", "/", "~")) or path.count("/") != 1
@@ -81,7 +81,7 @@ def check_path(flag: str, path: str):
         check_weight_files(flag, place)
 
 
-def check_weight_files(flag: str, place: Path):
+def check_weight_files(flag, place: Path):
     """Safetensors files must be there and as long as their headers say."""
     file = place / "model.safetensors"
     index = place / "model.safetensors.index.json"
@@ -97,7 +97,7 @@ def check_weight_files(flag: str, place: Path):
         ) from None
 
 
-def load_tokenizer(flag: str, path: str):
+def load_tokenizer(flag, path):
     check_path(flag, path)
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -130,10 +130,10 @@ def check_models(config: Config):
 
 
 def check_top_k(config: Config):
-    vocab = shared_vocabulary(config)
-    limit = vocab - (config.loss == "stratified_reverse_kl")  # its tail needs an id
+    vocab, loss = shared_vocabulary(config), make_loss(config)
+    limit = vocab - (loss.tail.start < loss.tail.stop)  # a tail needs an id
     require(
-        config.loss == "sampled_reverse_kl" or config.top_k <= limit,
+        loss.top.stop - loss.top.start <= limit,
         f"--top-k is {config.top_k}, the vocabulary has {vocab} ids: "
         f"{limit} is the most for {config.loss}",
     )
@@ -158,7 +158,7 @@ def vocabulary_notes(config: Config):
     return notes
 
 
-def load_model(path, dtype, device, attention: str | None = None):
+def load_model(path, dtype, device, attention=None):
     """The model, frozen, on `device`. `attention`: "kv_slots" for a generator.
 
     Raises InputError if weights are missing, if its head is more than a matrix product, or if the
@@ -187,7 +187,7 @@ def agree(a, b):
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, path: str):
+def check_head(model, path):
     ids = torch.arange(4, device=model.device)[None]
     ours = head_logits(last_hidden(model, ids)[0], head_weight(model))
     require(
@@ -198,7 +198,7 @@ def check_head(model: nn.Module, path: str):
 
 
 @torch.no_grad()
-def check_slots(model: nn.Module, path: str, attention: str):
+def check_slots(model, path, attention):
     """Switch to the KV slots; compare prefill and decode of 8 tokens with the plain forward."""
     ids = torch.arange(8, device=model.device)[None]
     last = ids[0, -1:]
@@ -218,7 +218,7 @@ def check_slots(model: nn.Module, path: str, attention: str):
 # ---- prompt files -----------------------------------------------------------------------------
 
 
-def json_lines(path: str):
+def json_lines(path):
     """Yield (where, object) for every line that is not blank."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -231,7 +231,7 @@ def json_lines(path: str):
             yield where, parse_line(where, line)
 
 
-def parse_line(where: str, line: str):
+def parse_line(where, line):
     try:
         item = json.loads(line)
     except json.JSONDecodeError as error:
@@ -248,7 +248,7 @@ def parse_line(where: str, line: str):
     return item
 
 
-def prompt_text(where: str, item: dict, tokenizer):
+def prompt_text(where, item, tokenizer):
     """The `prompt`, or the `messages` through the chat template."""
     text = item.get("prompt")
     if "messages" in item:
@@ -260,7 +260,7 @@ def prompt_text(where: str, item: dict, tokenizer):
     return text
 
 
-def apply_template(where: str, messages, tokenizer):
+def apply_template(where, messages, tokenizer):
     require(
         tokenizer.chat_template,
         f"{where}: has `messages`, but the student's tokenizer has no chat template: use `prompt`",
@@ -274,7 +274,7 @@ def apply_template(where: str, messages, tokenizer):
         raise InputError(f"{refusal}: {error}") from None
 
 
-def check_prompt(where: str, text: str, ids: list[int], limit: int, tokenizer):
+def check_prompt(where, text, ids, limit, tokenizer):
     require(
         len(ids) <= limit,
         f"{where}: {len(ids)} tokens, --max-prompt-tokens is {limit}: "
@@ -327,8 +327,8 @@ def check_resume(config: Config, checkpoint: Path | None):
     for name, value in yaml.safe_load(config.dump()).items():
         if value != before.get(name):
             changed[name] = f"{name} was {before.get(name)!r} and is now {value!r}"
-    for name in changed.keys() & set(MUST_MATCH):
-        raise InputError(f"--resume: {changed[name]}: keep it")
+    for name in MUST_MATCH:
+        require(name not in changed, f"--resume: {changed.get(name)}: keep it")
     done = step_of(checkpoint)
     require(
         done < config.steps,

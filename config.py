@@ -180,7 +180,12 @@ def parse(argv=None, usage: str = USAGE):
 
 def new_parser(usage: str):
     formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=32)
-    parser = argparse.ArgumentParser(usage=usage, formatter_class=formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage=usage,
+        description="Asynchronous on-policy distillation.",
+        formatter_class=formatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML of options; flags win over it")
     section = parser
     for name, item in FLAGS.items():
@@ -218,6 +223,6 @@ def yaml_flags(path: str):
 
 def unknown_flag(name: str):
     if not name.startswith("-"):
-        return f"unexpected argument {name}: options are --name value, or --name alone for yes"
+        return f"unexpected argument {name}: options are --name value, --name or --no-name"
     near = difflib.get_close_matches(name, FLAGS, 1)
     return f"unknown flag {name}: " + (f"did you mean {near[0]}?" if near else "see --help")

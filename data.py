@@ -28,16 +28,18 @@ def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False):
     `drop_long` leaves longer ones out. Raises InputError with the line that cannot be used.
     """
     prompts = []
+    dropped = 0
     for where, item in checks.json_lines(path):
         text = checks.prompt_text(where, item, tokenizer)
         ids = tokenizer(text, add_special_tokens="prompt" in item).input_ids
         if drop_long and len(ids) > limit:
+            dropped += 1
             continue
         checks.check_prompt(where, text, ids, limit, tokenizer)
         answer = item.get("answer")
         prompts.append(Prompt(text, ids, None if answer is None else str(answer)))
-    limited = f" of at most {limit} tokens: raise --max-prompt-tokens" if drop_long else ""
-    checks.require(prompts, f"{path}: no prompts in it{limited}")
+    why = f": all {dropped} are longer than --max-prompt-tokens {limit}, raise it"
+    checks.require(prompts, f"{path}: no prompts in it" + (why if dropped else ""))
     return prompts
 
 
@@ -57,7 +59,7 @@ def load_prompts(config: Config, tokenizer):
         checks.require(all_answered, needs)
     seen = {prompt.text for prompt in held_out}
     train = [prompt for prompt in train if prompt.text not in seen]
-    checks.require(train, f"{config.prompts}: all prompts are evaluation prompts")
+    checks.require(train, f"{config.prompts}: all are evaluation prompts, none is left to train on")
     return train, held_out[: config.eval_size]
 
 

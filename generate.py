@@ -98,10 +98,10 @@ class Generator:
             self.prefill(waiting[-count:])
             del waiting[-count:]
 
-    def prefill_len(self, slot: int):
+    def prefill_len(self, slot):
         return len(self.active[slot].prompt_ids) - 1
 
-    def prefill(self, slots: list[int]):
+    def prefill(self, slots):
         """Write the keys and values of prompts in one forward pass, padded to the longest."""
         prompts = [torch.tensor(self.active[slot].prompt_ids[:-1]) for slot in slots]
         ids = pad_sequence(prompts, batch_first=True).to(self.device)
@@ -132,7 +132,7 @@ class Generator:
                 finished.append(rollout)
         return finished
 
-    def decode(self, active: int, length: int):
+    def decode(self, active, length):
         """The step on the device: no synchronisation, and both arguments fix all shapes."""
         slots = torch.arange(active, device=self.device)
         index, position = self.index[:active], self.position[:active]
@@ -152,7 +152,7 @@ class Generator:
         position.add_(1).clamp_(max=self.cache.max_len - 1)
         index.add_(1).clamp_(max=self.config.max_new_tokens - 1)
 
-    def replay(self, active: int, length: int):
+    def replay(self, active, length):
         """`decode` as a CUDA graph, one for a power of two of slots and a multiple of lengths."""
         active = min(self.slots, 1 << (active - 1).bit_length())
         length = min(self.cache.max_len, -(-length // GRAPH_LENGTHS) * GRAPH_LENGTHS)
@@ -160,7 +160,7 @@ class Generator:
             self.graphs[active, length] = self.capture(active, length)
         self.graphs[active, length].replay()
 
-    def capture(self, active: int, length: int):
+    def capture(self, active, length):
         """Decode once for libraries and caches to be set up, undo it, and record the graph."""
         saved = [tensor.clone() for tensor in self.counters]
         stream = torch.cuda.Stream()
@@ -176,7 +176,7 @@ class Generator:
             self.decode(active, length)
         return graph
 
-    def release(self, slot: int):
+    def release(self, slot):
         """Copy the rollout out and move the last active slot into its place."""
         rollout = self.active[slot]
         count = len(rollout.weight_version)

@@ -8,6 +8,7 @@ Left out: several nodes, restarting a role that died (the run ends and can be re
 
 import os
 import signal
+import sys
 import time
 from datetime import timedelta
 
@@ -55,10 +56,16 @@ def join_ranks():
 
 
 def broadcast(value=None):
-    """Rank 0's value, on every rank."""
+    """Rank 0's value, on every rank. A rank that waits in vain leaves with one line."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
+        try:
+            dist.broadcast_object_list(box, src=0)
+        except RuntimeError as error:
+            if dist.get_rank() == 0:
+                raise
+            reason = str(error).splitlines()[0]
+            sys.exit(f"train.py: rank {dist.get_rank()} leaves, rank 0 does not answer: {reason}")
     return box[0]
 
 
@@ -96,14 +103,16 @@ class Roles:
         """Raise Interrupted or RoleDied if there is nothing to wait for any more."""
         if self.interrupts or not self.channel.running():
             raise Interrupted
-        if all(process.is_alive() for process in self.context.processes):
+        processes = zip(self.names, self.context.processes)
+        gone = [name for name, process in processes if not process.is_alive()]
+        if not gone:
             return
         self.channel.stop.fill_(1)
         try:
             self.context.join(timeout=0, grace_period=3)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             raise RoleDied(f"{self.names[error.error_index]} died: {error}") from None
-        raise RoleDied("a generator or the teacher left before the end")
+        raise RoleDied(f"{gone[0]} left before the end")
 
     def stop(self, patience: float = 10.0):
         """Ask every role to leave its loop, then insist."""

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 
 from channel import LENGTH, Channel
 from config import Config
 from kernels.head import candidate_logp, candidate_loss
 from losses import make_loss
-from model import flat_parameters, head_weight, response_hidden, token_batches
+from model import flat_parameters, head_weight, response_hidden, split_like, token_batches
 
 BETAS = (0.9, 0.95)
 SUMMED = ("loss", "reverse_kl", "drift_kl", "support_mass_student", "support_mass_teacher")
@@ -49,8 +49,6 @@ class Learner:
         self.loss = make_loss(self.config)
         self.scale = 1.0 / self.config.temperature
         self.parameters = list(self.model.requires_grad_(True).parameters())
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p)
         matrices = [p for p in self.parameters if p.dim() >= 2]
         groups = [{"params": matrices, "weight_decay": self.config.weight_decay}]
         vectors = [p for p in self.parameters if p.dim() < 2]
@@ -69,10 +67,12 @@ class Learner:
         batches = self.micro_batches(table, rows)
         if self.loss.needs_log_ratios:
             self.loss.use_log_ratios(self.log_ratios(table, batches))
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         for batch in batches:
             sums += self.backward(table, batch, tokens)
+        for p in self.parameters:  # a rank may have no rows
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         self.sum_over_ranks(sums)
         metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
         metrics |= self.step()
@@ -104,7 +104,7 @@ class Learner:
         )
         return torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
 
-    def hidden(self, table: Channel, rows: list[int]):
+    def hidden(self, table: Channel, rows):
         """Hidden states that predict the responses of `rows`: [T,D]."""
         is_mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=is_mixed):
@@ -115,14 +115,14 @@ class Learner:
         weight = head_weight(self.model)
         return weight if len(weight) == self.vocab else weight[: self.vocab]
 
-    def candidates(self, table: Channel, rows: list[int]):
+    def candidates(self, table: Channel, rows):
         """candidate_ids int64, teacher_logp and behavior_logp float32 of the rows, [T,C] each."""
         fields = (table.candidate_ids, table.teacher_logp, table.behavior_logp)
         ids, t, b = (of_responses(table, rows, field).to(self.device) for field in fields)
         return ids.long(), t, b
 
     @torch.no_grad()
-    def log_ratios(self, table: Channel, batches: list[list[int]]):
+    def log_ratios(self, table: Channel, batches):
         """s - b of every sample of the whole update, over all ranks: one more forward pass."""
         parts = [torch.zeros(0)]
         for rows in batches:
@@ -139,13 +139,13 @@ class Learner:
         return torch.cat(parts)
 
     def sum_over_ranks(self, sums):
-        """Sum gradients and metrics. A rank without rows takes part with its zeros."""
+        """Sum gradients and metrics. A rank without rows takes part with zeros."""
         if self.world == 1:
             return
-        gradients = [p.grad for p in self.parameters]
-        flat = parameters_to_vector(gradients)
+        flat = torch.cat([p.grad.flatten() for p in self.parameters])
         dist.all_reduce(flat)
-        vector_to_parameters(flat, gradients)
+        for p, part in zip(self.parameters, split_like(flat, self.parameters)):
+            p.grad.copy_(part)
         dist.all_reduce(sums)
 
     def step(self):
@@ -163,7 +163,7 @@ class Learner:
         self.optimizer.step()
         return {"grad_norm": norm, "lr": lr}
 
-    def describe(self, table: Channel, rows: list[int]):
+    def describe(self, table: Channel, rows):
         """Lengths and lags of an update's rows."""
         lag = self.version - of_responses(table, rows, table.weight_version)
         truncated = [int(table.finish[row]) == LENGTH for row in rows]
@@ -180,7 +180,7 @@ class Learner:
     def publish(self, channel: Channel):
         """Put the weights into the mailbox, in the generator's dtype; returns the seconds."""
         started = time.monotonic()
-        flat = flat_parameters(self.model).to(channel.weights.dtype)
+        flat = flat_parameters(self.model, channel.weights.dtype)
         channel.publish(flat, self.version)
         return time.monotonic() - started
 
@@ -219,7 +219,7 @@ class Learner:
         return state["trained_ahead"]
 
 
-def of_responses(table: Channel, rows: list[int], field):
+def of_responses(table: Channel, rows, field):
     """The part of `field` [R,M,...] that belongs to the response tokens of `rows`: [T,...]."""
     counts = (table.length[rows] - table.prompt_len[rows]).tolist()
     return torch.cat([field[row, :count] for row, count in zip(rows, counts)])

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
@@ -53,7 +52,7 @@ class Timeline:
     Spans of one name that follow each other within a millisecond are drawn as one.
     """
 
-    def __init__(self, busy, path: Path, track: int, name: str):
+    def __init__(self, busy, path: Path, track, name):
         """`busy`: the seconds of all roles [Q]. `track`: this role's place there and on screen."""
         self.busy = busy[track : track + 1]
         self.track = track
@@ -62,7 +61,7 @@ class Timeline:
         self.write(name="thread_name", ph="M", args={"name": name})
 
     @contextmanager
-    def span(self, name: str):
+    def span(self, name):
         start = time.monotonic()
         try:
             yield
@@ -71,7 +70,7 @@ class Timeline:
             self.busy += end - start
             self.add(name, start, end)
 
-    def add(self, name: str, start: float, end: float):
+    def add(self, name, start, end):
         last = self.last_span
         if last and last[0] == name and start - last[2] < 1e-3 and end - last[1] < 1.0:
             last[2] = end
@@ -116,14 +115,15 @@ class Log:
         self.last = time.monotonic()
         self.started = self.last - before
         self.busy = channel.busy.clone()
+        self.accuracy = ""  # on a terminal the last one stays
         self.bar = tqdm(
             total=config.steps,
             initial=len(lines),
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stdout.isatty() and sys.stderr.isatty()),
             bar_format="{n}/{total} [{elapsed}, {remaining} left]{postfix}",
         )
 
-    def write(self, step: int, metrics: dict):
+    def write(self, step, metrics):
         """Append the record of update number `step` and show it."""
         now = time.monotonic()
         elapsed, self.last = now - self.last, now
@@ -139,7 +139,7 @@ class Log:
         self.file.close()
         self.bar.close()
 
-    def busy_fractions(self, elapsed: float):
+    def busy_fractions(self, elapsed):
         before, self.busy = self.busy, self.channel.busy.clone()
         *generators, teacher, learner = ((self.busy - before) / elapsed).tolist()
         generator = sum(generators) / len(generators)
@@ -153,16 +153,18 @@ class Log:
             "teacher_cache_evictions": evicted,
         }
 
-    def show(self, record: dict):
+    def show(self, record):
         text = (
             "reverse KL {reverse_kl:.4f}  {tokens_per_second:.0f} tokens/s  lag {lag_mean:.2f}  "
             "busy: generator {generator_busy:.0%}, teacher {teacher_busy:.0%}, "
             "learner {learner_busy:.0%}"
         )
-        if "eval_accuracy" in record:
-            text += "  accuracy {eval_accuracy:.1%}"
         text = text.format(**record)
+        if "eval_accuracy" in record:
+            self.accuracy = f"accuracy {record['eval_accuracy']:.1%}  "
         if self.bar.disable:
-            print(f"update {record['step']:4d}/{self.config.steps}  {text}", flush=True)
+            step = f"update {record['step']:4d}/{self.config.steps}"
+            print(f"{step}  {self.accuracy}{text}", flush=True)
+            self.accuracy = ""
         self.bar.n = record["step"]
-        self.bar.set_postfix_str(text)  # draws the line
+        self.bar.set_postfix_str(self.accuracy + text)  # draws the line

@@ -24,7 +24,6 @@ To add a loss, write a class and name it in LOSSES. Left out: generalised JSD, r
 """
 
 import torch
-from torch import Tensor
 
 PPO_CLIP = 0.2  # Schulman et al. 2017, arXiv 1707.06347
 DECOUPLED_CAP = 5.0  # AReaL, arXiv 2505.24298: samples with a larger behaviour weight are dropped
@@ -52,7 +51,7 @@ def draw(probs, uniforms):
 class Proposal:
     """Which candidates a position gets. `Proposal()` alone is plain sampling of one token."""
 
-    def __init__(self, draws: int = 1, top: int = 0, tail: int = 0, teacher_top: bool = False):
+    def __init__(self, draws=1, top=0, tail=0, teacher_top=False):
         self.draws = slice(0, draws)
         self.top = slice(draws, draws + top)
         self.tail = slice(draws + top, draws + top + tail)
@@ -104,6 +103,11 @@ class Loss(Proposal):
 
     needs_log_ratios = False  # True: the learner calls `use_log_ratios` before each update
     fused = None  # a method (logits, ids, t, b, dtype) -> (value [T], s [T,C], gradient of logits)
+
+    def __init_subclass__(cls):
+        """A kernel computes one value: who overrides `value` alone has no kernel."""
+        if "value" in vars(cls) and "fused" not in vars(cls):
+            cls.fused = None
 
     def value(self, s, t, b):
         """Loss of each position, differentiable in s: [T,C] each -> [T]."""
@@ -251,13 +255,7 @@ def make_loss(config):
 # ---- what stale samples are multiplied by -----------------------------------------------------
 
 
-def importance_weight(
-    student_logp,
-    behavior_logp,
-    advantage,
-    correction: str,
-    m2_threshold: float | None = None,
-):
+def importance_weight(student_logp, behavior_logp, advantage, correction, m2_threshold=None):
     """The weight w of every sample, judged on its own. [T,N] each -> [T,N]; no gradient passes.
 
     With r = e^(s - b):
@@ -290,7 +288,7 @@ def importance_weight(
     return ratio.masked_fill(log_ratio.square() > m2_threshold, 0.0)
 
 
-def second_moment_threshold(log_ratio, budget: float = M2_BUDGET):
+def second_moment_threshold(log_ratio, budget=M2_BUDGET):
     """M2PO's bound: the largest (s - b)^2 to keep so that the mean over what is kept stays within
     `budget`.
 

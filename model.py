@@ -5,14 +5,12 @@ Letters of shapes: serial.py. `checks.load_model` loads a model and makes sure t
 """
 
 import torch
-from torch import nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import AutoConfig, GenerationConfig
 
 from config import Config, InputError
 
 
-def last_hidden(model: nn.Module, ids, **kwargs):
+def last_hidden(model, ids, **kwargs):
     """Hidden states before the head: ids int64 [B,L] -> [B,L,D].
 
     Right padding needs no mask, because attention is causal.
@@ -20,7 +18,7 @@ def last_hidden(model: nn.Module, ids, **kwargs):
     return model.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
 
 
-def head_weight(model: nn.Module):
+def head_weight(model):
     """[V,D]"""
     return model.get_output_embeddings().weight
 
@@ -34,7 +32,7 @@ def predicting_positions(prompt_len: int, length: int):
     return slice(prompt_len - 1, length - 1)
 
 
-def response_hidden(model: nn.Module, table, rows: list[int]):
+def response_hidden(model, table, rows: list[int]):
     """Hidden states that predict the responses of `rows`, one after the other: [T,D]."""
     ids = table.tokens[rows, : max(table.length[rows])].to(model.device, torch.int64)
     spans = zip(table.prompt_len[rows].tolist(), table.length[rows].tolist())
@@ -88,13 +86,21 @@ def compute_dtype(config: Config, device: torch.device):
     return getattr(torch, config.dtype)
 
 
-def flat_parameters(model: nn.Module):
+def split_like(flat, tensors):
+    """Views of a flat tensor in the shapes of `tensors`, one after the other."""
+    tensors = list(tensors)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+
+def flat_parameters(model, dtype=torch.float32):
     """A copy of all parameters [P]. Tied weights occur once."""
-    return parameters_to_vector(model.parameters()).detach()
+    return torch.cat([p.detach().to(dtype).flatten() for p in model.parameters()])
 
 
-def flatten_parameters(model: nn.Module):
+def flatten_parameters(model):
     """Move all parameters into one buffer [P] and make them views of it. One copy refreshes all."""
-    flat = flat_parameters(model)
-    vector_to_parameters(flat, model.parameters())
+    flat = flat_parameters(model, head_weight(model).dtype)
+    for p, view in zip(model.parameters(), split_like(flat, model.parameters())):
+        p.data = view
     return flat

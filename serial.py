@@ -4,7 +4,8 @@ This is the whole algorithm, before the system. The student writes rollouts, the
 them, the learner trains on them, and the new weights go back to the generator. train.py makes the
 same calls, each in a process of its own, so that they overlap. Then rollouts come from older
 weights than those they train. Here the lag is exact: `--max-staleness 8` takes every rollout from
-the weights of 8 updates ago (in the first 8 updates: from the first weights).
+the weights of 8 updates ago (in the first 8 updates: from the first weights). Options of train.py
+that concern processes, resuming or output have no effect here.
 
 Letters of shapes, in all files:
 
@@ -18,6 +19,7 @@ Letters of shapes, in all files:
     P  parameters
 """
 
+import sys
 from collections import deque
 from dataclasses import replace
 
@@ -25,7 +27,7 @@ import torch
 
 from channel import Channel, Tickets, read_rollout, write_rollout
 from checks import check_models, load_model, load_tokenizer
-from config import Config, parse
+from config import Config, InputError, parse
 from data import Prompt, load_prompts
 from generate import Sampler
 from learner import Learner
@@ -47,8 +49,9 @@ class Serial:
         self.teacher = Teacher(load_model(config.teacher_path, torch.float32, CPU), config, vocab)
         self.sampler = Sampler(config, CPU, config.batch_size, held_out)
         self.lag = lag
-        self.versions = deque([flat_parameters(student)], maxlen=lag + 1)  # the last is the newest
-        self.channel = Channel.create(config, len(self.versions[0]), torch.float32)
+        first = flat_parameters(student)
+        self.versions = deque([first], maxlen=lag + 1)  # the last is the newest
+        self.channel = Channel.create(config, len(first), torch.float32)
         self.tickets = Tickets(config, self.channel, prompts)
 
     def update(self):
@@ -78,18 +81,23 @@ class Serial:
         return self.sampler.accuracy()
 
 
-def main():
-    config = parse(usage="python serial.py [options of train.py]")
-    check_models(config)
+def train(config: Config):
+    for note in check_models(config):
+        print(f"note: {note}")
     prompts, held_out = load_prompts(config, load_tokenizer("--student", config.student_path))
     run = Serial(config, config.max_staleness, prompts, held_out)
-    print(f"accuracy before training {run.accuracy():.1%}")
+    if held_out:
+        print(f"accuracy before training {run.accuracy():.1%}")
     for step in range(1, config.steps + 1):
         metrics = run.update()
         numbers = f"reverse KL {metrics['reverse_kl']:.4f}  lag {metrics['lag_mean']:.2f}"
         print(f"update {step:4d}/{config.steps}  {numbers}")
-    print(f"accuracy after training {run.accuracy():.1%}")
+    if held_out:
+        print(f"accuracy after training {run.accuracy():.1%}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        train(parse(usage="python serial.py [options of train.py]"))
+    except (InputError, MemoryError, FloatingPointError) as error:
+        sys.exit(f"serial.py: error: {error}")

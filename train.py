@@ -47,8 +47,7 @@ class Run:
         for note in notes:
             print(f"note: {note}")
         print(f"first prompt: {self.prompts[0].text!r}")
-        others = f"{len(self.held_out)} others to evaluate on"
-        print(f"{len(self.prompts)} prompts to train on, {others}")
+        print(f"{len(self.prompts)} prompts to train on, {len(self.held_out)} to evaluate on")
 
     def start(self, learner: Learner, channel: Channel, devices, trained_ahead: list[int]):
         """Set up the output directory and start the roles."""
@@ -67,11 +66,10 @@ class Run:
 
     def lead(self):
         """Run the main loop. Whatever ends it, what was learned is saved."""
-        end = "done"
         try:
-            self.main_loop()
-        except Interrupted:
-            end = "interrupted"
+            with suppress(Interrupted):  # `report` says so
+                self.main_loop()
+            broadcast(None)
         except (RoleDied, OSError):  # OSError: a full disk, say
             with suppress(RuntimeError):  # a follower may be gone too
                 broadcast(None)
@@ -79,11 +77,11 @@ class Run:
         finally:  # after FloatingPointError, too: every rank has raised it and left
             self.save()
             self.timeline.flush()
-        broadcast(None)
-        self.report(end)
+        self.report()
 
-    def report(self, end: str):
-        gain = ""
+    def report(self):
+        is_done = self.learner.version == self.config.steps
+        end, gain = "done" if is_done else "interrupted", ""
         if len(self.accuracies) > 1:
             gain = f", accuracy {self.accuracies[0]:.1%} -> {self.accuracies[-1]:.1%}"
         where = newest_checkpoint(self.config.output) or self.config.output
@@ -155,10 +153,10 @@ class Run:
 
     def save(self):
         if self.saved_version < self.learner.version:
-            self.saved_version = self.learner.version
             with self.timeline.span("save"):
                 trained_ahead = sorted(self.tickets.trained_ahead)
                 self.learner.save(self.config.output, self.tokenizer, trained_ahead)
+            self.saved_version = self.learner.version
 
 
 def run_rank(config: Config, rank: int, world: int):

@@ -42,15 +42,15 @@ def load(config, tokenizer):
 
     Every seed has the same evaluation items, so that runs compare.
     """
-    longest = 4 * ADDENDS[-1]
+    train = encode(running_sums(20_000, config.seed, heldout=False), tokenizer)
+    held_out = encode(running_sums(config.eval_size, 12345, heldout=True), tokenizer)
+    longest = max(len(ids) for _, ids, _ in train + held_out)
     require(
         longest <= config.max_prompt_tokens,
         f"built-in prompts have up to {longest} tokens, "
         f"--max-prompt-tokens is {config.max_prompt_tokens}: raise it",
     )
-    train = running_sums(20_000, config.seed, heldout=False)
-    held_out = running_sums(config.eval_size, 12345, heldout=True)
-    return encode(train, tokenizer), encode(held_out, tokenizer)
+    return train, held_out
 
 
 def encode(pairs, tokenizer):

@@ -32,7 +32,9 @@ class Divergence:
 class Lagged(Serial):
     """A serial run without the teacher's cache."""
 
-    def __init__(self, config: Config, lag: int, prompts: list[Prompt], held_out: list[Prompt], keep: int = 0):
+    def __init__(
+        self, config: Config, lag: int, prompts: list[Prompt], held_out: list[Prompt], keep: int = 0
+    ):
         """`keep`: versions of the parameters to remember beside those that the lag needs."""
         super().__init__(replace(config, teacher_cache_mb=0), lag, prompts, held_out)
         self.versions = deque(self.versions, maxlen=max(lag, keep) + 1)
@@ -41,7 +43,9 @@ class Lagged(Serial):
     def fresh_rows(self, weights: Tensor, prompts: list[Prompt], ticket: int = 0) -> list[int]:
         """The first rows of the table with one rollout of `weights` for each prompt: tokens and lengths, nothing else."""
         self.sampler.weights.copy_(weights)
-        rollouts = self.plain.generate([Rollout(prompt.ids, ticket + row, row) for row, prompt in enumerate(prompts)])
+        rollouts = self.plain.generate(
+            [Rollout(prompt.ids, ticket + row, row) for row, prompt in enumerate(prompts)]
+        )
         for rollout in rollouts:
             ids = rollout.prompt_ids + rollout.response_ids
             self.channel.tokens[rollout.row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
@@ -52,15 +56,22 @@ class Lagged(Serial):
     def logits(self, model, rows: list[int]) -> Tensor:
         """At every response position of `rows`: [T,V]."""
         hidden = response_hidden(model, self.channel, rows)
-        return head_logits(hidden, head_weight(model)[: self.teacher.vocab], 1.0 / self.config.temperature)
+        return head_logits(
+            hidden, head_weight(model)[: self.teacher.vocab], 1.0 / self.config.temperature
+        )
 
     @torch.no_grad()
     def divergence(self) -> Divergence:
-        """Exact KLs between the newest student and the teacher on one fresh rollout of each held_out-out prompt."""
+        """Exact KLs between the newest student and the teacher on one fresh rollout of each held-out prompt."""
         sums, positions, size = torch.zeros(2, dtype=torch.float64), 0, self.config.batch_size
         for first in range(0, len(self.sampler.held_out), size):
-            rows = self.fresh_rows(self.versions[-1], self.sampler.held_out[first : first + size], ticket=first)
-            s, t = (self.logits(model, rows).log_softmax(-1) for model in (self.learner.model, self.teacher.model))
+            rows = self.fresh_rows(
+                self.versions[-1], self.sampler.held_out[first : first + size], ticket=first
+            )
+            s, t = (
+                self.logits(model, rows).log_softmax(-1)
+                for model in (self.learner.model, self.teacher.model)
+            )
             forward = (t.exp() * (t - s)).sum(dtype=torch.float64)
             reverse = (s.exp() * (s - t)).sum(dtype=torch.float64)
             sums += torch.stack([forward, reverse])

@@ -38,6 +38,8 @@ def parse_args():
         parser.error("--max-prompt-tokens, --max-new-tokens and --slots are at least 1")
     if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**32:
         parser.error("--temperature and --seed are at least 0 and finite")
+    if 0 < args.temperature < 0.001:
+        parser.error("--temperature is 0 (greedy) or at least 0.001")
     return args
 
 

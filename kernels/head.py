@@ -15,10 +15,7 @@ in plain torch, and `scatter`. Without a GPU, and in float64, plain torch does a
 docs/kernels.md has the derivation.
 """
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # What a bfloat16 head product is rounded to for the loss; docs/kernels.md compares.
@@ -43,9 +40,7 @@ def head_logits(hidden, weight, scale=1.0, dtype=torch.float32):
     return logits if scale == 1.0 else logits.mul_(scale)
 
 
-def logit_chunks(
-    hidden, weight, scale: float, chunk: int, dtype=torch.float32
-):
+def logit_chunks(hidden, weight, scale, chunk, dtype=torch.float32):
     """Yield (positions, their logits [G,V]). The caller may overwrite the logits.
 
     The caller deletes its logits before it asks for the next, or two chunks would exist.
@@ -145,7 +140,7 @@ class CandidateLoss(torch.autograd.Function):
         return grad_hidden * grad_total, grad_weight * grad_total, *[None] * 6
 
 
-def add_product(total, a, b, scale: float):
+def add_product(total, a, b, scale):
     """total += scale * a b, summed in the dtype of `total`.
 
     A bfloat16 product of each chunk would be rounded once a chunk.
@@ -158,9 +153,7 @@ def add_product(total, a, b, scale: float):
         total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=scale)
 
 
-def candidate_loss(
-    hidden, weight, ids, t, b, loss, scale=1.0, chunk=1024
-):
+def candidate_loss(hidden, weight, ids, t, b, loss, scale=1.0, chunk=1024):
     """Sum of a losses.Loss over positions, with gradients to `hidden` and `weight`.
 
     hidden [T,D] sets the dtype of the products. weight [V,D], a float32 master, sets that of its

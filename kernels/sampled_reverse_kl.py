@@ -85,11 +85,11 @@ def sampled_reverse_kl(
     teacher_logp,
     behavior_logp,
     dtype,
-    first_exact: int = 0,
-    first_draw: int = 0,
-    signal: str = "current",
-    correction: str = "is",
-    m2_threshold: float | None = None,
+    first_exact=0,
+    first_draw=0,
+    signal="current",
+    correction="is",
+    m2_threshold=None,
 ):
     """What sparse_reverse_kl takes and returns, with behavior_logp float32 [G,C] in addition.
 

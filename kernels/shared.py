@@ -152,7 +152,7 @@ def launch(kernel, logits, dtype, columns, outputs, *scalars, **constants):
     return grad
 
 
-def check_logits(logits, dtype: torch.dtype):
+def check_logits(logits, dtype):
     is_wide_enough = dtype.itemsize <= logits.dtype.itemsize
     is_known = logits.dtype in (torch.float32, torch.bfloat16)
     if not (is_known and is_wide_enough and logits.shape[1] < 2**30):
@@ -162,18 +162,17 @@ def check_logits(logits, dtype: torch.dtype):
         )
 
 
-def check_rows(tensor, logits, C: int):
-    if tensor.dim() == 2 and tensor is not logits and tensor.shape[1] != C:
-        raise ValueError(f"{tuple(tensor.shape)}: needs {C} columns, as many as ids")
-    is_here = tensor.device == logits.device
-    if not (is_here and tensor.is_contiguous() and len(tensor) == len(logits)):
+def check_rows(tensor, logits, C):
+    is_wide = tensor is logits or tensor.shape[1:] in ((), (C,))
+    is_here = tensor.device == logits.device and tensor.is_contiguous()
+    if not (is_wide and is_here and len(tensor) == len(logits)):
         raise ValueError(
-            f"{tuple(tensor.shape)} on {tensor.device}: "
-            f"needs {len(logits)} contiguous rows on {logits.device}"
+            f"{tuple(tensor.shape)} on {tensor.device}: needs {len(logits)} contiguous rows "
+            f"of {C} columns, as many as ids, on {logits.device}"
         )
 
 
-def launch_shape(vocab: int, candidates: int):
+def launch_shape(vocab, candidates):
     """One shape per V: LANES * DEPTH logits a step, up to 16 a thread, 8 to 32 warps."""
     lanes = min(8192, max(256, triton.next_power_of_2(vocab) // 8))
     return {

@@ -45,7 +45,7 @@ def sparse_reverse_kl_kernel(
     row_scatter(row, grad_row, ids + g * C, c + g * C, lse, V, C, LANES, CANDIDATES)
 
 
-def sparse_reverse_kl(logits, ids, teacher_logp, dtype, first: int):
+def sparse_reverse_kl(logits, ids, teacher_logp, dtype, first):
     """Loss and gradient of a chunk.
 
     logits [G,V] float32 or bfloat16, ids int64 [G,C] (-1: none), teacher_logp float32 [G,C]

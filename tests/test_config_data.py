@@ -141,7 +141,7 @@ def test_a_prompt_above_the_limit_is_refused_or_dropped_on_request(tmp_path, tok
     with pytest.raises(InputError, match="line 2: 42 tokens, --max-prompt-tokens is 8: raise it or pass --drop-long-prompts"):
         read_jsonl(path, tokenizer, 8)
     assert [p.text for p in read_jsonl(path, tokenizer, 8, drop_long=True)] == ["1+1="]
-    with pytest.raises(InputError, match="p.jsonl: no prompts in it of at most 2 tokens: raise --max-prompt-tokens"):
+    with pytest.raises(InputError, match="p.jsonl: no prompts in it: all 2 are longer than --max-prompt-tokens 2, raise it"):
         read_jsonl(path, tokenizer, 2, drop_long=True)
     with pytest.raises(InputError, match="built-in prompts have up to 32 tokens, --max-prompt-tokens is 8"):
         load_prompts(Config(max_prompt_tokens=8), tokenizer)
@@ -180,7 +180,7 @@ def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
     no_answer = write_lines(tmp_path / "n.jsonl", {"prompt": "5+5="})
     with pytest.raises(InputError, match="every evaluation prompt needs an `answer`"):
         load_prompts(Config(prompts=path, eval_prompts=no_answer), tokenizer)
-    with pytest.raises(InputError, match="e.jsonl: all prompts are evaluation prompts"):
+    with pytest.raises(InputError, match="e.jsonl: all are evaluation prompts, none is left to train on"):
         load_prompts(Config(prompts=held_path, eval_prompts=held_path), tokenizer)
     assert load_prompts(Config(prompts=no_answer), tokenizer)[1] == []
 
