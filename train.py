@@ -41,8 +41,8 @@ class Run:
         self.prompts, self.held_out = load_prompts(config, self.tokenizer)
         if config.eval_every and not self.held_out:
             notes.append(
-                "no evaluation: it needs 10 --prompts, some with an answer, or --eval-prompts; "
-                "--eval-every 0 says so"
+                "no evaluation: fewer than 10 prompts, or none has an answer: "
+                "give --eval-prompts, or --eval-every 0 to silence this"
             )
         for note in notes:
             print(f"note: {note}")
@@ -105,13 +105,12 @@ class Run:
 
     def wait_for_rows(self):
         """The rows of the next update. Raises Interrupted or RoleDied."""
-        rows = None
-        while not rows:
+        while True:
             self.roles.check()
             rows = self.tickets.batch(self.learner.version)
-            if not rows:
-                self.tickets.receive(self.channel.to_learner.get_all(timeout=0.5))
-        return rows
+            if rows:
+                return rows
+            self.tickets.receive(self.channel.to_learner.get_all(timeout=0.5))
 
     def train_on(self, rows: list[int]):
         """One update, on every rank; frees the rows."""

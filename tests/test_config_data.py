@@ -15,6 +15,7 @@ from checks import check_models, check_output, load_tokenizer
 from config import Config, InputError, parse
 from data import TicketOrder, is_correct, load_prompts, read_jsonl
 from log import newest_checkpoint, start_output
+from losses import LOSSES, StratifiedReverseKL
 from model import shared_vocabulary, stop_ids
 
 
@@ -275,6 +276,15 @@ def test_a_top_k_above_the_vocabulary_is_refused(loss, limit, model_dir):
         check_models(replace(config, top_k=limit + 1))
 
 
+def test_a_loss_of_ones_own_with_a_tail_leaves_an_id_for_it(model_dir, monkeypatch):
+    class Mine(StratifiedReverseKL):
+        pass
+
+    monkeypatch.setitem(LOSSES, "mine", Mine)
+    with pytest.raises(InputError, match="--top-k is 173, the vocabulary has 173 ids: 172 is the most for mine"):
+        check_models(Config(student=model_dir(), teacher=model_dir(), loss="mine", top_k=173))
+
+
 def test_stop_ids_are_those_of_generation_config_and_tokenizer(tmp_path, tokenizer):
     from conftest import build_model
 
@@ -367,3 +377,23 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(InputError, match="--resume: .*cannot be read: .*No such file"):
         check_output(config)
+
+
+def test_the_built_in_prompts_are_measured_with_the_tokenizer_at_hand():
+    """One that adds a token to every prompt makes the longest 33 tokens long."""
+    from tokenizers.processors import TemplateProcessing
+
+    adds_bos = build_tokenizer()
+    adds_bos._tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    load_prompts(Config(max_prompt_tokens=33), adds_bos)
+    with pytest.raises(InputError, match="built-in prompts have up to 33 tokens, --max-prompt-tokens is 32: raise it"):
+        load_prompts(Config(max_prompt_tokens=32), adds_bos)
+
+
+def test_of_several_changed_settings_the_first_that_must_match_is_named(tmp_path):
+    config = Config(output_dir=str(tmp_path), resume=True, steps=9)
+    start_output(replace(config, resume=False), None)
+    (tmp_path / "step_4").mkdir()
+    torch.save({"version": 4}, tmp_path / "step_4" / "training_state.pt")
+    with pytest.raises(InputError, match="--resume: seed was 0 and is now 1: keep it"):
+        check_output(replace(config, seed=1, batch_size=3, order="arrival", lr=1.0))

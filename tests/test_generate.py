@@ -282,3 +282,23 @@ def test_the_command_line_refuses_what_could_never_end(flag, monkeypatch, capsys
     with pytest.raises(SystemExit):
         sample(monkeypatch, capsys, "--model=x", "--prompts=y", flag)
     assert "at least" in capsys.readouterr().err
+
+
+def test_the_command_line_names_the_least_temperature(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        sample(monkeypatch, capsys, "--model=x", "--prompts=y", "--temperature=0.0005")
+    assert "--temperature is 0 (greedy) or at least 0.001" in capsys.readouterr().err
+
+
+def test_flat_parameters_keep_the_dtype_of_the_head_and_every_value():
+    """Also where one parameter has another dtype, as in some mixtures of experts, or is not contiguous."""
+    model = build_model("llama").bfloat16()
+    model.model.norm.weight.data = model.model.norm.weight.data.float()
+    weight = model.lm_head.weight
+    weight.data = weight.data.t().contiguous().t()
+    before = [p.detach().float().clone() for p in model.parameters()]
+    flat = flatten_parameters(model)
+    assert flat.dtype == torch.bfloat16
+    assert all(torch.equal(p.float(), b) for p, b in zip(model.parameters(), before))
+    flat.zero_()
+    assert not any(p.any() for p in model.parameters())

@@ -287,7 +287,7 @@ def example():
     before = dict(LOSSES)
     exec(compile(code, "README.md", "exec"), vars(losses).copy())
     yield
-    del LOSSES["jeffreys"]
+    del LOSSES["jeffreys_kl"]
     assert LOSSES == before
 
 
@@ -296,7 +296,7 @@ def jeffreys(s, t):
 
 
 def test_the_example_of_the_readme_gets_the_candidates_that_it_names(example):
-    loss = make_loss(Config(loss="jeffreys", top_k=3, num_samples=2))
+    loss = make_loss(Config(loss="jeffreys_kl", top_k=3, num_samples=2))
     assert type(loss).__name__ == "JeffreysKL" and loss.fused is None and loss.teacher_top == 0
     logits = torch.randn(50, V, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -320,7 +320,7 @@ def test_the_example_of_the_readme_gets_the_candidates_that_it_names(example):
 def test_the_example_of_the_readme_has_the_value_and_gradient_of_what_it_says(example, lag):
     """Exactly, as a mean over the draws of the tail: the Jeffreys divergence is a plain sum."""
     student, t, b = policies(7, lag)
-    loss = make_loss(Config(loss="jeffreys", top_k=3, num_samples=1))
+    loss = make_loss(Config(loss="jeffreys_kl", top_k=3, num_samples=1))
     exact = jeffreys(student.log_softmax(-1), t).sum()
     value, grad = 0.0, torch.zeros_like(student)
     for ids, behavior, p in outcomes(loss, b):
@@ -334,7 +334,7 @@ def test_the_example_of_the_readme_has_the_value_and_gradient_of_what_it_says(ex
 def test_the_example_of_the_readme_trains(example, model_dir, tokenizer):
     """One update with tiny models, the metric and the gradient against dense logits."""
     config = Config(
-        loss="jeffreys", top_k=3, batch_size=4, max_new_tokens=6, max_grad_norm=1e9, head_chunk=5,
+        loss="jeffreys_kl", top_k=3, batch_size=4, max_new_tokens=6, max_grad_norm=1e9, head_chunk=5,
         student=model_dir(seed=0), teacher=model_dir(seed=1),
     )  # fmt: skip
     prompts = [Prompt(text, tokenizer(text).input_ids) for text in ("a12+b34=", "a56+b78+c90=")]
@@ -389,3 +389,17 @@ def test_an_unknown_correction_is_refused():
         importance_weight(one, one, one, "clip")
     with pytest.raises(ValueError, match="m2_threshold"):
         importance_weight(one, one, one, "m2po")
+
+
+def test_a_kernel_belongs_to_the_value_it_was_written_for():
+    """Who overrides `value` alone would train the parent's loss on a GPU."""
+
+    class Mine(losses.StratifiedReverseKL):
+        def value(self, s, t, b):
+            return 2 * super().value(s, t, b)
+
+    class Renamed(losses.StratifiedReverseKL):
+        pass
+
+    config = Config(top_k=3)
+    assert Mine(config).fused is None and Renamed(config).fused and losses.StratifiedReverseKL(config).fused

@@ -397,3 +397,39 @@ def test_elsewhere_the_progress_is_one_line_for_each_update(sync_run):
     for line, record in zip(lines, metrics(output), strict=True):
         assert line.startswith(f"update {record['step']:4d}/6  ") and f"reverse KL {record['reverse_kl']:.4f}" in line
         assert ("accuracy" in line) == ("eval_accuracy" in record)
+
+
+def test_a_save_that_failed_is_made_again_at_the_end(tmp_path):
+    """A disk that was full for a moment must not lose what was learned."""
+    saved = []
+
+    def save(*args):
+        saved.append(args)
+        if len(saved) == 1:
+            raise OSError("No space left on device")
+
+    run = object.__new__(train.Run)
+    run.config, run.tokenizer, run.saved_version = Config(output_dir=str(tmp_path)), None, 1
+    run.learner = SimpleNamespace(version=2, save=save)
+    run.tickets = SimpleNamespace(trained_ahead={5, 3})
+    run.timeline = SimpleNamespace(span=lambda name: suppress())
+    with pytest.raises(OSError):
+        run.save()
+    run.save()
+    run.save()
+    assert len(saved) == 2 and saved[1][2] == [3, 5] and run.saved_version == 2
+
+
+def test_bad_input_gives_one_line_also_with_two_ranks(tmp_path):
+    run = subprocess.run(command(tmp_path / "run", "--teacher=/nowhere", ranks=2), capture_output=True, text=True)
+    assert run.returncode and run.stderr.count("train.py: error: --teacher /nowhere: no model there") == 1
+    assert "run_rank" not in run.stderr  # the other rank waited in there
+
+
+def test_where_only_the_errors_go_to_a_terminal_every_update_has_its_line(pair, tmp_path):
+    """`train.py | tee log`: the log gets lines, not a bar."""
+    ours, theirs = pty.openpty()
+    run = subprocess.run(command(tmp_path / "run", *pair, "--steps=2", "--eval-every=0"), stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    os.close(ours)
+    assert run.returncode == 0 and re.findall(r"update +(\d)/2  ", run.stdout) == ["1", "2"]
