@@ -130,7 +130,8 @@ def check_models(config: Config):
 
 
 def check_top_k(config: Config):
-    vocab, loss = shared_vocabulary(config), make_loss(config)
+    vocab = shared_vocabulary(config)
+    loss = make_loss(config)
     limit = vocab - (loss.tail.start < loss.tail.stop)  # a tail needs an id
     require(
         loss.top.stop - loss.top.start <= limit,

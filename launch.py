@@ -43,7 +43,8 @@ def set_up_process(config: Config, device: torch.device, num_roles: int):
 
 def join_ranks():
     """(rank, number of learner ranks). Connects them if there are several."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
     if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
         raise InputError(f"{world} ranks on several nodes: use one node, torchrun --standalone")
@@ -87,6 +88,9 @@ class Roles:
         """`devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: the teacher's."""
         self.channel = channel
         self.names = [*(f"generator {i}" for i in range(config.generators)), "teacher"]
+        self.interrupts = []
+        for number in INTERRUPTS:  # before the roles start: none is left behind
+            signal.signal(number, lambda *_: self.interrupts.append(1))
         self.context = mp.start_processes(
             run_role,
             (config, channel, devices, held_out, next_ticket),
@@ -95,9 +99,6 @@ class Roles:
             daemon=True,
             start_method="forkserver",
         )
-        self.interrupts = []
-        for number in INTERRUPTS:
-            signal.signal(number, lambda *_: self.interrupts.append(number))
 
     def check(self):
         """Raise Interrupted or RoleDied if there is nothing to wait for any more."""

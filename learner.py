@@ -29,6 +29,7 @@ from losses import make_loss
 from model import flat_parameters, head_weight, response_hidden, split_like, token_batches
 
 BETAS = (0.9, 0.95)
+# Metrics that are summed over positions, in the order that Learner.backward returns.
 SUMMED = ("loss", "reverse_kl", "drift_kl", "support_mass_student", "support_mass_teacher")
 
 

@@ -126,7 +126,8 @@ class Log:
     def write(self, step, metrics):
         """Append the record of update number `step` and show it."""
         now = time.monotonic()
-        elapsed, self.last = now - self.last, now
+        elapsed = now - self.last
+        self.last = now
         record = {"step": step, **metrics, "tokens_per_second": metrics["tokens"] / elapsed}
         record |= self.busy_fractions(elapsed) | self.cache_metrics()
         record["wall_seconds"] = now - self.started
@@ -140,8 +141,9 @@ class Log:
         self.bar.close()
 
     def busy_fractions(self, elapsed):
-        before, self.busy = self.busy, self.channel.busy.clone()
-        *generators, teacher, learner = ((self.busy - before) / elapsed).tolist()
+        busy = self.channel.busy.clone()
+        *generators, teacher, learner = ((busy - self.busy) / elapsed).tolist()
+        self.busy = busy
         generator = sum(generators) / len(generators)
         return {"generator_busy": generator, "teacher_busy": teacher, "learner_busy": learner}
 

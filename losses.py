@@ -98,8 +98,7 @@ class Greedy(Proposal):
 
 
 class Loss(Proposal):
-    """Base class. A loss says its candidates in __init__ and its value in `value`; the rest is
-    optional."""
+    """Base class. A loss says its candidates in __init__ and its value in `value`."""
 
     needs_log_ratios = False  # True: the learner calls `use_log_ratios` before each update
     fused = None  # a method (logits, ids, t, b, dtype) -> (value [T], s [T,C], gradient of logits)
@@ -289,12 +288,11 @@ def importance_weight(student_logp, behavior_logp, advantage, correction, m2_thr
 
 
 def second_moment_threshold(log_ratio, budget=M2_BUDGET):
-    """M2PO's bound: the largest (s - b)^2 to keep so that the mean over what is kept stays within
-    `budget`.
+    """M2PO's bound: the largest (s - b)^2 that is kept.
 
-    `log_ratio`: every sample of the update, any shape. The largest squares are dropped first, so
-    the mean of the kept ones falls monotonically: one sort and one cumulative mean give the
-    answer. inf: all are kept. -1: none is.
+    The mean over what is kept stays within `budget`. `log_ratio`: every sample of the update, any
+    shape. The largest squares are dropped first, so the mean of the kept ones falls
+    monotonically: one sort and one cumulative mean give the answer. inf: all are kept. -1: none.
     """
     moment = log_ratio.double().square().flatten().sort().values
     count = torch.arange(1, len(moment) + 1, device=moment.device)

@@ -125,7 +125,7 @@ class Teacher:
         found = zip(views, all_ids.split(counts), all_logp.split(counts))
         for (key, ids, logp), row_ids, row_logp in found:
             columns = ids.shape[1]  # the candidates come first, then ids for the cache alone
-            ids.copy_(row_ids[:, :columns])
+            ids[:, proposed:] = row_ids[:, proposed:columns]
             logp.copy_(row_logp[:, :columns])
             known = [0, *range(proposed, row_ids.shape[1])]
             self.cache.put(key, row_ids[:, known], row_logp[:, known])

@@ -81,7 +81,8 @@ class Run:
 
     def report(self):
         is_done = self.learner.version == self.config.steps
-        end, gain = "done" if is_done else "interrupted", ""
+        end = "done" if is_done else "interrupted"
+        gain = ""
         if len(self.accuracies) > 1:
             gain = f", accuracy {self.accuracies[0]:.1%} -> {self.accuracies[-1]:.1%}"
         where = newest_checkpoint(self.config.output) or self.config.output
