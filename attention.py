@@ -18,15 +18,16 @@ from transformers import AttentionInterface
 from config import InputError
 
 
+@dataclass
 class KVCache:
     """Keys and values of every slot and layer, [S,H,L,E] each, H being the key-value heads.
 
     A layer's tensors are made when it first writes.
     """
 
-    def __init__(self, slots: int, max_len: int):
-        self.slots, self.max_len = slots, max_len
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+    slots: int
+    max_len: int
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def layer(self, index: int, key, value):
         """The tensors of one layer; `key` and `value` [A,H,X,E] show their shape and dtype."""
@@ -58,8 +59,7 @@ class Prefill:
         values[self.slots, :, :length] = value
         mask = None
         if window is not None and length > window:
-            at = torch.arange(length, device=key.device)
-            mask = (at <= at[:, None]) & (at > at[:, None] - window)
+            mask = may_see(torch.arange(length, device=key.device), length, window)
         out = F.scaled_dot_product_attention(
             query,
             key,
@@ -96,27 +96,29 @@ class Decode:
             query.view(active, heads, -1, size),
             keys[:active, :, : self.length],
             values[:active, :, : self.length],
-            attn_mask=self.mask(window, query.dtype),
+            attn_mask=self.mask(window),
             scale=scaling,
         )
         return out.reshape(active, 1, -1, value.shape[3])
 
-    def mask(self, window: int | None, dtype: torch.dtype):
-        """-inf at positions that a query may not see [A,1,1,X].
-
-        These are the future, with whatever an earlier rollout left there, and what the sliding
-        window has passed.
-        """
+    def mask(self, window):
+        """[A,1,1,X]"""
         if window not in self.masks:
             # Idle slots of a padded graph may stand beyond the end.
-            now = self.position.clamp(max=self.length - 1)[:, None]
-            at = torch.arange(self.length, device=now.device)
-            hidden = at > now
-            if window is not None:
-                hidden |= at <= now - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=now.device)
-            self.masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+            now = self.position.clamp(max=self.length - 1)
+            self.masks[window] = may_see(now, self.length, window)[:, None, None]
         return self.masks[window]
+
+
+def may_see(now, length: int, window: int | None):
+    """Which of the positions [0, length) queries at `now` [Q] may see: bool [Q,length].
+
+    Hidden are the future, with whatever an earlier rollout left there, and what the sliding window
+    has passed.
+    """
+    at = torch.arange(length, device=now.device)
+    seen = at <= now[:, None]
+    return seen if window is None else seen & (at > now[:, None] - window)
 
 
 def slot_attention(

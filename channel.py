@@ -23,7 +23,6 @@ import math
 import os
 import select
 import struct
-import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,7 +49,7 @@ class RowQueue:
     """Row numbers in a pipe, for any number of writers and readers.
 
     The kernel makes reads and writes of up to 4,096 bytes atomic. So there is no lock that a killed
-    process could hold for ever, and `get` can time out.
+    process could hold for ever.
     """
 
     def __init__(self, path: str):
@@ -62,16 +61,12 @@ class RowQueue:
             os.write(self.fd, struct.pack(f"{len(part)}i", *part))
 
     def get(self, timeout: float = 0.0):
-        """The next row, or None after `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                return struct.unpack("i", os.read(self.fd, 4))[0]
-            except BlockingIOError:
-                left = deadline - time.monotonic()
-            if left <= 0:
-                return None
-            select.select([self.fd], [], [], left)
+        """The next row. None if there is none for `timeout` seconds, or if others took it."""
+        select.select([self.fd], [], [], timeout)
+        try:
+            return struct.unpack("i", os.read(self.fd, 4))[0]
+        except BlockingIOError:
+            return None
 
     def get_all(self, timeout: float = 0.0):
         """Every row that is there. Waits up to `timeout` seconds for the first."""
@@ -138,7 +133,7 @@ class Channel:
             channel.watch(os.getppid() or os.getpid())  # 0: not in our namespace
         return channel
 
-    def watch(self, pid: int):
+    def watch(self, pid):
         """Choose the process whose end is ours: rank 0, or torchrun for rank 0."""
         self.watched = os.pidfd_open(pid)
 
@@ -268,7 +263,7 @@ class Tickets:
             self.next += 1
         self.channel.to_generator.put(rows)
 
-    def fill_row(self, ticket: int):
+    def fill_row(self, ticket):
         row = self.free_rows.pop()
         ids = self.prompts[self.order(ticket)].ids
         self.channel.tokens[row, : len(ids)] = torch.tensor(ids, dtype=i32)

@@ -4,39 +4,43 @@
 directory is the dump of the object that the run used. Derived values are properties.
 """
 
-import argparse
-import difflib
-import functools
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import click
 import yaml
 
 from losses import CORRECTIONS, LOSSES, SIGNALS, make_loss
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MAX_ROWS = 16_384  # of the rollout table: their numbers fit into a pipe
-USAGE = "torchrun --standalone --nproc-per-node=1 -- train.py [options]"
-SECTIONS = {  # of --help: the first option of each
-    "teacher": "models and prompts",
-    "loss": "what is learned",
-    "max_staleness": "how asynchronous",
-    "steps": "optimisation",
-    "generators": "machine",
-    "output_dir": "output",
-}
+EVAL_SIZE = click.IntRange(1, 10_000)
+SIGNAL = click.Choice(SIGNALS)
+CORRECTION = click.Choice(CORRECTIONS)
+ORDER = click.Choice(["batch", "arrival"])
+REFRESH = click.Choice(["in_flight", "batch"])
+DTYPE = click.Choice(["auto", "float32", "bfloat16"])
+TEMPERATURE = click.FloatRange(1e-3, 1e3)
+WEIGHT_DECAY = click.FloatRange(0.0, 1e3)
+RATE = click.FloatRange(1e-12, 1e12)
+COUNT = click.IntRange(min=0)
+POSITIVE = click.IntRange(min=1)
+ABOUT = """Asynchronous on-policy distillation.
+
+The learner ranks are started by torchrun --standalone --nproc-per-node=N -- train.py [OPTIONS]
+"""
 
 
 class InputError(ValueError):
     """Input that cannot be used. The message names the value, the limit and the fix."""
 
 
-def option(default, help: str, choices=(), least=0, most=sys.float_info.max):
-    """A setting: text is one of `choices`, a number lies between `least` and `most`."""
-    limits = {"choices": choices, "least": least, "most": most}
-    return field(default=default, metadata={"help": help, **limits})
+def option(default, help: str, type=None):
+    """A setting. `type` is click's, with the limits of a number or the choices."""
+    return field(default=default, metadata={"help": help, "type": type})
 
 
 @dataclass(frozen=True)
@@ -45,46 +49,44 @@ class Config:
     student: str = option("builtin", "student: directory or hub id; builtin: the shipped one")
     prompts: str = option("", "JSONL of training prompts; empty: the built-in task")
     eval_prompts: str = option("", "JSONL of evaluation prompts; empty: hold out of --prompts")
-    eval_size: int = option(256, "evaluation prompts; at most a tenth of --prompts", (), 1, 10_000)
+    eval_size: int = option(256, "evaluation prompts; at most a tenth of --prompts", EVAL_SIZE)
     drop_long_prompts: bool = option(False, "drop prompts above --max-prompt-tokens")
-    max_prompt_tokens: int = option(64, "longest prompt, tokens", least=1)
-    max_new_tokens: int = option(40, "longest response, tokens, stop token included", least=1)
-    loss: str = option("stratified_reverse_kl", "distillation loss, see losses.py", LOSSES)
-    top_k: int = option(28, "top ids a position; sampled_reverse_kl has none", least=1)
-    num_samples: int = option(4, "draws a position; sampled_reverse_kl wants 16 or more", least=1)
-    signal: str = option("current", "sampled_reverse_kl: source of the advantage", SIGNALS)
-    correction: str = option("is", "sampled_reverse_kl: weight of stale samples", CORRECTIONS)
-    temperature: float = option(1.0, "softmax temperature of sampling and loss", least=0.001)
-    max_staleness: int = option(1, "updates that rollouts may start early; 0: synchronous")
-    order: str = option("batch", "train in ticket order or as they finish", ("batch", "arrival"))
-    refresh: str = option(
-        "in_flight", "pick up weights between tokens or when drained", ("in_flight", "batch")
-    )
-    steps: int = option(200, "updates in total, those before --resume included", least=1)
-    batch_size: int = option(64, "rollouts per update, over all ranks", least=1)
-    samples_per_prompt: int = option(1, "rollouts per prompt and epoch", least=1)
-    lr: float = option(1e-3, "AdamW learning rate after warm-up", least=1e-12)
-    warmup_steps: int = option(10, "updates of linear warm-up, constant after")
-    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
-    max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", least=1e-12)
-    micro_batch_tokens: int = option(8192, "padded tokens of a forward pass", least=1)
-    head_chunk: int = option(1024, "positions whose logits exist at once", least=1)
-    seed: int = option(0, "seed of prompt order and sampling", most=2**32 - 1)
-    generators: int = option(1, "generation processes", least=1)
-    slots: int = option(64, "sequences that a generator decodes at once", least=1)
-    teacher_cache_mb: int = option(64, "teacher's LRU cache of top-k scores, MiB; 0: off")
-    dtype: str = option(
-        "auto", "of all but masters; auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16")
-    )
-    cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles")
+    max_prompt_tokens: int = option(64, "longest prompt, tokens", POSITIVE)
+    max_new_tokens: int = option(40, "longest response, tokens, stop token included", POSITIVE)
+    loss: str = option("stratified_reverse_kl", f"one of {', '.join(LOSSES)}")
+    top_k: int = option(28, "top ids a position; sampled_reverse_kl has none", POSITIVE)
+    num_samples: int = option(4, "draws a position; sampled_reverse_kl wants 16 or more", POSITIVE)
+    signal: str = option("current", "sampled_reverse_kl: source of the advantage", SIGNAL)
+    correction: str = option("is", "sampled_reverse_kl: weight of stale samples", CORRECTION)
+    temperature: float = option(1.0, "softmax temperature of sampling and loss", TEMPERATURE)
+    max_staleness: int = option(1, "updates that rollouts may start early; 0: synchronous", COUNT)
+    order: str = option("batch", "train in ticket order or as they finish", ORDER)
+    refresh: str = option("in_flight", "pick up weights between tokens or when drained", REFRESH)
+    steps: int = option(200, "updates in total, those before --resume included", POSITIVE)
+    batch_size: int = option(64, "rollouts per update, over all ranks", POSITIVE)
+    samples_per_prompt: int = option(1, "rollouts per prompt and epoch", POSITIVE)
+    lr: float = option(1e-3, "AdamW learning rate after warm-up", RATE)
+    warmup_steps: int = option(10, "updates of linear warm-up, constant after", COUNT)
+    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", WEIGHT_DECAY)
+    max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", RATE)
+    micro_batch_tokens: int = option(8192, "padded tokens of a forward pass", POSITIVE)
+    head_chunk: int = option(1024, "positions whose logits exist at once", POSITIVE)
+    seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
+    generators: int = option(1, "generation processes", POSITIVE)
+    slots: int = option(64, "sequences that a generator decodes at once", POSITIVE)
+    teacher_cache_mb: int = option(64, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
+    dtype: str = option("auto", "of all but masters; auto: bfloat16 on a GPU", DTYPE)
+    cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles", COUNT)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
-    eval_every: int = option(50, "updates between greedy evaluations; 0: never")
-    save_every: int = option(100, "updates between checkpoints; 0: only at the end")
+    eval_every: int = option(50, "updates between greedy evaluations; 0: never", COUNT)
+    save_every: int = option(100, "updates between checkpoints; 0: only at the end", COUNT)
     resume: bool = option(False, "continue from the newest checkpoint in --output-dir")
 
     def __post_init__(self):
         for item in fields(self):
-            check_value(flag(item.name), getattr(self, item.name), **item.metadata)
+            check_value(new_option(item), getattr(self, item.name))
+        if self.loss not in LOSSES:
+            raise InputError(f"--loss is {self.loss}: one of {', '.join(LOSSES)} is needed")
         is_default = (self.signal, self.correction) == ("current", "is")
         if self.loss != "sampled_reverse_kl" and not is_default:
             raise InputError(
@@ -139,15 +141,6 @@ class Config:
         return yaml.safe_dump(values, sort_keys=False)
 
 
-def check_value(name: str, value, help: str, choices, least, most):
-    if choices and value not in choices:
-        raise InputError(f"{name} is {value!r}: one of {', '.join(choices)}")
-    if isinstance(value, str) or least <= value <= most:
-        return
-    limit = f"{most} is the most" if value > most else f"{least} is the least"
-    raise InputError(f"{name} is {value}: {limit}")
-
-
 def model_path(name: str, builtin: str):
     return str(ASSETS / builtin) if name == "builtin" else os.path.expanduser(name)
 
@@ -155,74 +148,57 @@ def model_path(name: str, builtin: str):
 # ---- the command line -------------------------------------------------------------------------
 
 
-def flag(name: str):
-    return "--" + name.replace("_", "-")
+def new_option(item):
+    """The flag of one field of Config."""
+    name = "--" + item.name.replace("_", "-")
+    if isinstance(item.default, bool):
+        name = f"{name}/--no-{name[2:]}"
+    return click.Option([name], default=item.default, show_default=True, **item.metadata)
 
 
-FLAGS = {flag(item.name): item for item in fields(Config)}
-
-
-def parse(argv=None, usage: str = USAGE):
-    """Command line to Config. Exits with a message on a setting that cannot work."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = new_parser(usage)
+def check_value(option, value):
     try:
-        path = parser.parse_known_args(argv)[0].config
-        from_file = yaml_flags(path) if path else []
-        values, unknown = parser.parse_known_args(from_file + argv)
-        if unknown:
-            raise InputError(unknown_flag(unknown[0]))
-        del values.config
-        return Config(**vars(values))
-    except InputError as error:
-        parser.error(str(error))
+        option.type.convert(value, option, None)
+    except click.BadParameter as error:
+        raise InputError(error.format_message()) from None
+    if value != value:
+        raise InputError(f"{option.opts[0]} is nan: a number is needed")
 
 
-def new_parser(usage: str):
-    formatter = functools.partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=32)
-    parser = argparse.ArgumentParser(
-        usage=usage,
-        description="Asynchronous on-policy distillation.",
-        formatter_class=formatter,
-        allow_abbrev=False,
+def read_yaml(context, _, path):
+    """--config: the values of a YAML file take the place of the defaults."""
+    if path is None:
+        return
+    try:
+        values = dict(yaml.safe_load(Path(path).read_text()) or {})
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--config {path}: no mapping of option names: {reason}") from None
+    for name in values:
+        if name not in Config.__dataclass_fields__:
+            raise InputError(f"--config {path}: no option is called {name}, see --help")
+    context.default_map = {
+        name: str(value) for name, value in values.items() if value is not None
+    }
+
+
+def parse(argv=None):
+    """Command line to Config. Raises InputError on a setting that cannot work."""
+    from_file = click.Option(
+        ["--config"],
+        metavar="FILE",
+        help="YAML of options; flags win over it",
+        callback=read_yaml,
+        is_eager=True,
+        expose_value=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML of options; flags win over it")
-    section = parser
-    for name, item in FLAGS.items():
-        if item.name in SECTIONS:
-            section = parser.add_argument_group(SECTIONS[item.name])
-        kind, choices = type(item.default), item.metadata["choices"]
-        how = {"type": kind, "metavar": kind.__name__.upper()}
-        if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif choices:
-            how = {"choices": choices}
-        section.add_argument(name, default=item.default, help=item.metadata["help"], **how)
-    return parser
-
-
-def yaml_flags(path: str):
-    """The options of a YAML file as flags, so that both are checked alike."""
+    command = click.Command(
+        "train.py",
+        callback=Config,
+        params=[from_file, *map(new_option, fields(Config))],
+        help=ABOUT,
+    )
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path}: a mapping of option names is needed")
-    flags = []
-    for key, value in values.items():
-        name = flag(str(key))
-        if name not in FLAGS:
-            raise InputError(f"--config {path}: {unknown_flag(name)}")
-        if isinstance(value, bool):
-            flags.append(name if value else f"--no-{name[2:]}")
-        else:
-            flags.append(f"{name}={'' if value is None else value}")
-    return flags
-
-
-def unknown_flag(name: str):
-    if not name.startswith("-"):
-        return f"unexpected argument {name}: options are --name value, --name or --no-name"
-    near = difflib.get_close_matches(name, FLAGS, 1)
-    return f"unknown flag {name}: " + (f"did you mean {near[0]}?" if near else "see --help")
+        return command.main(argv, standalone_mode=False) or sys.exit()
+    except click.ClickException as error:
+        raise InputError(error.format_message()) from None

@@ -28,18 +28,15 @@ def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False):
     `drop_long` leaves longer ones out. Raises InputError with the line that cannot be used.
     """
     prompts = []
-    dropped = 0
     for where, item in checks.json_lines(path):
         text = checks.prompt_text(where, item, tokenizer)
         ids = tokenizer(text, add_special_tokens="prompt" in item).input_ids
         if drop_long and len(ids) > limit:
-            dropped += 1
             continue
         checks.check_prompt(where, text, ids, limit, tokenizer)
         answer = item.get("answer")
         prompts.append(Prompt(text, ids, None if answer is None else str(answer)))
-    why = f": all {dropped} are longer than --max-prompt-tokens {limit}, raise it"
-    checks.require(prompts, f"{path}: no prompts in it" + (why if dropped else ""))
+    checks.require(prompts, f"{path}: no prompts of up to {limit} tokens (--max-prompt-tokens)")
     return prompts
 
 
@@ -50,8 +47,7 @@ def load_prompts(config: Config, tokenizer):
         train = read_jsonl(config.prompts, tokenizer, *limits)
         held_out = hold_out(config, train)
     else:
-        parts = task.load(config, tokenizer)
-        train, held_out = ([Prompt(*item) for item in part] for part in parts)
+        train, held_out = task.load(config, tokenizer)
     if config.eval_prompts:
         held_out = read_jsonl(config.eval_prompts, tokenizer, *limits)
         all_answered = all(prompt.answer is not None for prompt in held_out)

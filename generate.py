@@ -59,6 +59,7 @@ class Generator:
         self.cache = KVCache(self.slots, self.config.max_prompt_tokens + longest)
         self.active: list[Rollout] = []  # slot i holds active[i]
         self.graphs = {}  # (slots, length) -> CUDA graph
+        self.pool = None  # the memory that the graphs share
         self.last_token = self.per_slot()
         self.position = self.per_slot()  # where last_token goes
         self.index = self.per_slot()  # r of the token to be drawn
@@ -153,28 +154,22 @@ class Generator:
         index.add_(1).clamp_(max=self.config.max_new_tokens - 1)
 
     def replay(self, active, length):
-        """`decode` as a CUDA graph, one for a power of two of slots and a multiple of lengths."""
+        """`decode` as a CUDA graph, one for a power of two of slots and a multiple of lengths.
+
+        The first step of a shape runs as it is, so that libraries set themselves up. Then the
+        graph is recorded, which executes nothing.
+        """
         active = min(self.slots, 1 << (active - 1).bit_length())
         length = min(self.cache.max_len, -(-length // GRAPH_LENGTHS) * GRAPH_LENGTHS)
-        if (active, length) not in self.graphs:
-            self.graphs[active, length] = self.capture(active, length)
-        self.graphs[active, length].replay()
-
-    def capture(self, active, length):
-        """Decode once for libraries and caches to be set up, undo it, and record the graph."""
-        saved = [tensor.clone() for tensor in self.counters]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.decode(active, length)
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor, before in zip(self.counters, saved):
-            tensor.copy_(before)
+        if (active, length) in self.graphs:
+            self.graphs[active, length].replay()
+            return
+        self.decode(active, length)
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self.graphs.values())).pool() if self.graphs else None
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, self.pool):
             self.decode(active, length)
-        return graph
+        self.pool = graph.pool()
+        self.graphs[active, length] = graph
 
     def release(self, slot):
         """Copy the rollout out and move the last active slot into its place."""
@@ -240,7 +235,7 @@ def run(config: Config, channel: Channel, device, track: int, held_out: list[Pro
     sampler = Sampler(config, device, share, held_out)
     generator = sampler.generator
     generator.version = -1
-    timeline = Timeline(channel.busy, config.trace, track, f"generator {track}")
+    timeline = Timeline(config, channel, track, f"generator {track}")
     waiting: deque[Rollout] = deque()
     while channel.running():
         take_rows(channel, generator, waiting)
@@ -272,13 +267,12 @@ def run(config: Config, channel: Channel, device, track: int, held_out: list[Pro
 
 def take_rows(channel: Channel, generator: Generator, waiting: deque[Rollout]):
     """Rows for the slots that may be filled. Waits a little if there is nothing else to do."""
-    is_idle = not generator.active and not waiting
     while len(waiting) < generator.room:
+        is_idle = not generator.active and not waiting
         row = channel.to_generator.get(0.02 if is_idle else 0.0)
         if row is None:
             return
         waiting.append(read_rollout(channel, row))
-        is_idle = False
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ def set_up_process(config: Config, device: torch.device, num_roles: int):
     """Threads and precision of a role's process."""
     share = len(os.sched_getaffinity(0)) // num_roles
     torch.set_num_threads(config.cpu_threads or max(1, share))
-    torch.set_float32_matmul_precision("highest")
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -115,10 +114,10 @@ class Roles:
             raise RoleDied(f"{self.names[error.error_index]} died: {error}") from None
         raise RoleDied(f"{gone[0]} left before the end")
 
-    def stop(self, patience: float = 10.0):
+    def stop(self):
         """Ask every role to leave its loop, then insist."""
         self.channel.stop.fill_(1)
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + 10.0
         for process in self.context.processes:
             process.join(max(0.0, deadline - time.monotonic()))
             process.kill()

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, vector_to_parameters
 
 from channel import LENGTH, Channel
 from config import Config
 from kernels.head import candidate_logp, candidate_loss
 from losses import make_loss
-from model import flat_parameters, head_weight, response_hidden, split_like, token_batches
+from model import flat_parameters, head_weight, response_hidden, row_batches
 
 BETAS = (0.9, 0.95)
 # Metrics that are summed over positions, in the order that Learner.backward returns.
@@ -51,10 +51,9 @@ class Learner:
         self.scale = 1.0 / self.config.temperature
         self.parameters = list(self.model.requires_grad_(True).parameters())
         matrices = [p for p in self.parameters if p.dim() >= 2]
-        groups = [{"params": matrices, "weight_decay": self.config.weight_decay}]
         vectors = [p for p in self.parameters if p.dim() < 2]
-        if vectors:
-            groups.append({"params": vectors, "weight_decay": 0.0})
+        decayed = {"params": matrices, "weight_decay": self.config.weight_decay}
+        groups = [decayed, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS)
 
     # ---- one update ---------------------------------------------------------------------------
@@ -81,15 +80,13 @@ class Learner:
         self.version += 1
         return metrics
 
-    def micro_batches(self, table: Channel, rows: list[int]):
+    def micro_batches(self, table, rows):
         """This rank's share of the rows, in groups for one forward pass each."""
-        by_length = sorted(rows, key=lambda row: -int(table.length[row]))
+        by_length = sorted(rows, key=lambda row: -table.length[row])
         mine = by_length[self.rank :: self.world]  # similar work for every rank
-        lengths = [int(table.length[row]) for row in mine]
-        groups = token_batches(lengths, self.config.micro_batch_tokens)
-        return [[mine[i] for i in group] for group in groups]
+        return row_batches(table, mine, self.config.micro_batch_tokens)
 
-    def backward(self, table: Channel, rows: list[int], tokens: int):
+    def backward(self, table, rows, tokens):
         """Add the gradient of one micro-batch; return sums over its positions: SUMMED, float64."""
         ids, t, b = self.candidates(table, rows)
         hidden = self.hidden(table, rows)
@@ -105,7 +102,7 @@ class Learner:
         )
         return torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
 
-    def hidden(self, table: Channel, rows):
+    def hidden(self, table, rows):
         """Hidden states that predict the responses of `rows`: [T,D]."""
         is_mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=is_mixed):
@@ -116,14 +113,14 @@ class Learner:
         weight = head_weight(self.model)
         return weight if len(weight) == self.vocab else weight[: self.vocab]
 
-    def candidates(self, table: Channel, rows):
+    def candidates(self, table, rows):
         """candidate_ids int64, teacher_logp and behavior_logp float32 of the rows, [T,C] each."""
         fields = (table.candidate_ids, table.teacher_logp, table.behavior_logp)
         ids, t, b = (of_responses(table, rows, field).to(self.device) for field in fields)
         return ids.long(), t, b
 
     @torch.no_grad()
-    def log_ratios(self, table: Channel, batches):
+    def log_ratios(self, table, batches):
         """s - b of every sample of the whole update, over all ranks: one more forward pass."""
         parts = [torch.zeros(0)]
         for rows in batches:
@@ -143,10 +140,10 @@ class Learner:
         """Sum gradients and metrics. A rank without rows takes part with zeros."""
         if self.world == 1:
             return
-        flat = torch.cat([p.grad.flatten() for p in self.parameters])
+        gradients = [p.grad for p in self.parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
-        for p, part in zip(self.parameters, split_like(flat, self.parameters)):
-            p.grad.copy_(part)
+        vector_to_parameters(flat, gradients)
         dist.all_reduce(sums)
 
     def step(self):
@@ -164,14 +161,14 @@ class Learner:
         self.optimizer.step()
         return {"grad_norm": norm, "lr": lr}
 
-    def describe(self, table: Channel, rows):
+    def describe(self, table, rows):
         """Lengths and lags of an update's rows."""
         lag = self.version - of_responses(table, rows, table.weight_version)
-        truncated = [int(table.finish[row]) == LENGTH for row in rows]
+        truncated = table.finish[rows] == LENGTH
         return {
             "tokens": len(lag),
             "response_tokens_mean": len(lag) / len(rows),
-            "truncated_fraction": sum(truncated) / len(rows),
+            "truncated_fraction": float(truncated.double().mean()),
             "lag_mean": float(lag.double().mean()),
             "lag_max": int(lag.max()),
         }
@@ -205,7 +202,6 @@ class Learner:
             path.chmod(0o644)  # safetensors writes files that only the owner can read
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        return target
 
     def load(self, checkpoint: Path):
         """Restore the rest of what `save` wrote; the model was loaded from the same directory.
@@ -220,7 +216,7 @@ class Learner:
         return state["trained_ahead"]
 
 
-def of_responses(table: Channel, rows, field):
+def of_responses(table, rows, field):
     """The part of `field` [R,M,...] that belongs to the response tokens of `rows`: [T,...]."""
     counts = (table.length[rows] - table.prompt_len[rows]).tolist()
     return torch.cat([field[row, :count] for row, count in zip(rows, counts)])

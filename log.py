@@ -24,7 +24,7 @@ def newest_checkpoint(output: Path):
     return max(numbered, key=step_of, default=None)
 
 
-def step_of(checkpoint: Path):
+def step_of(checkpoint):
     return int(checkpoint.name.removeprefix("step_"))
 
 
@@ -39,7 +39,7 @@ def start_output(config: Config, checkpoint: Path | None):
     whole = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one
     kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step_of(checkpoint)]
     metrics.write_text("".join(kept))
-    open_trace(config.trace)
+    config.trace.write_text("[\n")  # each event follows as a line
 
 
 # ---- who works when ---------------------------------------------------------------------------
@@ -52,12 +52,12 @@ class Timeline:
     Spans of one name that follow each other within a millisecond are drawn as one.
     """
 
-    def __init__(self, busy, path: Path, track, name):
-        """`busy`: the seconds of all roles [Q]. `track`: this role's place there and on screen."""
-        self.busy = busy[track : track + 1]
+    def __init__(self, config: Config, channel, track, name):
+        """`track`: the role's place in `channel.busy` and on screen."""
+        self.busy = channel.busy[track : track + 1]
         self.track = track
         self.last_span = None
-        self.file = open(path, "a", buffering=1)
+        self.file = open(config.trace, "a", buffering=1)
         self.write(name="thread_name", ph="M", args={"name": name})
 
     @contextmanager
@@ -66,17 +66,16 @@ class Timeline:
         try:
             yield
         finally:
-            end = time.monotonic()
-            self.busy += end - start
-            self.add(name, start, end)
+            self.add(name, start, time.monotonic())
 
     def add(self, name, start, end):
+        self.busy += end - start
         last = self.last_span
         if last and last[0] == name and start - last[2] < 1e-3 and end - last[1] < 1.0:
             last[2] = end
-            return
-        self.flush()
-        self.last_span = [name, start, end]
+        else:
+            self.flush()
+            self.last_span = [name, start, end]
 
     def flush(self):
         if self.last_span:
@@ -88,11 +87,7 @@ class Timeline:
         self.file.write(json.dumps({"pid": 0, "tid": self.track, **event}) + ",\n")
 
 
-def open_trace(path: Path):
-    path.write_text("[\n")
-
-
-def close_trace(path: Path):
+def close_trace(path):
     """Make the trace valid JSON once every role has flushed. Viewers also read it without."""
     path.write_text(path.read_text().rstrip().rstrip(",") + "\n]\n")
 

@@ -25,6 +25,9 @@ To add a loss, write a class and name it in LOSSES. Left out: generalised JSD, r
 
 import torch
 
+from kernels.sampled_reverse_kl import sampled_reverse_kl
+from kernels.sparse_reverse_kl import sparse_reverse_kl
+
 PPO_CLIP = 0.2  # Schulman et al. 2017, arXiv 1707.06347
 DECOUPLED_CAP = 5.0  # AReaL, arXiv 2505.24298: samples with a larger behaviour weight are dropped
 M2_BUDGET = 0.04  # M2PO, arXiv 2510.01161: largest mean square of the log ratios that are kept
@@ -85,10 +88,6 @@ class Proposal:
 class Greedy(Proposal):
     """The most probable token, for evaluation."""
 
-    def __init__(self):
-        super().__init__()
-        self.num_uniforms = 0
-
     def propose(self, logits, uniforms):
         ids = logits.argmax(-1, keepdim=True)
         return ids, logits.log_softmax(-1).gather(1, ids)
@@ -101,12 +100,12 @@ class Loss(Proposal):
     """Base class. A loss says its candidates in __init__ and its value in `value`."""
 
     needs_log_ratios = False  # True: the learner calls `use_log_ratios` before each update
-    fused = None  # a method (logits, ids, t, b, dtype) -> (value [T], s [T,C], gradient of logits)
+    triton_terms = None  # `value` and its derivative for the fused kernel (kernels/shared.py)
 
     def __init_subclass__(cls):
-        """A kernel computes one value: who overrides `value` alone has no kernel."""
-        if "value" in vars(cls) and "fused" not in vars(cls):
-            cls.fused = None
+        """Who overrides `value` alone has no Triton terms."""
+        if "value" in vars(cls) and "triton_terms" not in vars(cls):
+            cls.triton_terms = None
 
     def value(self, s, t, b):
         """Loss of each position, differentiable in s: [T,C] each -> [T]."""
@@ -157,17 +156,14 @@ class SparseReverseKL(Loss):
     `support_mass_student`.
     """
 
+    triton_terms = sparse_reverse_kl
+
     def __init__(self, config):
         super().__init__(top=config.top_k)
 
     def value(self, s, t, b):
         s, t = s[:, self.top], t[:, self.top]
         return (s.exp() * (s - t)).sum(-1)
-
-    def fused(self, logits, ids, t, b, dtype):
-        from kernels.sparse_reverse_kl import sparse_reverse_kl  # Triton is loaded where it is used
-
-        return sparse_reverse_kl(logits, ids, t, dtype, self.top.start)
 
 
 class SampledReverseKL(Loss):
@@ -179,12 +175,16 @@ class SampledReverseKL(Loss):
     the reverse KL at any lag.
     """
 
+    triton_terms = sampled_reverse_kl
+
     def __init__(self, config):
         super().__init__(draws=config.num_samples)
         self.signal = config.signal
         self.correction = config.correction
         self.needs_log_ratios = config.correction == "m2po"
         self.m2_threshold = None
+        if (self.signal, self.correction) != ("current", "is"):
+            self.triton_terms = None
 
     def use_log_ratios(self, log_ratios):
         """M2PO: one threshold for all samples of the update."""
@@ -194,12 +194,6 @@ class SampledReverseKL(Loss):
         advantage = (t - (s if self.signal == "current" else b)).detach()
         weight = importance_weight(s.detach(), b, advantage, self.correction, self.m2_threshold)
         return -(weight * advantage * s).mean(-1)
-
-    def fused(self, logits, ids, t, b, dtype):
-        from kernels.sampled_reverse_kl import sampled_reverse_kl
-
-        options = (self.signal, self.correction, self.m2_threshold)
-        return sampled_reverse_kl(logits, ids, t, b, dtype, 0, 0, *options)
 
 
 class StratifiedReverseKL(Loss):
@@ -211,6 +205,8 @@ class StratifiedReverseKL(Loss):
     1810.04777) with importance weights. Both strata have score-function form. The +1 of sparse
     reverse KL sums to zero over the whole vocabulary, so both leave it out.
     """
+
+    triton_terms = sampled_reverse_kl
 
     def __init__(self, config):
         super().__init__(top=config.top_k, tail=config.num_samples)
@@ -231,11 +227,6 @@ class StratifiedReverseKL(Loss):
         """sum_top e^s (s - t) + mean_tail w (s - t), [T]."""
         exact, sampled = self.terms(s, t, b)
         return exact.sum(-1) + sampled.mean(-1)
-
-    def fused(self, logits, ids, t, b, dtype):
-        from kernels.sampled_reverse_kl import sampled_reverse_kl
-
-        return sampled_reverse_kl(logits, ids, t, b, dtype, self.top.start, self.tail.start)
 
 
 LOSSES = {

@@ -5,6 +5,7 @@ Letters of shapes: serial.py. `checks.load_model` loads a model and makes sure t
 """
 
 import torch
+from torch.nn.utils import vector_to_parameters
 from transformers import AutoConfig, GenerationConfig
 
 from config import Config, InputError
@@ -32,7 +33,7 @@ def predicting_positions(prompt_len: int, length: int):
     return slice(prompt_len - 1, length - 1)
 
 
-def response_hidden(model, table, rows: list[int]):
+def response_hidden(model, table, rows):
     """Hidden states that predict the responses of `rows`, one after the other: [T,D]."""
     ids = table.tokens[rows, : max(table.length[rows])].to(model.device, torch.int64)
     spans = zip(table.prompt_len[rows].tolist(), table.length[rows].tolist())
@@ -40,19 +41,21 @@ def response_hidden(model, table, rows: list[int]):
     return torch.cat([of_row[predicting_positions(*span)] for of_row, span in hidden])
 
 
-def token_batches(lengths: list[int], budget: int):
-    """Indices of sequences in groups for one forward pass each, longest first.
+def row_batches(table, rows, budget: int):
+    """`rows` in groups for one forward pass each, longest first.
 
     A group padded to its longest has at most `budget` tokens. At most a third of it is padding.
     """
     batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
-        longest = lengths[batches[-1][0]] if batches else 0
-        is_similar = 3 * lengths[i] >= 2 * longest > 0
+    longest = 0  # of the last group
+    for row in sorted(rows, key=lambda row: -table.length[row]):
+        length = int(table.length[row])
+        is_similar = 3 * length >= 2 * longest > 0
         if is_similar and (len(batches[-1]) + 1) * longest <= budget:
-            batches[-1].append(i)
+            batches[-1].append(row)
         else:
-            batches.append([i])
+            batches.append([row])
+            longest = length
     return batches
 
 
@@ -86,13 +89,6 @@ def compute_dtype(config: Config, device: torch.device):
     return getattr(torch, config.dtype)
 
 
-def split_like(flat, tensors):
-    """Views of a flat tensor in the shapes of `tensors`, one after the other."""
-    tensors = list(tensors)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
-
-
 def flat_parameters(model, dtype=torch.float32):
     """A copy of all parameters [P]. Tied weights occur once."""
     return torch.cat([p.detach().to(dtype).flatten() for p in model.parameters()])
@@ -101,6 +97,5 @@ def flat_parameters(model, dtype=torch.float32):
 def flatten_parameters(model):
     """Move all parameters into one buffer [P] and make them views of it. One copy refreshes all."""
     flat = flat_parameters(model, head_weight(model).dtype)
-    for p, view in zip(model.parameters(), split_like(flat, model.parameters())):
-        p.data = view
+    vector_to_parameters(flat, model.parameters())
     return flat

@@ -98,6 +98,6 @@ def train(config: Config):
 
 if __name__ == "__main__":
     try:
-        train(parse(usage="python serial.py [options of train.py]"))
+        train(parse())
     except (InputError, MemoryError, FloatingPointError) as error:
         sys.exit(f"serial.py: error: {error}")

@@ -25,7 +25,7 @@ from config import Config
 from kernels.head import gather, logit_chunks
 from log import Timeline
 from losses import make_loss
-from model import compute_dtype, head_weight, response_hidden, shared_vocabulary, token_batches
+from model import compute_dtype, head_weight, response_hidden, row_batches, shared_vocabulary
 
 
 class TopKCache:
@@ -91,21 +91,18 @@ class Teacher:
     def score(self, table: Channel, rows: list[int]):
         """Fill teacher_logp of `rows` and, for forward KL, the top-K columns of candidate_ids."""
         missing = [row for row in rows if not self.from_cache(table, row)]
-        lengths = [int(table.length[row]) for row in missing]
-        for group in token_batches(lengths, self.config.micro_batch_tokens):
-            self.compute(table, [missing[i] for i in group])
+        for batch in row_batches(table, missing, self.config.micro_batch_tokens):
+            self.compute(table, batch)
 
-    def views(self, table: Channel, row: int):
+    def views(self, table, row):
         """Cache key of a row, and its candidate_ids and teacher_logp as views [M,C]."""
         prompt_len, length = int(table.prompt_len[row]), int(table.length[row])
         key = prompt_len.to_bytes(4, "little") + table.tokens[row, :length].numpy().tobytes()
         response = slice(0, length - prompt_len)
         return key, table.candidate_ids[row, response], table.teacher_logp[row, response]
 
-    def from_cache(self, table: Channel, row: int):
+    def from_cache(self, table, row):
         """Fill a row from the cache; False if that cannot be done exactly."""
-        if not self.cache.max_bytes:
-            return False
         key, ids, logp = self.views(table, row)
         if self.loss.teacher_top and key in self.cache.entries:
             ids.copy_(self.cache.entries[key][0])
@@ -115,7 +112,7 @@ class Teacher:
         logp.copy_(found)
         return True
 
-    def compute(self, table: Channel, rows: list[int]):
+    def compute(self, table, rows):
         """Fill rows by one forward pass, and remember its top ids."""
         views = [self.views(table, row) for row in rows]
         proposed = self.loss.num_proposed  # columns that the generator has filled
@@ -170,7 +167,7 @@ def run(config: Config, channel: Channel, device: torch.device, next_ticket: int
     """
     model = load_model(config.teacher_path, compute_dtype(config, device), device)
     teacher = Teacher(model, config, shared_vocabulary(config))
-    timeline = Timeline(channel.busy, config.trace, config.generators, "teacher")
+    timeline = Timeline(config, channel, config.generators, "teacher")
     waiting: dict[int, int] = {}
     rows = []
     while channel.running():

@@ -57,7 +57,7 @@ class Run:
         print(f"{channel.weights.shape[1]:,} parameters; {config.loss}, head in {head}")
         print(f"devices: {', '.join(map(str, devices))} (learner, generator, teacher)", flush=True)
         start_output(config, self.checkpoint)
-        self.timeline = Timeline(channel.busy, config.trace, config.generators + 1, "learner")
+        self.timeline = Timeline(config, channel, config.generators + 1, "learner")
         self.tickets = Tickets(config, channel, self.prompts, learner.version, trained_ahead)
         self.saved_version = learner.version
         self.accuracies: list[float] = []
@@ -186,16 +186,13 @@ def run_rank(config: Config, rank: int, world: int):
 def follow(learner: Learner, channel: Channel):
     """Ranks above 0: train on the rows that rank 0 names, until it names none."""
     fork_server.ignore_interrupts()
-    rows = broadcast()
-    while rows:
+    for rows in iter(broadcast, None):
         learner.update(channel, rows)
-        rows = broadcast()
 
 
 def main():
-    config = parse()
     try:
-        run_rank(config, *join_ranks())
+        run_rank(parse(), *join_ranks())
         if dist.is_initialized():
             dist.destroy_process_group()
     except (InputError, MemoryError, FloatingPointError, RoleDied) as error:

@@ -38,13 +38,13 @@ def running_sums(count: int, seed: int, heldout: bool) -> list[tuple[str, str]]:
 
 
 def load(config, tokenizer):
-    """(training items, evaluation items), each item (text, ids, answer).
+    """(training prompts, evaluation prompts).
 
     Every seed has the same evaluation items, so that runs compare.
     """
     train = encode(running_sums(20_000, config.seed, heldout=False), tokenizer)
     held_out = encode(running_sums(config.eval_size, 12345, heldout=True), tokenizer)
-    longest = max(len(ids) for _, ids, _ in train + held_out)
+    longest = max(len(prompt.ids) for prompt in train + held_out)
     require(
         longest <= config.max_prompt_tokens,
         f"built-in prompts have up to {longest} tokens, "
@@ -54,8 +54,10 @@ def load(config, tokenizer):
 
 
 def encode(pairs, tokenizer):
+    from data import Prompt  # which imports this module
+
     ids = tokenizer([text for text, _ in pairs]).input_ids
-    return [(text, ids, answer) for (text, answer), ids in zip(pairs, ids)]
+    return [Prompt(text, ids, answer) for (text, answer), ids in zip(pairs, ids)]
 
 
 def build_tokenizer():

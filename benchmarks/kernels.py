@@ -157,9 +157,10 @@ def kernel_alone(config, inputs, chunk: int, repeats: int) -> dict:
     """The fused kernel on one chunk of logits, and a copy of the same buffer: bytes moved per second."""
     hidden, weight, ids, t, b = (x.detach()[:chunk] if i != 1 else x.detach() for i, x in enumerate(inputs))
     source = head.head_logits(hidden, weight.to(hidden.dtype), 1.0, head.LOGITS_DTYPE)
-    buffer, kernel = torch.empty_like(source), make_loss(config).fused
+    buffer, loss = torch.empty_like(source), make_loss(config)
     copy = seconds(lambda: buffer.copy_(source), repeats)
-    alone = seconds(lambda: kernel(buffer, ids, t, b, hidden.dtype), repeats, before=lambda: buffer.copy_(source))
+    kernel = lambda: head.loss_and_gradient(loss, buffer, ids, t, b, hidden.dtype)  # noqa: E731
+    alone = seconds(kernel, repeats, before=lambda: buffer.copy_(source))
     bandwidth = 2 * source.nbytes / copy
     moved = source.nbytes + source.numel() * hidden.element_size()
     return {"kernel_ms": alone * 1e3, "copy_gb_per_s": bandwidth / 1e9, "kernel_of_copy_bandwidth": moved / alone / bandwidth}
@@ -203,7 +204,7 @@ def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
     for row in rows:
         print(f"{row['variant']:20s} " + (f"{row['ms']:9.2f} ms  {row['ms'] / floor:5.2f} of the products  {row['peak_mib']:9.0f} MiB"
                                           if "ms" in row else "out of memory"), flush=True)  # fmt: skip
-    if GPU and make_loss(config).fused:
+    if GPU and make_loss(config).triton_terms:
         rows[0] |= kernel_alone(config, inputs, chunk, repeats)
         print(f"the kernel alone: {rows[0]['kernel_of_copy_bandwidth']:.0%} of the copy bandwidth, {rows[0]['copy_gb_per_s']:.0f} GB/s", flush=True)
     return rows

@@ -10,13 +10,16 @@ gradient with respect to one row of logits needs only c_k = dL/ds_k:
 dh = g W and dW += g^T h. These are three matrix products in all. Nothing is recomputed, and the
 memory is O(G V) for any T.
 
-On a GPU a chunk goes through Triton: the loss's own kernel if it has one, else `gather`, the loss
-in plain torch, and `scatter`. Without a GPU, and in float64, plain torch does all of it.
+On a GPU a chunk goes through Triton (kernels/shared.py): one fused kernel if the loss has its terms
+in Triton, else `gather`, the loss in plain torch, and `scatter`. Without a GPU, and in float64,
+plain torch does all of it.
 docs/kernels.md has the derivation.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from kernels import shared
 
 # What a bfloat16 head product is rounded to for the loss; docs/kernels.md compares.
 LOGITS_DTYPE = torch.float32
@@ -29,14 +32,13 @@ def uses_triton(tensor):
 def head_logits(hidden, weight, scale=1.0, dtype=torch.float32):
     """scale * h W^T: [G,D], [V,D] -> [G,V].
 
-    Accumulated in float32 and rounded to `dtype`; float64 inputs stay float64.
+    Summed in float32 and rounded to `dtype`, or to the dtype of `hidden` where that is wider.
     """
-    if hidden.dtype in (torch.float32, torch.float64, dtype):
-        logits = hidden @ weight.t()
-    elif hidden.is_cuda:
-        logits = torch.mm(hidden, weight.t(), out_dtype=dtype)
+    kind = torch.promote_types(hidden.dtype, dtype)
+    if hidden.is_cuda and hidden.dtype != kind:
+        logits = torch.mm(hidden, weight.t(), out_dtype=kind)
     else:
-        logits = hidden.float() @ weight.float().t()
+        logits = hidden.to(kind) @ weight.to(kind).t()
     return logits if scale == 1.0 else logits.mul_(scale)
 
 
@@ -51,28 +53,20 @@ def logit_chunks(hidden, weight, scale, chunk, dtype=torch.float32):
 
 
 def gather(logits, ids):
-    """Log-probabilities of ids int64 [G,C], 0 where an id is -1, and logsumexp [G]."""
+    """Log-probabilities of ids int64 [G,C], and logsumexp [G]."""
     if uses_triton(logits):
-        from kernels import shared  # Triton is loaded where it is used
-
         return shared.gather(logits, ids)
     logsumexp = logits.logsumexp(-1)
-    logp = logits.gather(1, ids.clamp(min=0)) - logsumexp[:, None]
-    return logp.masked_fill_(ids < 0, 0.0), logsumexp
+    return logits.gather(1, ids) - logsumexp[:, None], logsumexp
 
 
 def scatter(logits, ids, c, logsumexp, dtype):
-    """Overwrite logits [G,V] with the gradient, given c = dL/ds [G,C]; returned as `dtype`.
-
-    c is 0 where an id is -1.
-    """
+    """Overwrite logits [G,V] with the gradient, given c = dL/ds [G,C]; returned as `dtype`."""
     if uses_triton(logits):
-        from kernels import shared
-
         return shared.scatter(logits, ids, c, logsumexp, dtype)
     softmax = logits.sub_(logsumexp[:, None]).exp_()
     gradient = softmax.mul_(-c.sum(-1, keepdim=True))
-    return gradient.scatter_add_(1, ids.clamp(min=0), c).to(dtype)
+    return gradient.scatter_add_(1, ids, c).to(dtype)
 
 
 def float_like(tensor, shape):
@@ -98,8 +92,9 @@ def loss_and_gradient(loss, logits, ids, t, b, dtype):
 
     The gradient overwrites the logits.
     """
-    if loss.fused and uses_triton(logits):
-        return loss.fused(logits, ids, t, b, dtype)
+    if loss.triton_terms and uses_triton(logits):
+        first, first_draw = (loss.top.start, loss.tail.start) if loss.sampler_top else (0, 0)
+        return shared.fused_loss(loss.triton_terms, logits, ids, t, b, dtype, first, first_draw)
     return unfused_loss(loss, logits, ids, t, b, dtype)
 
 
@@ -109,8 +104,8 @@ def unfused_loss(loss, logits, ids, t, b, dtype):
     with torch.enable_grad():
         value = loss.value(s.requires_grad_(), t, b)
         (c,) = torch.autograd.grad(value.sum(), s)
-    c = c.masked_fill(ids < 0, 0.0).contiguous()
-    return value.detach(), s.detach(), scatter(logits, ids, c, logsumexp, dtype)
+    gradient = scatter(logits, ids, c.contiguous(), logsumexp, dtype)
+    return value.detach(), s.detach(), gradient
 
 
 class CandidateLoss(torch.autograd.Function):
@@ -145,9 +140,7 @@ def add_product(total, a, b, scale):
 
     A bfloat16 product of each chunk would be rounded once a chunk.
     """
-    if total.dtype == a.dtype:
-        total.addmm_(a, b, alpha=scale)
-    elif total.is_cuda:
+    if total.is_cuda and total.dtype != a.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, alpha=scale, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=scale)
@@ -157,9 +150,9 @@ def candidate_loss(hidden, weight, ids, t, b, loss, scale=1.0, chunk=1024):
     """Sum of a losses.Loss over positions, with gradients to `hidden` and `weight`.
 
     hidden [T,D] sets the dtype of the products. weight [V,D], a float32 master, sets that of its
-    own gradient. ids int64 [T,C] are the candidates; where there is none, the id is -1 and teacher
-    and behaviour log-probabilities t and b [T,C] are 0. At most `chunk` rows of logits exist at
-    once. T may be 0: the graph stays connected and the loss is 0.
+    own gradient. ids int64 [T,C] are the candidates, t and b [T,C] the log-probabilities that
+    teacher and sampler gave them. At most `chunk` rows of logits exist at once. T may be 0: the
+    graph stays connected and the loss is 0.
 
     Returns (loss summed over T, float64 scalar; student_logp [T,C], detached).
     """

@@ -1,14 +1,17 @@
-"""What the kernels share: one program a row of logits reads it twice and writes the gradient.
+"""The Triton kernels: one program a row of logits reads it twice and writes the gradient.
 
 Letters of shapes: serial.py; G rows are the positions of a chunk. kernels/head.py has the
-mathematics. How much of the second read the L2 cache serves depends on V (docs/kernels.md). An id
-of -1 means that there is no candidate: s = 0, c = 0.
+mathematics. How much of the second read the L2 cache serves depends on V (docs/kernels.md).
 
 The gradient goes where the logits were. It has the dtype of the next matrix product, so no pass is
 needed to convert it: a bfloat16 gradient of float32 logits fills the first half of its row's bytes.
 Equal ids add up without atomics: each of them stores the same sum, taken in the same order.
 
-`gather` and `scatter` are the two steps as kernels of their own, for losses without a fused kernel.
+`fused_loss` does it all in one launch. What a loss computes from its candidates is a Triton
+function (kernels/sparse_reverse_kl.py, kernels/sampled_reverse_kl.py) that the compiler inlines.
+`gather` and `scatter` are the two passes as kernels of their own, for losses without such a
+function.
+
 Left out: autotuning (one launch shape per vocabulary size), float64 (plain torch), vocabularies
 split over several programs.
 """
@@ -17,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 from triton.language import constexpr
-
 
 DEPTH = constexpr(2)  # loads of LANES logits that are in flight at once
 
@@ -40,11 +42,10 @@ def row_logsumexp(row, V, LANES: constexpr):
 
 @triton.jit
 def row_gather(row, ids_row, lse, C, CANDIDATES: constexpr):
-    """(column numbers, ids or -1, log-probabilities or 0 where the id is -1), [CANDIDATES] each."""
+    """(columns k, ids, log-probabilities), [CANDIDATES] each; those from C on are padding."""
     k = tl.arange(0, CANDIDATES)
-    ids = tl.load(ids_row + k, mask=k < C, other=-1)
-    z = tl.load(row + ids, mask=ids >= 0, other=0.0).to(tl.float32)
-    return k, ids, tl.where(ids >= 0, z - lse, 0.0)
+    ids = tl.load(ids_row + k, mask=k < C, other=0)
+    return k, ids, tl.load(row + ids).to(tl.float32) - lse
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def gradient_at_candidates(s, ids, ids_row, c_row, c_sum, C, CANDIDATES: constex
     at_ids = -tl.exp(s) * c_sum
     for first in range(0, C, PART):
         j = first + tl.arange(0, PART)
-        other_ids = tl.load(ids_row + j, mask=j < C, other=-1)
+        other_ids = tl.load(ids_row + j, mask=j < C, other=0)
         other_c = tl.load(c_row + j, mask=j < C, other=0.0)
         is_same = ids[:, None] == other_ids[None, :]
         at_ids += tl.sum(tl.where(is_same, other_c[None, :], 0.0), 1)
@@ -67,7 +68,7 @@ def row_scatter(
     row,
     grad_row,
     ids_row,
-    c_row,  # [C] in memory, 0 where there is no candidate
+    c_row,  # [C] in memory
     lse,
     V,
     C,
@@ -90,14 +91,14 @@ def row_scatter(
             tl.debug_barrier()  # the gradient covers logits of this block and of earlier ones
         tl.store(grad_row + at, (-tl.exp(z - lse) * c_sum).to(GRAD), mask=at < V)
     tl.debug_barrier()  # the candidates' entries come last, over what the loop left there
-    tl.store(grad_row + ids, at_ids.to(GRAD), mask=ids >= 0)
+    tl.store(grad_row + ids, at_ids.to(GRAD), mask=k < C)
 
 
 @triton.jit
 def gather_kernel(
     logits,  # [G,V] float32 or bfloat16, read
     grad,  # unused: every row kernel takes the same first arguments
-    ids,  # [G,C] int64, read; -1: none
+    ids,  # [G,C] int64, read
     logp,  # [G,C] float32, written
     logsumexp,  # [G] float32, written
     V,
@@ -117,7 +118,7 @@ def gather_kernel(
 def scatter_kernel(
     logits,  # [G,V] float32 or bfloat16, read and overwritten through grad
     grad,  # the same memory in the gradient's dtype, rows equally many bytes apart
-    ids,  # [G,C] int64, read; -1: none
+    ids,  # [G,C] int64, read
     c,  # [G,C] float32, read
     logsumexp,  # [G] float32, read
     V,
@@ -132,8 +133,42 @@ def scatter_kernel(
     row_scatter(row, grad_row, ids + g * C, c + g * C, lse, V, C, LANES, CANDIDATES)
 
 
-def launch(kernel, logits, dtype, columns, outputs, *scalars, **constants):
-    """Run kernel(logits, grad, *columns, *outputs, V, C, grad_stride, *scalars) on every row.
+@triton.jit
+def loss_kernel(
+    logits,  # [G,V] float32 or bfloat16, read and overwritten through grad
+    grad,  # the same memory in the gradient's dtype, rows equally many bytes apart
+    ids,  # [G,C] int64, read
+    teacher_logp,  # [G,C] float32, read
+    behavior_logp,  # [G,C] float32, read
+    loss,  # [G] float32, written
+    student_logp,  # [G,C] float32, written
+    c,  # [G,C] float32, scratch
+    V,
+    C,
+    grad_stride,
+    first,  # the columns before it carry no loss
+    first_draw,
+    TERMS: constexpr,  # (s, t, b, k, first_draw, C) -> (terms of the loss, c)
+    LANES: constexpr,
+    CANDIDATES: constexpr,
+):
+    g = tl.program_id(0).to(tl.int64)
+    row, grad_row = logits + g * V, grad + g * grad_stride
+    lse = row_logsumexp(row, V, LANES)
+    k, _, s = row_gather(row, ids + g * C, lse, C, CANDIDATES)
+    t = tl.load(teacher_logp + g * C + k, mask=k < C, other=0.0)
+    b = tl.load(behavior_logp + g * C + k, mask=k < C, other=0.0)
+    terms, derivative = TERMS(s, t, b, k, first_draw, C)
+    counts = (k >= first) & (k < C)
+    tl.store(loss + g, tl.sum(tl.where(counts, terms, 0.0), 0))
+    tl.store(student_logp + g * C + k, s, mask=k < C)
+    tl.store(c + g * C + k, tl.where(counts, derivative, 0.0), mask=k < C)
+    tl.debug_barrier()  # every thread sees the whole of c
+    row_scatter(row, grad_row, ids + g * C, c + g * C, lse, V, C, LANES, CANDIDATES)
+
+
+def launch(kernel, logits, dtype, columns, outputs, *others):
+    """Run kernel(logits, grad, *columns, *outputs, V, C, grad_stride, *others) on every row.
 
     `columns` and `outputs` have G rows; the first is ids [G,C]. Returns grad [G,V] of `dtype`: the
     memory of logits, each row where its logits began. Raises ValueError on what the kernels cannot
@@ -141,34 +176,33 @@ def launch(kernel, logits, dtype, columns, outputs, *scalars, **constants):
     """
     V, C = logits.shape[1], columns[0].shape[1]
     check_logits(logits, dtype)
-    for tensor in (logits, *columns, *outputs):
+    for tensor in columns:
         check_rows(tensor, logits, C)
     grad = logits.view(dtype)[:, :V]
     if len(logits):
         tensors = (logits, grad, *columns, *outputs)
-        shape = launch_shape(V, C)
-        grid = (len(logits),)
-        kernel[grid](*tensors, V, C, grad.stride(0), *scalars, **constants, **shape)
+        on_every_row = kernel[(len(logits),)]
+        on_every_row(*tensors, V, C, grad.stride(0), *others, **launch_shape(V, C))
     return grad
 
 
 def check_logits(logits, dtype):
     is_wide_enough = dtype.itemsize <= logits.dtype.itemsize
-    is_known = logits.dtype in (torch.float32, torch.bfloat16)
+    is_known = logits.dtype in (torch.float32, torch.bfloat16) and logits.is_contiguous()
     if not (is_known and is_wide_enough and logits.shape[1] < 2**30):
         raise ValueError(
-            f"logits {tuple(logits.shape)} {logits.dtype}, gradient {dtype}: "
+            f"logits {tuple(logits.shape)} {logits.dtype}, gradient {dtype}: contiguous rows of "
             "float32 or bfloat16 are needed, below 2^30 ids"
         )
 
 
 def check_rows(tensor, logits, C):
-    is_wide = tensor is logits or tensor.shape[1:] in ((), (C,))
+    G = len(logits)
     is_here = tensor.device == logits.device and tensor.is_contiguous()
-    if not (is_wide and is_here and len(tensor) == len(logits)):
+    if not is_here or tensor.shape not in ((G,), (G, C)):
         raise ValueError(
-            f"{tuple(tensor.shape)} on {tensor.device}: needs {len(logits)} contiguous rows "
-            f"of {C} columns, as many as ids, on {logits.device}"
+            f"{tuple(tensor.shape)} on {tensor.device}: "
+            f"needs {G} contiguous rows of {C} columns on {logits.device}"
         )
 
 
@@ -182,12 +216,18 @@ def launch_shape(vocab, candidates):
     }
 
 
-def launch_loss(kernel, logits, dtype, columns, *scalars, **constants):
-    """Run a fused loss: (loss float32 [G], student_logp float32 [G,C], gradient [G,V])."""
-    student_logp, c = logits.new_empty(2, *columns[0].shape, dtype=torch.float32)
+def fused_loss(terms, logits, ids, t, b, dtype, first, first_draw):
+    """Loss and gradient of a chunk in one launch.
+
+    `terms` is the Triton function of the loss. logits [G,V] float32 or bfloat16, ids int64 [G,C],
+    t and b float32 [G,C]. The columns before `first` carry no loss; those from `first_draw` on are
+    draws. Returns (loss [G] and student_logp [G,C], float32; gradient [G,V] as `dtype`, in the
+    memory of logits).
+    """
+    student_logp, c = logits.new_empty(2, *ids.shape, dtype=torch.float32)
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     outputs = (loss, student_logp, c)
-    grad = launch(kernel, logits, dtype, columns, outputs, *scalars, **constants)
+    grad = launch(loss_kernel, logits, dtype, (ids, t, b), outputs, first, first_draw, terms)
     return loss, student_logp, grad
 
 

@@ -15,7 +15,7 @@ import checks
 from channel import Channel, Field, Tickets, may_start
 from config import Config
 from data import Prompt
-from log import Timeline, close_trace, open_trace
+from log import Timeline, close_trace, start_output
 
 CONFIG = Config(batch_size=4, max_staleness=2, max_prompt_tokens=8, max_new_tokens=8, slots=2)
 P = 200_000
@@ -189,9 +189,9 @@ def test_resume_with_a_smaller_max_staleness_waits_for_free_rows():
 def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_path, monkeypatch):
     clock = iter([1.0, 1.5, 1.5005, 1.9, 2.1, 2.2, 5.0, 6.0, 6.0, 6.5])  # begin and end of each span below
     monkeypatch.setattr("log.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    ours, path = make(), tmp_path / "trace.json"
-    open_trace(path)
-    first, second = (Timeline(ours.busy, path, i, f"role {i}") for i in (0, 1))
+    ours, path, config = make(), tmp_path / "trace.json", Config(output_dir=str(tmp_path))
+    start_output(config, None)
+    first, second = (Timeline(config, ours, i, f"role {i}") for i in (0, 1))
     for timeline, name in ((first, "decode"), (first, "decode"), (first, "decode"), (second, "score"), (second, "publish")):
         with timeline.span(name):
             pass

@@ -11,7 +11,7 @@ from conftest import FAMILIES, LOSS_CONFIGS, ROOT, label, new_generator
 from channel import Rollout
 from checks import load_model
 from config import Config
-from kernels.head import candidate_loss, head_logits
+from kernels.head import candidate_loss, head_logits, loss_and_gradient
 from losses import make_loss
 
 pytestmark = pytest.mark.gpu
@@ -74,7 +74,7 @@ def test_every_entry_of_the_gradient_is_exact_up_to_its_own_rounding(config, log
     z = logits.double().requires_grad_()
     s = z.log_softmax(-1).gather(1, ids)
     (expected,) = torch.autograd.grad(new_loss(config).value(s, t.double(), b.double()).sum(), z)
-    _, student_logp, gradient = new_loss(config).fused(logits, ids, t, b, dtype)
+    _, student_logp, gradient = loss_and_gradient(new_loss(config), logits, ids, t, b, dtype)
     torch.testing.assert_close(student_logp.double(), s.detach(), rtol=0, atol=2e-5)
     scale = expected.abs().amax(-1, keepdim=True)  # at a candidate two large terms may cancel
     error = (gradient.double() - expected).abs()
@@ -89,7 +89,7 @@ def test_reruns_are_equal_to_the_last_bit(dtype):
     gradients = []
     for _ in range(20):
         logits = head_logits(hidden, weight.to(dtype), 1.0)
-        gradients.append(new_loss(config).fused(logits, ids, t, b, dtype)[2].clone())
+        gradients.append(loss_and_gradient(new_loss(config), logits, ids, t, b, dtype)[2].clone())
     assert all(torch.equal(gradients[0], other) for other in gradients[1:])
 
 

@@ -200,8 +200,9 @@ def test_a_checkpoint_loads_with_transformers_and_continues_bit_for_bit(model_di
     table = stale_table(model_dir, config)
     straight = new_learner(model_dir(seed=2), config)
     straight.update(table, ROWS[:4])
-    saved = straight.save(tmp_path, tokenizer, trained_ahead=[9, 11])
-    assert saved.name == "step_1" and newest_checkpoint(tmp_path) == saved
+    straight.save(tmp_path, tokenizer, trained_ahead=[9, 11])
+    saved = tmp_path / "step_1"
+    assert newest_checkpoint(tmp_path) == saved
     again = new_learner(str(saved), config)
     assert again.load(saved) == [9, 11] and again.version == 1
     first, second = straight.update(table, ROWS[4:]), again.update(table, ROWS[4:])

@@ -253,14 +253,14 @@ def test_the_names_of_the_losses_are_those_of_their_classes():
 
 
 def test_no_loss_falls_through_to_another_by_accident():
-    with pytest.raises(InputError, match="--loss is 'no_loss_yet': one of forward_kl, sparse"):
+    with pytest.raises(InputError, match="--loss is no_loss_yet: one of forward_kl, sparse"):
         Config(loss="no_loss_yet")
     with pytest.raises(KeyError, match="no_loss_yet"):
         make_loss(SimpleNamespace(loss="no_loss_yet", top_k=3, num_samples=4))
     x = torch.zeros(1, 1)
     with pytest.raises(NotImplementedError):
         Loss().value(x, x, x)
-    assert Loss.fused is None and not Loss.needs_log_ratios and not hasattr(Proposal(), "value")
+    assert Loss.triton_terms is None and not Loss.needs_log_ratios and not hasattr(Proposal(), "value")
     for kind in LOSSES.values():
         assert kind.value is not Loss.value
         assert all(other is kind or kind.value is not other.value for other in LOSSES.values())
@@ -297,7 +297,7 @@ def jeffreys(s, t):
 
 def test_the_example_of_the_readme_gets_the_candidates_that_it_names(example):
     loss = make_loss(Config(loss="jeffreys_kl", top_k=3, num_samples=2))
-    assert type(loss).__name__ == "JeffreysKL" and loss.fused is None and loss.teacher_top == 0
+    assert type(loss).__name__ == "JeffreysKL" and loss.triton_terms is None and loss.teacher_top == 0
     logits = torch.randn(50, V, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ids, logp = loss.propose(logits, uniforms)
@@ -402,4 +402,4 @@ def test_a_kernel_belongs_to_the_value_it_was_written_for():
         pass
 
     config = Config(top_k=3)
-    assert Mine(config).fused is None and Renamed(config).fused and losses.StratifiedReverseKL(config).fused
+    assert Mine(config).triton_terms is None and Renamed(config).triton_terms and losses.StratifiedReverseKL(config).triton_terms

@@ -1,5 +1,7 @@
 """Claims about the teacher: the shift, exact scores, a cache that never changes one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import LOSS_CONFIGS, label, load, make_table, new_generator
@@ -7,7 +9,7 @@ from conftest import LOSS_CONFIGS, label, load, make_table, new_generator
 from channel import Rollout
 from config import Config
 from losses import make_loss
-from model import head_weight, predicting_positions, token_batches
+from model import head_weight, predicting_positions, row_batches
 from teacher import Teacher, TopKCache, ready_rows
 
 PROMPTS = [[69, 117, 2, 85, 133, 3], [21, 22, 2, 40, 41, 2, 50, 51, 3], [100], [7, 8, 9, 3]]
@@ -117,9 +119,9 @@ def test_the_same_response_after_another_split_of_prompt_and_response_is_another
     assert not teacher.from_cache(table, 0)
 
 
-def test_token_batches_cover_everything_within_the_budget_and_are_at_most_a_third_padding():
+def test_row_batches_cover_everything_within_the_budget_and_are_at_most_a_third_padding():
     lengths = [5, 90, 3, 40, 41, 7, 7, 100]
-    batches = token_batches(lengths, 120)
+    batches = row_batches(SimpleNamespace(length=torch.tensor(lengths)), range(8), 120)
     assert sorted(i for batch in batches for i in batch) == list(range(8))
     assert all(len(batch) * max(lengths[i] for i in batch) <= 120 for batch in batches)
     assert all(3 * min(lengths[i] for i in batch) >= 2 * max(lengths[i] for i in batch) for batch in batches)
