@@ -60,15 +60,8 @@ class Prefill:
         mask = None
         if window is not None and length > window:
             mask = may_see(torch.arange(length, device=key.device), length, window)
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=True,
-        )
+        how = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling}
+        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **how)
         return out.transpose(1, 2)
 
 
@@ -96,17 +89,19 @@ class Decode:
             query.view(active, heads, -1, size),
             keys[:active, :, : self.length],
             values[:active, :, : self.length],
-            attn_mask=self.mask(window),
+            attn_mask=self.mask(window, query.dtype),
             scale=scaling,
         )
         return out.reshape(active, 1, -1, value.shape[3])
 
-    def mask(self, window):
-        """[A,1,1,X]"""
+    def mask(self, window, dtype):
+        """-inf at hidden positions, else 0: [A,1,1,X]."""
         if window not in self.masks:
             # Idle slots of a padded graph may stand beyond the end.
             now = self.position.clamp(max=self.length - 1)
-            self.masks[window] = may_see(now, self.length, window)[:, None, None]
+            hidden = ~may_see(now, self.length, window)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=now.device)
+            self.masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
         return self.masks[window]
 
 
@@ -121,17 +116,7 @@ def may_see(now, length: int, window: int | None):
     return seen if window is None else seen & (at > now[:, None] - window)
 
 
-def slot_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling,
-    sliding_window=None,
-    slot_step=None,
-    **kwargs,
-):
+def slot_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """What every attention layer calls (transformers.AttentionInterface)."""
     for name in ("softcap", "s_aux"):  # logit soft-capping (Gemma 2), attention sinks (gpt-oss)
         if kwargs.get(name) is not None:
@@ -139,8 +124,8 @@ def slot_attention(
                 f"{type(module).__name__} wants attention with {name}, "
                 "which the KV slots do not have"
             )
-    out = slot_step.attend(module.layer_idx, query, key, value, scaling, sliding_window)
-    return out, None
+    step, window = kwargs["slot_step"], kwargs.get("sliding_window")
+    return step.attend(module.layer_idx, query, key, value, scaling, window), None
 
 
 AttentionInterface.register("kv_slots", slot_attention)

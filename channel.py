@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import fork_server
 from checks import check_memory
 from config import Config
 from data import TicketOrder
@@ -110,14 +111,15 @@ class Channel:
             setattr(self, name, block[start:stop].view(kind).view(shape))
         self.arguments = config, num_parameters, dtype, paths
         self.to_generator, self.to_teacher, self.to_learner = map(RowQueue, paths[1:])
-        self.watch(int(paths[0].split("/")[2]))
+        rank_0 = int(paths[0].split("/")[2])
+        self.watched = os.pidfd_open(rank_0)  # the process whose end is ours
 
     def __reduce__(self):
         """A channel is sent to another process as what opens it there."""
         return Channel, self.arguments
 
     @classmethod
-    def create(cls, config: Config, num_parameters: int, dtype: torch.dtype):
+    def create(cls, config: Config, num_parameters: int, dtype):
         """Make the channel, in rank 0. Raises MemoryError if the machine has too little memory."""
         size = memory_layout(config, num_parameters, dtype)[1]
         check_memory(size, config)
@@ -129,13 +131,8 @@ class Channel:
         fds = (memory, *(read_end for read_end, _ in pipes))
         paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in fds]
         channel = cls(config, num_parameters, dtype, paths)
-        if "RANK" in os.environ:  # torchrun started us; a shell may go and leave us running
-            channel.watch(os.getppid() or os.getpid())  # 0: not in our namespace
+        channel.watched = fork_server.torchrun or channel.watched
         return channel
-
-    def watch(self, pid):
-        """Choose the process whose end is ours: rank 0, or torchrun for rank 0."""
-        self.watched = os.pidfd_open(pid)
 
     def running(self):
         """False once rank 0 said stop or the process that we watch is gone: every loop asks."""
@@ -144,12 +141,16 @@ class Channel:
 
     # ---- the weight mailbox -------------------------------------------------------------------
 
-    def publish(self, flat, version: int):
-        """Rank 0: write the student's parameters [P], then raise the version.
+    def publish(self, parts, version: int):
+        """Rank 0: write the student's parameters, then raise the version.
 
-        Readers of the current version are in the other buffer.
+        `parts` are tensors that make up the parameters [P], one after the other. Readers of the
+        current version are in the other buffer.
         """
-        self.weights[version % 2].copy_(flat)
+        start = 0
+        for part in parts:
+            self.weights[version % 2, start : start + part.numel()].copy_(part.flatten())
+            start += part.numel()
         self.version.fill_(version)
 
     def pick_up(self, flat):
@@ -165,7 +166,7 @@ class Channel:
                 return version
 
 
-def memory_layout(config: Config, num_parameters: int, dtype: torch.dtype):
+def memory_layout(config, num_parameters, dtype):
     """Field name -> (dtype, shape, first byte, last byte + 1), and the bytes of all."""
     sizes = {
         "R": config.table_rows,

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attention import Decode, KVCache, Prefill
-from config import Config, InputError
+from config import InputError
 from kernels.head import head_logits
 from log import newest_checkpoint, step_of
 from losses import make_loss
@@ -51,7 +51,7 @@ def number_after(name, path):
     return int(re.search(rf"^{name}\s+(\d+)", path.read_text(), re.MULTILINE)[1])
 
 
-def check_memory(needed, config: Config):
+def check_memory(needed, config):
     """Raises MemoryError before anything is allocated."""
     free = available_memory()
     if needed > 0.9 * free:
@@ -74,7 +74,7 @@ def check_path(flag, path):
         return  # a hub id
     require(
         (place / "config.json").is_file(),
-        f"{flag} {path}: no model there (config.json is missing): "
+        f"{flag} {path}: no model there (config.json is missing in {place.absolute()}): "
         "give a model directory or a hub id such as org/name",
     )
     if not any(place.glob("pytorch_model*.bin")):
@@ -106,7 +106,7 @@ def load_tokenizer(flag, path):
         raise InputError(f"{flag} {path}: no tokenizer there: {reason}") from None
 
 
-def check_models(config: Config):
+def check_models(config):
     """Teacher and student must read text alike. Returns what the user should be told."""
     student = load_tokenizer("--student", config.student_path)
     teacher = load_tokenizer("--teacher", config.teacher_path)
@@ -129,7 +129,7 @@ def check_models(config: Config):
     return notes
 
 
-def check_top_k(config: Config):
+def check_top_k(config):
     vocab = shared_vocabulary(config)
     loss = make_loss(config)
     limit = vocab - (loss.tail.start < loss.tail.stop)  # a tail needs an id
@@ -140,7 +140,7 @@ def check_top_k(config: Config):
     )
 
 
-def vocabulary_notes(config: Config):
+def vocabulary_notes(config):
     paths = (config.student_path, config.teacher_path)
     student, teacher = map(text_config, paths)
     notes = []
@@ -261,6 +261,10 @@ def prompt_text(where, item, tokenizer):
 
 
 def apply_template(where, messages, tokenizer):
+    require(
+        tokenizer.chat_template,
+        f"{where}: has `messages`, but the student's tokenizer has no chat template: use `prompt`",
+    )
     refusal = f"{where}: the chat template refuses `messages`"
     require(isinstance(messages, list), f"{refusal}: a list is needed")
     try:
@@ -291,7 +295,7 @@ MUST_MATCH = """student prompts eval_prompts eval_size seed batch_size samples_p
     max_prompt_tokens drop_long_prompts""".split()
 
 
-def check_output(config: Config):
+def check_output(config):
     """The checkpoint to resume from (None: a new run), and what the user should be told.
 
     Makes the directory, writes nothing. Raises InputError if the directory cannot be written or
@@ -318,10 +322,11 @@ def check_resume(config, checkpoint):
     missing = f"--resume: no checkpoint (step_N) in --output-dir {output}: start without --resume"
     require(checkpoint, missing)
     before = read_resumed(output, checkpoint)
-    changed = {}
-    for name, value in yaml.safe_load(config.dump()).items():
-        if value != before.get(name):
-            changed[name] = f"{name} was {before.get(name)!r} and is now {value!r}"
+    changed = {
+        name: f"{name} was {before.get(name)!r} and is now {value!r}"
+        for name, value in yaml.safe_load(config.dump()).items()
+        if value != before.get(name)
+    }
     for name in MUST_MATCH:
         require(name not in changed, f"--resume: {changed.get(name)}: keep it")
     done = step_of(checkpoint)

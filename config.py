@@ -21,16 +21,17 @@ EVAL_SIZE = click.IntRange(1, 10_000)
 SIGNAL = click.Choice(SIGNALS)
 CORRECTION = click.Choice(CORRECTIONS)
 ORDER = click.Choice(["batch", "arrival"])
+SWITCH = click.Choice(["auto", "on", "off"])
 REFRESH = click.Choice(["in_flight", "batch"])
 DTYPE = click.Choice(["auto", "float32", "bfloat16"])
-TEMPERATURE = click.FloatRange(1e-3, 1e3)
-WEIGHT_DECAY = click.FloatRange(0.0, 1e3)
-RATE = click.FloatRange(1e-12, 1e12)
+TEMPERATURE = click.FloatRange(min=1e-3)
+WEIGHT_DECAY = click.FloatRange(min=0.0)
+RATE = click.FloatRange(min=1e-12)
 COUNT = click.IntRange(min=0)
 POSITIVE = click.IntRange(min=1)
 ABOUT = """Asynchronous on-policy distillation.
 
-The learner ranks are started by torchrun --standalone --nproc-per-node=N -- train.py [OPTIONS]
+torchrun starts the learner ranks: torchrun --standalone --nproc-per-node=N -- train.py [OPTIONS]
 """
 
 
@@ -70,6 +71,7 @@ class Config:
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", WEIGHT_DECAY)
     max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", RATE)
     micro_batch_tokens: int = option(8192, "padded tokens of a forward pass", POSITIVE)
+    checkpoint_activations: str = option("auto", "recompute layers; auto: if memory asks", SWITCH)
     head_chunk: int = option(1024, "positions whose logits exist at once", POSITIVE)
     seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
     generators: int = option(1, "generation processes", POSITIVE)
@@ -158,11 +160,13 @@ def new_option(item):
 
 def check_value(option, value):
     try:
-        option.type.convert(value, option, None)
+        is_same = option.type.convert(value, option, None) == value  # not of nan, not of "7"
     except click.BadParameter as error:
         raise InputError(error.format_message()) from None
-    if value != value:
-        raise InputError(f"{option.opts[0]} is nan: a number is needed")
+    if not is_same or value == math.inf:
+        raise InputError(f"{option.opts[0]} is {value!r}: {option.type.name} is needed")
+    if isinstance(value, str) and value.startswith("--"):
+        raise InputError(f"{option.opts[0]} is {value}: its own value is missing")
 
 
 def read_yaml(context, _, path):
@@ -170,16 +174,22 @@ def read_yaml(context, _, path):
     if path is None:
         return
     try:
-        values = dict(yaml.safe_load(Path(path).read_text()) or {})
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--config {path}: no mapping of option names: {reason}") from None
-    for name in values:
-        if name not in Config.__dataclass_fields__:
-            raise InputError(f"--config {path}: no option is called {name}, see --help")
-    context.default_map = {
-        name: str(value) for name, value in values.items() if value is not None
-    }
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path}: a mapping of option names is needed")
+    known = {item.name: item.default for item in fields(Config)}
+    context.default_map = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise InputError(f"--config {path}: no option is called {key}, see --help")
+        value = "" if value is None else value
+        is_scalar = isinstance(value, (bool, int, float, str))
+        if not is_scalar or isinstance(value, bool) != isinstance(known[name], bool):
+            raise InputError(f"--config {path}: {key} is {value!r}")
+        context.default_map[name] = str(value)
 
 
 def parse(argv=None):

@@ -36,7 +36,7 @@ def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False):
         checks.check_prompt(where, text, ids, limit, tokenizer)
         answer = item.get("answer")
         prompts.append(Prompt(text, ids, None if answer is None else str(answer)))
-    checks.require(prompts, f"{path}: no prompts of up to {limit} tokens (--max-prompt-tokens)")
+    checks.require(prompts, f"{path}: no prompts in it (up to {limit} tokens long)")
     return prompts
 
 
@@ -59,7 +59,7 @@ def load_prompts(config: Config, tokenizer):
     return train, held_out[: config.eval_size]
 
 
-def hold_out(config: Config, prompts: list[Prompt]):
+def hold_out(config, prompts):
     """A tenth of the prompts, of those with an answer, in random order."""
     answered = {prompt.text: prompt for prompt in prompts if prompt.answer is not None}
     texts = sorted(answered)

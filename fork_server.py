@@ -13,10 +13,16 @@ PRELOAD = ["transformers.models.auto.modeling_auto", "transformers.generation"]
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
+torchrun = None  # a pidfd; a shell may go and leave us running
+
+
 def start():
     """Start the server in rank 0, before its own slow imports. The server ignores interrupts."""
+    global torchrun
     if os.environ.get("RANK", "0") != "0":
         return
+    if "RANK" in os.environ:
+        torchrun = os.pidfd_open(os.getppid() or os.getpid())  # 0: not in our namespace
     forkserver.set_forkserver_preload(PRELOAD)
     if len(tempfile.gettempdir()) > 60:
         tempfile.tempdir = "/tmp"  # the path of a socket may have 107 characters

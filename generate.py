@@ -3,8 +3,8 @@
 Letters of shapes: serial.py. The slots [0, A) are active; r is the index in a response.
 
 `Generator` works in one process: `add` prompts, `step` until they come back finished. `run` is the
-process around it. `python generate.py --model DIR --prompts FILE` samples from a checkpoint
-(experiments/sample.py).
+process around it. `python -m experiments.sample --model DIR --prompts FILE` samples from a
+checkpoint.
 
 Free slots are refilled while others decode, an eighth of them at a time, so no rollout waits for
 the longest. Active slots stay at the front, because the last moves into a hole: a step costs what A
@@ -30,7 +30,7 @@ from attention import Decode, KVCache, Prefill
 from channel import LENGTH, STOP, Channel, Rollout, may_start, read_rollout, write_rollout
 from checks import load_model, load_tokenizer
 from config import Config
-from data import Prompt, is_correct
+from data import is_correct
 from kernels.head import head_logits
 from log import Timeline
 from losses import Greedy, Proposal, make_loss
@@ -199,7 +199,7 @@ class Generator:
 class Sampler:
     """The student of a generation process: one set of weights for training and for evaluation."""
 
-    def __init__(self, config: Config, device, slots: int, held_out: list[Prompt]):
+    def __init__(self, config: Config, device, slots: int, held_out):
         """`slots`: for training, `config.slots` at most. `held_out`: evaluation prompts."""
         path = config.student_path
         self.tokenizer = load_tokenizer("--student", path)
@@ -222,7 +222,7 @@ class Sampler:
 # ---- the process ------------------------------------------------------------------------------
 
 
-def run(config: Config, channel: Channel, device, track: int, held_out: list[Prompt]):
+def run(config: Config, channel: Channel, device, track: int, held_out):
     """Generation process number `track`, until rank 0 says stop or is gone.
 
     1. take rows for the free slots   2. pick up new weights, if `refresh` allows it now
@@ -265,7 +265,7 @@ def run(config: Config, channel: Channel, device, track: int, held_out: list[Pro
     timeline.flush()
 
 
-def take_rows(channel: Channel, generator: Generator, waiting: deque[Rollout]):
+def take_rows(channel, generator, waiting):
     """Rows for the slots that may be filled. Waits a little if there is nothing else to do."""
     while len(waiting) < generator.room:
         is_idle = not generator.active and not waiting
@@ -273,9 +273,3 @@ def take_rows(channel: Channel, generator: Generator, waiting: deque[Rollout]):
         if row is None:
             return
         waiting.append(read_rollout(channel, row))
-
-
-if __name__ == "__main__":
-    from experiments.sample import main
-
-    main()

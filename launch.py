@@ -6,8 +6,11 @@ watches them. The roles ignore interrupts: they leave when rank 0 says so or is 
 Left out: several nodes, restarting a role that died (the run ends and can be resumed).
 """
 
+import faulthandler
 import os
+import select
 import signal
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -25,17 +28,19 @@ from fork_server import INTERRUPTS, ignore_interrupts
 # ---- devices and ranks ------------------------------------------------------------------------
 
 
-def role_devices(config: Config, world: int):
+def role_devices(config, world):
     """Learner ranks first, then generators, the teacher last. They share where GPUs are few."""
     roles = range(world + config.generators + 1)
     gpus = torch.cuda.device_count()
     return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in roles]
 
 
-def set_up_process(config: Config, device: torch.device, num_roles: int):
+def set_up_process(config, device, num_roles):
     """Threads and precision of a role's process."""
     share = len(os.sched_getaffinity(0)) // num_roles
     torch.set_num_threads(config.cpu_threads or max(1, share))
+    torch.set_float32_matmul_precision("highest")
+    faulthandler.register(signal.SIGUSR1)  # prints where every thread is
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -49,9 +54,12 @@ def join_ranks():
         raise InputError(f"{world} ranks on several nodes: use one node, torchrun --standalone")
     if gpus and world > gpus:
         raise InputError(f"{world} learner ranks, {gpus} GPUs: lower --nproc-per-node")
+    check_torchrun()
     if world > 1:
-        # Ranks wait for rank 0 as long as rollouts take; torchrun ends the run when one dies.
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(days=7))
+        # Rows and commands travel on gloo: waiting for them costs no GPU. Ranks wait for rank 0 as
+        # long as rollouts take; torchrun ends the run when one dies.
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))
     return rank, world
 
 
@@ -69,11 +77,22 @@ def broadcast(value=None):
     return box[0]
 
 
+def check_torchrun():
+    """Raise RoleDied if torchrun is gone. It keeps the store where ranks meet."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    try:
+        place = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+        socket.create_connection(place, timeout=10).close()
+    except OSError as error:
+        raise RoleDied(f"torchrun died before the start: {error}") from None
+
+
 # ---- the spawned roles ------------------------------------------------------------------------
 
 
 class RoleDied(RuntimeError):
-    """A generator or the teacher is gone. The message says which, with its traceback or signal."""
+    """A process of the run is gone. The message says which, with its traceback or signal."""
 
 
 class Interrupted(Exception):
@@ -81,11 +100,15 @@ class Interrupted(Exception):
 
 
 class Roles:
-    """The generators and the teacher, as rank 0 sees them."""
+    """The other processes of a run, as rank 0 sees them."""
 
-    def __init__(self, config: Config, channel: Channel, devices, held_out, next_ticket: int):
-        """`devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: the teacher's."""
+    def __init__(self, config: Config, channel: Channel, devices, held_out, next_ticket, pids):
+        """`devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: the teacher's.
+
+        `pids`: of the learner ranks.
+        """
         self.channel = channel
+        self.ranks = {os.pidfd_open(pid): i for i, pid in enumerate(pids)}
         self.names = [*(f"generator {i}" for i in range(config.generators)), "teacher"]
         self.interrupts = []
         for number in INTERRUPTS:  # before the roles start: none is left behind
@@ -101,6 +124,7 @@ class Roles:
 
     def check(self):
         """Raise Interrupted or RoleDied if there is nothing to wait for any more."""
+        self.check_ranks()
         if self.interrupts or not self.channel.running():
             raise Interrupted
         processes = zip(self.names, self.context.processes)
@@ -114,6 +138,12 @@ class Roles:
             raise RoleDied(f"{self.names[error.error_index]} died: {error}") from None
         raise RoleDied(f"{gone[0]} left before the end")
 
+    def check_ranks(self, timeout=0.0):
+        """Raise RoleDied if a learner rank is gone, or goes within `timeout` seconds."""
+        gone = select.select(self.ranks, [], [], timeout)[0]
+        if gone:
+            raise RoleDied(f"learner rank {self.ranks[gone[0]]} died: torchrun says how")
+
     def stop(self):
         """Ask every role to leave its loop, then insist."""
         self.channel.stop.fill_(1)
@@ -124,7 +154,7 @@ class Roles:
             process.join()
 
 
-def run_role(index: int, config: Config, channel: Channel, devices, held_out, next_ticket):
+def run_role(index, config, channel, devices, held_out, next_ticket):
     """Entry of a spawned role: generators 0, 1, ..., then the teacher."""
     ignore_interrupts()
     device = devices[index - config.generators - 1]  # these roles have the last devices

@@ -1,36 +1,102 @@
 """The learner: rollouts in, updated weights out.
 
 Letters of shapes: serial.py. Parameters are float32 masters. On a GPU the forward pass runs in
-bfloat16 autocast; log-probabilities and losses stay in float32. The head runs in chunks
-(kernels/head.py), so logits [T,V] never exist.
+bfloat16; log-probabilities and losses stay in float32. The head runs in chunks (kernels/head.py),
+so logits [T,V] never exist.
 
-With several ranks each trains its share of the rows, and gradients are summed. There is one
-denominator, the response tokens of the whole update. So the result does not depend on micro-batches
-and ranks.
+Several ranks share parameters, gradients and optimiser state (FSDP2), and each trains its share of
+the rows. There is one denominator, the response tokens of the whole update. So the result does not
+depend on micro-batches and ranks.
 
-Dropout is off: the student that trains is the student that sampled. Left out: FSDP, gradient
-checkpointing, LoRA.
+Dropout is off: the student that trains is the student that sampled. Left out: LoRA, tensor and
+pipeline parallelism, several nodes.
 """
 
 import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.utils import clip_grad_norm_, vector_to_parameters
+from torch.distributed.checkpoint import state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from channel import LENGTH, Channel
 from config import Config
 from kernels.head import candidate_logp, candidate_loss
 from losses import make_loss
-from model import flat_parameters, head_weight, response_hidden, row_batches
+from model import head_weight, response_hidden, row_batches
 
 BETAS = (0.9, 0.95)
 # Metrics that are summed over positions, in the order that Learner.backward returns.
 SUMMED = ("loss", "reverse_kl", "drift_kl", "support_mass_student", "support_mass_teacher")
+WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Student(nn.Module):
+    """The model with the loss in its forward pass.
+
+    Sharded parameters are whole only during the forward pass that they belong to. The head needs
+    its weight, so head and loss are inside.
+    """
+
+    def __init__(self, model, config: Config, vocab: int, dtype: torch.dtype):
+        """`dtype`: of the forward pass."""
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.vocab = vocab
+        self.dtype = dtype
+        self.loss = make_loss(config)
+
+    def forward(self, table, rows):
+        """Of the responses of `rows`: loss (a sum), student_logp, candidate_ids, teacher_logp and
+        behavior_logp, [T,C] each. Without gradients the loss is left out: None.
+        """
+        fields = (table.candidate_ids, table.teacher_logp, table.behavior_logp)
+        ids, t, b = (of_responses(table, rows, x).to(self.model.device) for x in fields)
+        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = response_hidden(self.model, table, rows).to(self.dtype)
+        head = head_weight(self.model)
+        head = head if len(head) == self.vocab else head[: self.vocab]
+        inputs = (hidden, head, ids.long())
+        settings = (1.0 / self.config.temperature, self.config.head_chunk)
+        if torch.is_grad_enabled():
+            total, s = candidate_loss(*inputs, t, b, self.loss, *settings)
+        else:
+            total, s = None, candidate_logp(*inputs, *settings)
+        return total, s, ids, t, b
+
+
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def checkpoint_layers(model):
+    """Keep the input of each layer alone; the backward pass computes the rest again."""
+    for layer in layers_of(model):
+        layer.gradient_checkpointing = True
+        layer.training = True  # transformers asks for it; the modules inside stay without dropout
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def shard(student: Student, world: int):
+    """Split parameters, gradients and optimiser state over the ranks (FSDP2, `fully_shard`).
+
+    Each layer is gathered for its own forward and backward pass. Embedding, norm and head are one
+    group: they may share a weight.
+    """
+    mesh = init_device_mesh(student.model.device.type, (world,))
+    precision = MixedPrecisionPolicy(param_dtype=student.dtype, reduce_dtype=torch.float32)
+    for module in (*layers_of(student), student):
+        fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
 @dataclass
@@ -43,13 +109,19 @@ class Learner:
     dtype: torch.dtype  # of the forward pass
     rank: int = 0
     world: int = 1
+    recompute: bool = False  # layers in the backward pass, to save memory
     version: int = 0
 
     def __post_init__(self):
         self.device = self.model.device
-        self.loss = make_loss(self.config)
-        self.scale = 1.0 / self.config.temperature
-        self.parameters = list(self.model.requires_grad_(True).parameters())
+        self.model.requires_grad_(True)
+        self.student = Student(self.model, self.config, self.vocab, self.dtype)
+        self.loss = self.student.loss
+        if self.recompute:
+            checkpoint_layers(self.model)
+        if self.world > 1:
+            shard(self.student, self.world)
+        self.parameters = list(self.model.parameters())
         matrices = [p for p in self.parameters if p.dim() >= 2]
         vectors = [p for p in self.parameters if p.dim() < 2]
         decayed = {"params": matrices, "weight_decay": self.config.weight_decay}
@@ -71,9 +143,8 @@ class Learner:
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         for batch in batches:
             sums += self.backward(table, batch, tokens)
-        for p in self.parameters:  # a rank may have no rows
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        self.sum_over_ranks(sums)
+        if self.world > 1:
+            dist.all_reduce(sums)
         metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
         metrics |= self.step()
         metrics |= self.describe(table, rows)
@@ -81,19 +152,22 @@ class Learner:
         return metrics
 
     def micro_batches(self, table, rows):
-        """This rank's share of the rows, in groups for one forward pass each."""
-        by_length = sorted(rows, key=lambda row: -table.length[row])
-        mine = by_length[self.rank :: self.world]  # similar work for every rank
-        return row_batches(table, mine, self.config.micro_batch_tokens)
+        """This rank's share of the rows, in groups for one forward pass each.
+
+        All ranks have equally many groups, or they would wait for each other for ever. So some
+        may be empty.
+        """
+        by_length = sorted(rows, key=lambda row: -int(table.length[row]))
+        budget = self.config.micro_batch_tokens
+        shares = [row_batches(table, by_length[i :: self.world], budget) for i in range(self.world)]
+        mine = shares[self.rank]
+        return mine + [[]] * (max(map(len, shares)) - len(mine))
 
     def backward(self, table, rows, tokens):
         """Add the gradient of one micro-batch; return sums over its positions: SUMMED, float64."""
-        ids, t, b = self.candidates(table, rows)
-        hidden = self.hidden(table, rows)
-        total, s = candidate_loss(
-            hidden, self.head(), ids, t, b, self.loss, self.scale, self.config.head_chunk
-        )
-        (total / tokens).backward()
+        total, s, ids, t, b = self.student(table, rows)
+        # Sharding averages over the ranks. One denominator for all asks for a sum.
+        (total * (self.world / tokens)).backward()
         summed = (
             self.loss.reverse_kl(s, t, b),
             b[:, 0] - s[:, 0],  # k1 estimate of KL(sampler || student)
@@ -102,49 +176,14 @@ class Learner:
         )
         return torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
 
-    def hidden(self, table, rows):
-        """Hidden states that predict the responses of `rows`: [T,D]."""
-        is_mixed = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=is_mixed):
-            return response_hidden(self.model, table, rows).to(self.dtype)
-
-    def head(self):
-        """[V,D]"""
-        weight = head_weight(self.model)
-        return weight if len(weight) == self.vocab else weight[: self.vocab]
-
-    def candidates(self, table, rows):
-        """candidate_ids int64, teacher_logp and behavior_logp float32 of the rows, [T,C] each."""
-        fields = (table.candidate_ids, table.teacher_logp, table.behavior_logp)
-        ids, t, b = (of_responses(table, rows, field).to(self.device) for field in fields)
-        return ids.long(), t, b
-
     @torch.no_grad()
     def log_ratios(self, table, batches):
         """s - b of every sample of the whole update, over all ranks: one more forward pass."""
         parts = [torch.zeros(0)]
         for rows in batches:
-            ids, _, b = self.candidates(table, rows)
-            head = self.head().to(self.dtype)
-            hidden = self.hidden(table, rows)
-            s = candidate_logp(hidden, head, ids, self.scale, self.config.head_chunk)
+            _, s, _, _, b = self.student(table, rows)
             parts.append((s - b).flatten().cpu())
-        local = torch.cat(parts)
-        if self.world == 1:
-            return local
-        parts = [None] * self.world
-        dist.all_gather_object(parts, local)
-        return torch.cat(parts)
-
-    def sum_over_ranks(self, sums):
-        """Sum gradients and metrics. A rank without rows takes part with zeros."""
-        if self.world == 1:
-            return
-        gradients = [p.grad for p in self.parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        vector_to_parameters(flat, gradients)
-        dist.all_reduce(sums)
+        return torch.cat(from_every_rank(torch.cat(parts), self.world))
 
     def step(self):
         """Clip the gradient and change the parameters."""
@@ -152,7 +191,8 @@ class Learner:
         lr = self.config.lr * min(1.0, warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        norm = clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = float(whole(norm))
         if not norm < float("inf"):
             raise FloatingPointError(
                 f"update {self.version + 1}: gradient norm is {norm}: "
@@ -175,48 +215,88 @@ class Learner:
 
     # ---- weights out --------------------------------------------------------------------------
 
-    def publish(self, channel: Channel):
-        """Put the weights into the mailbox, in the generator's dtype; returns the seconds."""
+    def publish(self, channel):
+        """Put the weights into the mailbox, in the generator's dtype; returns the seconds.
+
+        Every rank takes part, one parameter after the other. Rank 0 writes.
+        """
         started = time.monotonic()
-        flat = flat_parameters(self.model, channel.weights.dtype)
-        channel.publish(flat, self.version)
+        dtype = channel.weights.dtype
+        parts = (whole(p.detach().to(dtype)) for p in self.parameters)
+        if self.rank == 0:
+            channel.publish(parts, self.version)
+        else:
+            for _ in parts:
+                pass
         return time.monotonic() - started
 
-    def save(self, output: Path, tokenizer, trained_ahead: list[int]):
+    def save(self, output, tokenizer, trained_ahead):
         """Write step_N: a Hugging Face model (float32) with what `load` needs.
 
-        The directory is complete or absent, never half.
+        Every rank takes part, and rank 0 writes. The directory is complete or absent, never half.
         """
+        weights = state_dict.get_model_state_dict(self.model, options=WHOLE)
+        both = (self.model, self.optimizer)
+        optimizer = state_dict.get_optimizer_state_dict(*both, options=WHOLE)
+        if self.rank > 0:
+            return
+        weights = {name: weights[name] for name, _ in self.model.named_parameters()}  # tied once
         target = output / f"step_{self.version}"
-        partial = output / f".partial_step_{self.version}"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        state = {
-            "version": self.version,
-            "optimizer": self.optimizer.state_dict(),
-            "trained_ahead": trained_ahead,
-        }
-        torch.save(state, partial / "training_state.pt")
-        for path in partial.glob("*.safetensors"):
-            path.chmod(0o644)  # safetensors writes files that only the owner can read
+        unfinished = output / f".partial_step_{self.version}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self.write(unfinished, weights, tokenizer)
+        state = {"version": self.version, "optimizer": optimizer, "trained_ahead": trained_ahead}
+        torch.save(state, unfinished / "training_state.pt")
         shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        unfinished.rename(target)
 
-    def load(self, checkpoint: Path):
+    def write(self, directory, weights, tokenizer):
+        """Write a Hugging Face model. `weights`: parameter name -> whole tensor."""
+        self.model.save_pretrained(directory, state_dict=weights)
+        tokenizer.save_pretrained(directory)
+        for path in directory.glob("*.safetensors"):
+            path.chmod(0o644)  # safetensors writes files that only the owner can read
+
+    def rescue(self, channel, output, tokenizer):
+        """Write published_N: the weights in the mailbox, without the ranks that have the masters.
+
+        `load` cannot continue from it. It is a model to evaluate, or to start a new run from.
+        """
+        version = int(channel.version)
+        flat = channel.weights[version % 2].split([p.numel() for p in self.parameters])
+        named = zip(self.model.named_parameters(), flat)
+        weights = {name: part.view(p.shape) for (name, p), part in named}
+        self.write(output / f"published_{version}", weights, tokenizer)
+
+    def load(self, directory):
         """Restore the rest of what `save` wrote; the model was loaded from the same directory.
 
-        Returns `trained_ahead`: tickets of later batches that arrival order has trained already.
+        Another number of ranks may have saved it. Returns `trained_ahead`: tickets of later batches
+        that arrival order has trained already.
         """
-        # On the CPU: Adam's step counts stay there, and its moments are moved by torch.
-        state = torch.load(checkpoint / "training_state.pt", map_location="cpu")
-        self.optimizer.load_state_dict(state["optimizer"])
+        state = torch.load(directory / "training_state.pt", map_location="cpu", mmap=True)
+        both = (self.model, self.optimizer)
+        state_dict.set_optimizer_state_dict(*both, state["optimizer"], options=WHOLE)
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
         self.version = state["version"]
         return state["trained_ahead"]
 
 
+def from_every_rank(value, world):
+    """The values of all ranks, in their order."""
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def whole(tensor):
+    """The tensor itself; a sharded one is gathered, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def of_responses(table, rows, field):
     """The part of `field` [R,M,...] that belongs to the response tokens of `rows`: [T,...]."""
     counts = (table.length[rows] - table.prompt_len[rows]).tolist()
-    return torch.cat([field[row, :count] for row, count in zip(rows, counts)])
+    parts = [field[row, :count] for row, count in zip(rows, counts)]
+    return torch.cat([field[0, :0], *parts])

@@ -68,7 +68,7 @@ class Proposal:
         """Candidates of one position in every active slot, and the log-density each was drawn with.
 
         logits float32 [A,V], divided by the temperature; uniforms float64 [A,num_uniforms]
-        -> ids int64 and logp float32, both [A,num_proposed].
+        -> ids int64 in [0,V) and logp float32, both [A,num_proposed].
         """
         logp = logits.log_softmax(-1)
         ids = draw(logp.exp(), uniforms[:, self.draws])
@@ -103,8 +103,9 @@ class Loss(Proposal):
     triton_terms = None  # `value` and its derivative for the fused kernel (kernels/shared.py)
 
     def __init_subclass__(cls):
-        """Who overrides `value` alone has no Triton terms."""
-        if "value" in vars(cls) and "triton_terms" not in vars(cls):
+        """Who overrides the formula alone has no Triton terms."""
+        changed = vars(cls).keys() & {"value", "terms"}
+        if changed and "triton_terms" not in vars(cls):
             cls.triton_terms = None
 
     def value(self, s, t, b):

@@ -34,11 +34,18 @@ def predicting_positions(prompt_len: int, length: int):
 
 
 def response_hidden(model, table, rows):
-    """Hidden states that predict the responses of `rows`, one after the other: [T,D]."""
-    ids = table.tokens[rows, : max(table.length[rows])].to(model.device, torch.int64)
-    spans = zip(table.prompt_len[rows].tolist(), table.length[rows].tolist())
-    hidden = zip(last_hidden(model, ids), spans)
-    return torch.cat([of_row[predicting_positions(*span)] for of_row, span in hidden])
+    """Hidden states that predict the responses of `rows`, one after the other: [T,D].
+
+    Without rows the result is empty, but the model has run: ranks that share it stay in step.
+    """
+    longest = max(table.length[rows], default=1)
+    ids = table.tokens[rows or [0], :longest].to(model.device, torch.int64)
+    hidden = last_hidden(model, ids)
+    parts = [hidden[0, :0]]
+    for of_row, row in zip(hidden, rows):
+        span = predicting_positions(int(table.prompt_len[row]), int(table.length[row]))
+        parts.append(of_row[span])
+    return torch.cat(parts)
 
 
 def row_batches(table, rows, budget: int):
@@ -48,7 +55,7 @@ def row_batches(table, rows, budget: int):
     """
     batches: list[list[int]] = []
     longest = 0  # of the last group
-    for row in sorted(rows, key=lambda row: -table.length[row]):
+    for row in sorted(rows, key=lambda row: -int(table.length[row])):
         length = int(table.length[row])
         is_similar = 3 * length >= 2 * longest > 0
         if is_similar and (len(batches[-1]) + 1) * longest <= budget:

@@ -28,7 +28,7 @@ import torch
 from channel import Channel, Tickets, read_rollout, write_rollout
 from checks import check_models, load_model, load_tokenizer
 from config import Config, InputError, parse
-from data import Prompt, load_prompts
+from data import load_prompts
 from generate import Sampler
 from learner import Learner
 from model import flat_parameters, shared_vocabulary
@@ -40,8 +40,11 @@ CPU = torch.device("cpu")
 class Serial:
     """Generator, teacher and learner in one process, called in turn."""
 
-    def __init__(self, config: Config, lag: int, prompts: list[Prompt], held_out: list[Prompt]):
-        """`lag` is exact and replaces `config.max_staleness`. `held_out`: evaluation prompts."""
+    def __init__(self, config: Config, lag: int, prompts, held_out):
+        """`lag` is exact and replaces `config.max_staleness`.
+
+        `prompts`, `held_out`: data.Prompt objects to train on and to evaluate on.
+        """
         self.config = config = replace(config, max_staleness=0, order="batch")
         student = load_model(config.student_path, torch.float32, CPU)
         vocab = shared_vocabulary(config)

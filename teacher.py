@@ -17,7 +17,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from channel import Channel
 from checks import load_model
@@ -37,7 +37,7 @@ class TopKCache:
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self.entries: OrderedDict[bytes, tuple[Tensor, Tensor]] = OrderedDict()
+        self.entries = OrderedDict()  # key -> (ids, logp)
         self.bytes = self.hits = self.misses = self.evictions = 0
 
     def get(self, key: bytes, wanted):
@@ -144,7 +144,7 @@ class Teacher:
 # ---- the process ------------------------------------------------------------------------------
 
 
-def ready_rows(waiting: dict[int, int], next_ticket: int, config: Config):
+def ready_rows(waiting, next_ticket, config):
     """Take the rows to score now out of `waiting` (ticket -> row), in ticket order.
 
     In arrival order, all of them. In batch order whole groups of consecutive tickets, a quarter of

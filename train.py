@@ -10,6 +10,7 @@ import fork_server
 if __name__ == "__main__":
     fork_server.start()  # it makes the slow imports at the same time as we do
 
+import os
 import sys
 import time
 from contextlib import closing, suppress
@@ -22,10 +23,10 @@ from checks import check_models, check_output, check_path, load_model, load_toke
 from config import Config, InputError, parse
 from data import load_prompts
 from launch import Interrupted, RoleDied, Roles, broadcast, join_ranks, role_devices, set_up_process
-from learner import Learner
+from learner import Learner, from_every_rank
 from log import Log, Timeline, close_trace, newest_checkpoint, start_output
+from memory import plan_memory
 from model import compute_dtype, shared_vocabulary
-
 
 class Run:
     """A run as rank 0 leads it."""
@@ -49,8 +50,8 @@ class Run:
         print(f"first prompt: {self.prompts[0].text!r}")
         print(f"{len(self.prompts)} prompts to train on, {len(self.held_out)} to evaluate on")
 
-    def start(self, learner: Learner, channel: Channel, devices, trained_ahead: list[int]):
-        """Set up the output directory and start the roles."""
+    def start(self, learner: Learner, channel: Channel, devices, pids, trained_ahead):
+        """Set up the output directory and start the roles. `devices`, `pids`: see Roles."""
         config = self.config
         self.learner, self.channel = learner, channel
         head = "Triton kernels" if learner.device.type == "cuda" else "plain torch"
@@ -62,26 +63,41 @@ class Run:
         self.saved_version = learner.version
         self.accuracies: list[float] = []
         learner.publish(channel)
-        self.roles = Roles(config, channel, devices, self.held_out, self.tickets.lowest)
+        next_ticket = self.tickets.lowest
+        self.roles = Roles(config, channel, devices, self.held_out, next_ticket, pids)
 
     def lead(self):
         """Run the main loop. Whatever ends it, what was learned is saved."""
         try:
             with suppress(Interrupted):  # `report` says so
                 self.main_loop()
-            broadcast(None)
-        except (RoleDied, OSError):  # OSError: a full disk, say
-            with suppress(RuntimeError):  # a follower may be gone too
-                broadcast(None)
+        except (FloatingPointError, OSError, RoleDied):  # all ranks wait for a command
+            self.leave()
             raise
-        finally:  # after FloatingPointError, too: every rank has raised it and left
-            self.save()
-            self.timeline.flush()
+        except RuntimeError:  # amid an update
+            (self.leave if self.learner.world == 1 else self.rescue)()
+            raise
+        self.leave()
         self.report()
 
+    def leave(self):
+        """Save, and send the other ranks home. Raises RoleDied if one of them is gone."""
+        try:
+            self.save()
+            broadcast(None)
+        except RuntimeError:
+            self.rescue()
+            raise
+        finally:
+            self.timeline.flush()
+
+    def rescue(self):
+        """Save what was published: the other ranks, with their part of the masters, are lost."""
+        self.learner.rescue(self.channel, self.config.output, self.tokenizer)
+        self.roles.check_ranks(timeout=5.0)
+
     def report(self):
-        is_done = self.learner.version == self.config.steps
-        end = "done" if is_done else "interrupted"
+        end = "done" if self.learner.version == self.config.steps else "interrupted"
         gain = ""
         if len(self.accuracies) > 1:
             gain = f", accuracy {self.accuracies[0]:.1%} -> {self.accuracies[-1]:.1%}"
@@ -106,12 +122,18 @@ class Run:
 
     def wait_for_rows(self):
         """The rows of the next update. Raises Interrupted or RoleDied."""
+        began = said = time.monotonic()
         while True:
             self.roles.check()
             rows = self.tickets.batch(self.learner.version)
             if rows:
                 return rows
             self.tickets.receive(self.channel.to_learner.get_all(timeout=0.5))
+            now = time.monotonic()
+            if now - said > 60:
+                said = now
+                there = f"{len(self.tickets.scored)} of {self.config.batch_size} rollouts"
+                print(f"waited {now - began:.0f} s for teacher and generator: {there}", flush=True)
 
     def train_on(self, rows: list[int]):
         """One update, on every rank; frees the rows."""
@@ -153,6 +175,7 @@ class Run:
 
     def save(self):
         if self.saved_version < self.learner.version:
+            broadcast("save")  # instead of rows
             with self.timeline.span("save"):
                 trained_ahead = sorted(self.tickets.trained_ahead)
                 self.learner.save(self.config.output, self.tokenizer, trained_ahead)
@@ -166,16 +189,20 @@ def run_rank(config: Config, rank: int, world: int):
     set_up_process(config, device, len(devices))
     run = Run(config) if rank == 0 else None
     checkpoint = broadcast(run and run.checkpoint)
+    recompute, memory = plan_memory(config, world, devices)
     dtype = compute_dtype(config, device)
     model = load_model(str(checkpoint or config.student_path), torch.float32, device)
-    learner = Learner(model, config, shared_vocabulary(config), dtype, rank, world)
+    learner = Learner(model, config, shared_vocabulary(config), dtype, rank, world, recompute)
     trained_ahead = learner.load(checkpoint) if checkpoint else []
+    pids = from_every_rank(os.getpid(), world)
     if rank > 0:
         follow(learner, broadcast())
         return
     num_parameters = sum(p.numel() for p in learner.parameters)
     channel = broadcast(Channel.create(config, num_parameters, dtype))
-    run.start(learner, channel, devices, trained_ahead)
+    if memory:
+        print(memory)
+    run.start(learner, channel, devices, pids, trained_ahead)
     try:
         run.lead()
     finally:
@@ -184,10 +211,16 @@ def run_rank(config: Config, rank: int, world: int):
 
 
 def follow(learner: Learner, channel: Channel):
-    """Ranks above 0: train on the rows that rank 0 names, until it names none."""
+    """Ranks above 0: what rank 0 does in `Run`, until it says that there is no more to do."""
     fork_server.ignore_interrupts()
-    for rows in iter(broadcast, None):
-        learner.update(channel, rows)
+    learner.publish(channel)
+    for command in iter(broadcast, None):
+        if command == "save":
+            learner.save(learner.config.output, None, [])
+        else:
+            with suppress(FloatingPointError):  # rank 0 has raised it, too, and saves
+                learner.update(channel, command)
+                learner.publish(channel)
 
 
 def main():

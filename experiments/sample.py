@@ -1,4 +1,4 @@
-"""Sample from a checkpoint: `python generate.py --model DIR --prompts FILE.jsonl`.
+"""Sample from a checkpoint: `python -m experiments.sample --model DIR --prompts FILE.jsonl`.
 
 Prints one JSON object per prompt on stdout and, where there are answers, the accuracy on stderr.
 """
@@ -20,7 +20,7 @@ from model import compute_dtype, head_weight, stop_ids
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        "generate.py",
+        "python -m experiments.sample",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -82,7 +82,7 @@ def main():
                 result |= {"answer": prompt.answer, "correct": correct[-1]}
             print(json.dumps(result, ensure_ascii=False))
     except ValueError as error:
-        sys.exit(f"generate.py: {error}")
+        sys.exit(f"experiments.sample: {error}")
     if correct:
         share = f"{sum(correct) / len(correct):.1%}"
         print(f"{sum(correct)} of {len(correct)} answers correct ({share})", file=sys.stderr)

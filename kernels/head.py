@@ -81,7 +81,7 @@ def candidate_logp(hidden, weight, ids, scale=1.0, chunk=1024):
     hidden [T,D], weight [V,D], ids int64 [T,C] -> [T,C].
     """
     logp = float_like(hidden, ids.shape)
-    for part, logits in logit_chunks(hidden, weight, scale, chunk):
+    for part, logits in logit_chunks(hidden, weight.to(hidden.dtype), scale, chunk):
         logp[part] = gather(logits, ids[part])[0]
         del logits
     return logp
@@ -114,7 +114,7 @@ class CandidateLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         student_logp = float_like(hidden, ids.shape)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = float_like(weight, weight.shape).zero_()
         compute_weight = weight.to(hidden.dtype)
         for part, logits in logit_chunks(hidden, compute_weight, scale, chunk, LOGITS_DTYPE):
             value, student_logp[part], g = loss_and_gradient(
@@ -125,6 +125,7 @@ class CandidateLoss(torch.autograd.Function):
             add_product(grad_weight, g.t(), hidden[part], scale)
             del logits, g
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(student_logp)
         return total, student_logp
 
@@ -132,7 +133,8 @@ class CandidateLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_total, _):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_total, grad_weight * grad_total, *[None] * 6
+        grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden * grad_total, grad_weight, *[None] * 6
 
 
 def add_product(total, a, b, scale):
@@ -149,10 +151,10 @@ def add_product(total, a, b, scale):
 def candidate_loss(hidden, weight, ids, t, b, loss, scale=1.0, chunk=1024):
     """Sum of a losses.Loss over positions, with gradients to `hidden` and `weight`.
 
-    hidden [T,D] sets the dtype of the products. weight [V,D], a float32 master, sets that of its
-    own gradient. ids int64 [T,C] are the candidates, t and b [T,C] the log-probabilities that
-    teacher and sampler gave them. At most `chunk` rows of logits exist at once. T may be 0: the
-    graph stays connected and the loss is 0.
+    hidden [T,D] sets the dtype of the products. The gradient of weight [V,D] is summed in float32
+    and rounded once to the dtype of weight. ids int64 [T,C] are the candidates, t and b [T,C] the
+    log-probabilities that teacher and sampler gave them. At most `chunk` rows of logits exist at
+    once. T may be 0: the graph stays connected and the loss is 0.
 
     Returns (loss summed over T, float64 scalar; student_logp [T,C], detached).
     """

@@ -170,9 +170,9 @@ def loss_kernel(
 def launch(kernel, logits, dtype, columns, outputs, *others):
     """Run kernel(logits, grad, *columns, *outputs, V, C, grad_stride, *others) on every row.
 
-    `columns` and `outputs` have G rows; the first is ids [G,C]. Returns grad [G,V] of `dtype`: the
-    memory of logits, each row where its logits began. Raises ValueError on what the kernels cannot
-    take.
+    `columns` have G rows; the first is ids [G,C], in [0,V). Returns grad [G,V] of `dtype`: the
+    memory of logits, each row where its logits began. Raises ValueError on logits and columns that
+    the kernels cannot take.
     """
     V, C = logits.shape[1], columns[0].shape[1]
     check_logits(logits, dtype)
@@ -189,10 +189,10 @@ def launch(kernel, logits, dtype, columns, outputs, *others):
 def check_logits(logits, dtype):
     is_wide_enough = dtype.itemsize <= logits.dtype.itemsize
     is_known = logits.dtype in (torch.float32, torch.bfloat16) and logits.is_contiguous()
-    if not (is_known and is_wide_enough and logits.shape[1] < 2**30):
+    if not (is_known and is_wide_enough):
         raise ValueError(
             f"logits {tuple(logits.shape)} {logits.dtype}, gradient {dtype}: contiguous rows of "
-            "float32 or bfloat16 are needed, below 2^30 ids"
+            "float32 or bfloat16 are needed"
         )
 
 

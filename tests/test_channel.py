@@ -69,7 +69,7 @@ def _publish(mailbox):
     version = 0
     while not mailbox.stop.item():
         version += 1
-        mailbox.publish(torch.full((P,), float(version)), version)
+        mailbox.publish([torch.full((P,), float(version))], version)
 
 
 def test_a_reader_never_sees_weights_of_two_versions_mixed():
@@ -90,14 +90,14 @@ def test_a_reader_never_sees_weights_of_two_versions_mixed():
 def test_a_pickup_that_two_publishes_overtake_is_made_again():
     """The writer comes back to the buffer that is being read: deterministic, by publishing from inside the copy."""
     ours = make(parameters=8)
-    ours.publish(torch.full((8,), 1.0), 1)
+    ours.publish([torch.full((8,), 1.0)], 1)
 
     class Slow(torch.Tensor):
         def copy_(self, source):
             half = source[:4].clone()
             if int(ours.version) == 1:
                 for version in (2, 3):
-                    ours.publish(torch.full((8,), float(version)), version)
+                    ours.publish([torch.full((8,), float(version))], version)
             self[:4], self[4:] = half, source[4:]
 
     flat = torch.empty(8).as_subclass(Slow)

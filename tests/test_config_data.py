@@ -28,15 +28,15 @@ def refused(*argv):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--stepz", "3"], "No such option '--stepz'. (Did you mean one of: '--seed', '--steps', '--student'?)"),
-        (["--wobble"], "No such option '--wobble'."),
-        (["--step", "3"], "No such option '--step'. (Did you mean"),
+        (["--stepz", "3"], "No such option"),
+        (["--step", "3"], "'--steps'"),
+        (["--output-dir", "--resume"], "--output-dir is --resume: its own value is missing"),
         (["--steps", "0"], "Invalid value for '--steps': 0 is not in the range x>=1."),
         (["--steps", "many"], "Invalid value for '--steps': 'many' is not a valid integer"),
         (["--steps", "7.5"], "Invalid value for '--steps': '7.5' is not a valid integer"),
-        (["--temperature", "0"], "Invalid value for '--temperature': 0.0 is not in the range 0.001<=x"),
-        (["--lr", "nan"], "--lr is nan: a number is needed"),
-        (["--lr", "inf"], "Invalid value for '--lr': inf is not in the range 1e-12<=x"),
+        (["--temperature", "0"], "Invalid value for '--temperature': 0.0 is not in the range x>=0.001."),
+        (["--lr", "nan"], "--lr is nan: float range is needed"),
+        (["--lr", "inf"], "--lr is inf: float range is needed"),
         (["--seed", "4294967296"], "Invalid value for '--seed': 4294967296 is not in the range 0<=x<=4294967295."),
         (["--eval-size", "1000000"], "Invalid value for '--eval-size': 1000000 is not in the range 1<=x<=10000."),
         (["--resume", "false"], "Got unexpected extra argument (false)"),
@@ -53,7 +53,7 @@ def test_a_setting_that_cannot_work_is_refused_with_its_reason(argv, message):
 
 
 def test_settings_made_in_code_are_checked_like_flags():
-    for name, value in (("steps", 0), ("lr", float("nan")), ("order", "random"), ("loss", "kl")):
+    for name, value in (("steps", 0), ("steps", 7.5), ("steps", "7"), ("lr", float("nan")), ("order", "random"), ("loss", "kl"), ("teacher", None)):
         with pytest.raises(InputError, match=f"--{name}"):
             Config(**{name: value})
 
@@ -71,12 +71,19 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     assert f"--config {path}: no option is called stepz, see --help" in refused("--config", str(path))
     path.write_text("prompts:\n")
     assert parse(["--config", str(path)]).prompts == ""
-    for text in ("steps: many", "steps: 7.5"):
+    path.write_text("max-staleness: 3\nsteps: 8\n")
+    assert parse(["--config", str(path)]) == Config(max_staleness=3, steps=8)
+    for text in ("steps: many", "steps: 7.5", "steps:"):
         path.write_text(text)
         assert "Invalid value for '--steps'" in refused("--config", str(path))
-    for text in ("- steps", "steps", "a: ["):
+    for text in ("- steps", "steps", "- [steps, 7]"):
         path.write_text(text)
-        assert "no mapping of option names" in refused("--config", str(path))
+        assert "a mapping of option names is needed" in refused("--config", str(path))
+    for text in ("output_dir: no", "steps: true", "resume: 1", "prompts: [a]"):
+        path.write_text(text)
+        assert f"{text.split(':')[0]} is " in refused("--config", str(path))
+    path.write_text("a: [")
+    assert f"--config {path}: while parsing" in refused("--config", str(path))
     assert "Is a directory" in refused("--config", "")
 
 
@@ -119,7 +126,7 @@ def write_lines(path, *lines):
     "lines, message",
     [
         ([{"prompt": "1+1="}, "{not json"], "line 2: not JSON"),
-        ([""], "no prompts of up to 64 tokens"),
+        ([""], r"no prompts in it \(up to 64 tokens long\)"),
         ([{"text": "hello"}], "line 1: needs an object with either `prompt`"),
         ([{"prompt": "a", "messages": []}], "line 1: needs an object with either"),
         ([["a"]], "line 1: needs an object"),
@@ -152,7 +159,7 @@ def test_a_prompt_above_the_limit_is_refused_or_dropped_on_request(tmp_path, tok
     with pytest.raises(InputError, match="line 2: 42 tokens, --max-prompt-tokens is 8: raise it or pass --drop-long-prompts"):
         read_jsonl(path, tokenizer, 8)
     assert [p.text for p in read_jsonl(path, tokenizer, 8, drop_long=True)] == ["1+1="]
-    with pytest.raises(InputError, match=r"p.jsonl: no prompts of up to 2 tokens \(--max-prompt-tokens\)"):
+    with pytest.raises(InputError, match=r"p.jsonl: no prompts in it \(up to 2 tokens long\)"):
         read_jsonl(path, tokenizer, 2, drop_long=True)
     with pytest.raises(InputError, match="built-in prompts have up to 32 tokens, --max-prompt-tokens is 8"):
         load_prompts(Config(max_prompt_tokens=8), tokenizer)
@@ -161,6 +168,14 @@ def test_a_prompt_above_the_limit_is_refused_or_dropped_on_request(tmp_path, tok
 def test_line_separators_inside_strings_do_not_split_a_line(tmp_path, tokenizer):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": "a\u2028b\x85c"}\n', encoding="utf-8")
     assert read_jsonl(str(tmp_path / "p.jsonl"), tokenizer, 8)[0].answer == "a\u2028b\x85c"
+
+
+def test_messages_need_a_chat_template(tmp_path):
+    without = build_tokenizer()
+    without.chat_template = None
+    path = write_lines(tmp_path / "p.jsonl", {"messages": [{"role": "user", "content": "1+2="}]})
+    with pytest.raises(InputError, match="no chat template: use `prompt`"):
+        read_jsonl(path, without, 64)
 
 
 def test_messages_go_through_the_chat_template(tmp_path, tokenizer):
@@ -222,9 +237,9 @@ def test_answers_are_matched_exactly_then_by_box_then_by_last_number(response, a
 
 
 def test_a_missing_model_directory_is_refused_at_once():
-    with pytest.raises(InputError, match=r"--teacher /nowhere: no model there \(config.json is missing\)"):
+    with pytest.raises(InputError, match=r"--teacher /nowhere: no model there \(config.json is missing in /nowhere\)"):
         check_models(Config(teacher="/nowhere"))
-    with pytest.raises(InputError, match="--teacher tests/nowhere: no model there"):  # not a hub id: tests is a directory here
+    with pytest.raises(InputError, match="--teacher tests/nowhere: no model there .*tests/nowhere"):  # not a hub id: tests is a directory here
         check_models(Config(teacher="tests/nowhere"))
 
 

@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 from conftest import ROOT
 
-TOKENS, CODE_LINES = 20_000, 2_150  # of the whole system, without comments and docstrings
+TOKENS, CODE_LINES = 21_500, 2_300  # of the whole system, without comments and docstrings
 WIDTH, TOKENS_PER_LINE, LONGEST_FILE = 100, 9.5, 400
 OUTSIDE = ("tests/", "benchmarks/", "experiments/", "assets/", "docs/", "course/")
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

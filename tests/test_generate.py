@@ -2,12 +2,14 @@
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, build_model, load, new_generator
 from torch.distributions import Chi2
 
+from attention import Decode
 from channel import LENGTH, STOP, Rollout
 from config import Config, InputError
 from experiments.sample import main
@@ -236,32 +238,67 @@ def test_flat_parameters_hold_tied_weights_once():
     assert expected < sum(p.numel() for p in build_model("llama").parameters())
 
 
+class RecordedGraph:
+    """What torch.cuda.CUDAGraph is to `replay`: a capture executes nothing, and `replay` does."""
+
+    capturing = None
+
+    def pool(self):
+        return "a pool"
+
+    @classmethod
+    @contextmanager
+    def capture(cls, graph, pool):
+        cls.capturing = graph
+        yield
+        cls.capturing = None
+
+    @classmethod
+    def around(cls, decode):
+        def step(*arguments):
+            if cls.capturing:
+                cls.capturing.replay = lambda: decode(*arguments)
+            else:
+                decode(*arguments)
+
+        return step
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_a_step_to_a_cuda_graphs_bucket_changes_nothing(family, model_dir, monkeypatch):
-    """`replay` with the graph taken out: warm-up, saved and restored state, idle slots, lengths rounded up."""
+def test_steps_through_graphs_of_a_few_shapes_change_nothing(family, model_dir, monkeypatch):
+    """The real `replay`: the first step of a shape, idle slots, lengths rounded up."""
     kwargs = dict(slots=6, loss="stratified_reverse_kl", top_k=4, num_samples=2)
     model = load(model_dir(family), "kv_slots")
     rollouts = [[Rollout(ids, ticket=i) for i, ids in enumerate(prompts(13))] for _ in range(2)]
     plain = new_generator(model, **kwargs).generate(rollouts[0])
     padded = new_generator(model, **kwargs)
-    decode = padded.decode
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", RecordedGraph.capture)
+    monkeypatch.setattr("generate.GRAPH_LENGTHS", 16)
+    recorded = RecordedGraph.around(padded.decode)
 
-    def replay(n, length):
-        n, length = min(padded.slots, 1 << (n - 1).bit_length()), min(padded.cache.max_len, -(-length // 16) * 16)
-        state = [t.clone() for t in padded.counters]
-        decode(n, length)
-        for tensor, saved in zip(padded.counters, state):
-            tensor.copy_(saved)
-        decode(n, length)
+    def on_a_gpu(active, length):  # `step` calls `decode` on the CPU and `replay` on a GPU
+        padded.decode = recorded
+        padded.replay(active, length)
+        padded.decode = on_a_gpu
 
-    monkeypatch.setattr(padded, "decode", replay)
+    padded.decode = on_a_gpu
     for a, b in zip(plain, padded.generate(rollouts[1])):
         assert a.response_ids == b.response_ids
         torch.testing.assert_close(a.behavior_logp, b.behavior_logp, atol=2e-5, rtol=0)
+    assert {slots for slots, _ in padded.graphs} <= {1, 2, 4, 6} and {length for _, length in padded.graphs} <= {16, 32, 44}
+    assert padded.pool == "a pool"
+
+
+def test_a_slot_that_waits_beyond_the_length_of_a_graph_sees_something():
+    """Softmax over nothing would be NaN, and a NaN in an idle slot's cache would stay there."""
+    step = Decode(None, torch.tensor([3, 40]), length=16)
+    for window in (None, 8):
+        assert (step.mask(window, torch.float32) == 0).any(-1).all()
 
 
 def sample(monkeypatch, capsys, *flags):
-    monkeypatch.setattr("sys.argv", ["generate.py", *flags])
+    monkeypatch.setattr("sys.argv", ["experiments.sample", *flags])
     main()
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 

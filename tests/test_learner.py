@@ -1,12 +1,9 @@
 """Claims about the learner: one denominator, every response token once, ranks and micro-batches do not matter."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import LOSS_CONFIGS, label, load
 from test_teacher import MAX_NEW, full_logp, scored_table
 
@@ -217,28 +214,3 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(tmp_path):
     (tmp_path / ".partial_step_9" / "training_state.pt").touch()
     (tmp_path / "step_8").mkdir()
     assert newest_checkpoint(tmp_path) is None
-
-
-def _rank(rank, world, port_file, student, config, fields, out):
-    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    learner = new_learner(student, config, rank=rank, world=world)
-    metrics = learner.update(SimpleNamespace(**fields), ROWS[:7])
-    metrics |= {"second": learner.update(SimpleNamespace(**fields), ROWS[:1])["grad_norm"]}  # rank 1 has no rows
-    torch.save((metrics, gradients(learner), torch.cat([p.detach().flatten() for p in learner.parameters])), f"{out}/{rank}")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_make_the_update_of_one_also_when_a_rank_has_no_rows(model_dir, tmp_path):
-    config = Config(loss="sampled_reverse_kl", num_samples=3, correction="m2po")
-    table = stale_table(model_dir, config)
-    one = new_learner(model_dir(seed=2), config)
-    expected = one.update(table, ROWS[:7])
-    expected |= {"second": one.update(table, ROWS[:1])["grad_norm"]}
-    arguments = (2, tmp_path / "rendezvous", model_dir(seed=2), config, vars(table), tmp_path)
-    mp.start_processes(_rank, arguments, nprocs=2, start_method="spawn")
-    results = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
-    assert results[0][0] == results[1][0] and torch.equal(results[0][2], results[1][2])
-    for name, value in expected.items():
-        assert results[0][0][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    torch.testing.assert_close(results[0][1], gradients(one), atol=1e-6, rtol=1e-3)

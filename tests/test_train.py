@@ -19,12 +19,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT
+from conftest import ROOT, load
 
 import fork_server
 import launch
 import train
 from config import Config
+from kill import alive, children, trial
 from log import Log
 
 BASE = [
@@ -52,30 +53,6 @@ def finish(process, expect=0):
 
 def metrics(output):
     return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-
-
-def children(pid):
-    """{pid: command line} of all descendants of a process."""
-    table = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                table[int(entry.name)] = (parent, (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:
-                continue
-    found, frontier = {}, {pid}
-    while frontier:
-        frontier = {p for p, (parent, _) in table.items() if parent in frontier and p not in found}
-        found |= {p: table[p][1] for p in frontier}
-    return found
-
-
-def alive(pid):
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def still_alive(family, within=20.0):
@@ -194,8 +171,8 @@ def die_and_collect(process, victim, within=20.0):
     read_until(process, r"update +2/")
     family = children(process.pid)
     roles = sorted(pid for pid, line in family.items() if "forkserver" in line)[1:]  # in order of birth: the server, generator, teacher
-    rank0 = [pid for pid, line in family.items() if "train.py" in line]
-    os.kill({"generator": roles[:1], "teacher": roles[1:2], "learner": rank0}[victim][0], signal.SIGKILL)
+    ranks = sorted(pid for pid, line in family.items() if "train.py" in line)
+    os.kill({"generator": roles[:1], "teacher": roles[1:2], "learner": ranks, "rank 1": ranks[1:]}[victim][0], signal.SIGKILL)
     started = time.monotonic()
     out = finish(process, expect=1)
     assert time.monotonic() - started < within
@@ -205,14 +182,30 @@ def die_and_collect(process, victim, within=20.0):
 
 @pytest.mark.parametrize("victim, message", [
     ("generator", "generator 0 died: .*SIGKILL"), ("teacher", "teacher died: .*SIGKILL"), ("learner", r"exitcode *: -9 .*"),
+    ("rank 1", "train.py: error: learner rank 1 died"),
 ])  # fmt: skip
 def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path):
     before = set(os.listdir("/dev/shm"))
-    ranks = int(victim == "learner")  # torchrun is who names the learner
+    ranks = {"learner": 1, "rank 1": 2}.get(victim, 0)  # torchrun is who names rank 0
     out = die_and_collect(start(tmp_path / "run", *pair, "--steps=100000", "--eval-every=0", ranks=ranks), victim)
     assert re.search(message, out), out
-    assert victim == "learner" or list((tmp_path / "run").glob("step_*/training_state.pt"))  # what was learned is kept
+    kept = {"learner": [], "rank 1": ["published_*/model.safetensors"]}.get(victim, ["step_*/training_state.pt"])
+    assert all(list((tmp_path / "run").glob(files)) for files in kept)  # what was learned
+    if victim == "rank 1":  # its part of the masters is gone: what was published is kept, as a model
+        (directory,) = (tmp_path / "run").glob("published_*")
+        assert int(directory.name.split("_")[1]) == len(metrics(tmp_path / "run"))
+        load(str(directory))
     assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.mark.parametrize("seed", [2, 3, 16, 17])  # of tests/kill.py: torchrun and the fork server at the start, a rank later
+def test_a_process_killed_at_a_random_moment_ends_the_run(seed):
+    assert trial(seed) == ""
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_at_random_moments():
+    assert [failure for seed in range(100) if (failure := trial(seed))] == []
 
 
 def test_a_role_that_fails_ends_the_run_with_its_own_traceback(pair, tmp_path):
@@ -245,13 +238,13 @@ class StubContext:
 
 @pytest.fixture
 def stub_roles(monkeypatch):
-    """roles(exits) -> launch.Roles with its real signal handlers over processes that do not exist."""
+    """roles(exits, pids) -> launch.Roles with its real signal handlers over processes that do not exist."""
     handlers = {number: signal.getsignal(number) for number in fork_server.INTERRUPTS}
 
-    def make(exits=()):
+    def make(exits=(), pids=()):
         monkeypatch.setattr(launch.mp, "start_processes", lambda *args, **kwargs: StubContext(exits))
         channel = SimpleNamespace(stop=torch.zeros(1), running=lambda: not channel.stop.item())
-        return launch.Roles(Config(), channel, [], [], 0)
+        return launch.Roles(Config(), channel, [], [], 0, pids)
 
     yield make
     for number, handler in handlers.items():
@@ -282,6 +275,18 @@ def test_waiting_ends_with_the_name_and_the_reason_when_a_role_is_gone(stub_role
             with pytest.raises(launch.RoleDied, match=message):
                 wait()
             assert roles.channel.stop.item()  # the others are told to leave
+
+
+def test_waiting_ends_when_a_learner_rank_is_gone_and_says_which_though_torchrun_sends_a_signal_then(stub_roles):
+    rank = subprocess.Popen(["sleep", "60"])
+    roles = stub_roles(pids=[os.getpid(), rank.pid])
+    roles.check()
+    rank.kill()
+    rank.wait()
+    signal.raise_signal(signal.SIGTERM)
+    for wait in waits(roles):
+        with pytest.raises(launch.RoleDied, match="learner rank 1 died"):
+            wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,0 +1,74 @@
+"""What a run needs of each GPU's memory, estimated before a model is loaded.
+
+Letters of shapes: serial.py. The backward pass needs about 9 sqrt(n) values a token from a layer of
+n parameters (counted in tests/test_memory.py). With checkpointing it needs D. What CUDA and the
+libraries take comes on top: USABLE leaves room for it.
+"""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from config import Config, InputError
+from model import compute_dtype, shared_vocabulary, text_config
+
+USABLE = 0.9  # of a device's memory
+
+
+def model_size(path):
+    """(parameters, layers, D, values of a token that a layer saves, values of its keys)."""
+    settings = text_config(path)
+    layers, width = settings.num_hidden_layers, settings.hidden_size
+    with torch.device("meta"):
+        count = AutoModelForCausalLM.from_config(settings).num_parameters()
+    heads = settings.num_attention_heads
+    groups = getattr(settings, "num_key_value_heads", heads)
+    keys = groups * getattr(settings, "head_dim", width // heads)
+    saved = 9 * ((count - settings.vocab_size * width) / layers) ** 0.5
+    return count, layers, width, saved, keys
+
+
+def estimate(config, world, recompute, size):
+    """Bytes of a learner rank, of a generator and of the teacher. `size`: of a value, bytes."""
+    count, layers, width, saved, keys = model_size(config.student_path)
+    teacher_count, _, _, teacher_saved, _ = model_size(config.teacher_path)
+    vocab = shared_vocabulary(config)
+    logits = 4 * vocab * config.head_chunk
+    masters = 20 * count / world  # with gradient, two moments and what Adam makes for a moment
+    gathered = count if world == 1 else 2 * (vocab * width + count / layers)
+    kept = layers * width + saved if recompute else layers * saved
+    learner = masters + size * (gathered + kept * config.micro_batch_tokens)
+    learner += 6 * vocab * width + logits
+    slots = 2 * min(config.slots, config.table_rows)  # for training and for evaluation
+    cache = slots * (2 * size * layers * keys * config.max_sequence + 12 * vocab)
+    teacher = size * (teacher_count + teacher_saved * config.micro_batch_tokens)
+    return learner, size * count + cache, teacher + 2 * logits
+
+
+def plan_memory(config: Config, world: int, devices):
+    """(does the learner recompute its activations?, what to tell the user).
+
+    `devices`: of all roles. Raises InputError, with the numbers, if a GPU is too small.
+    """
+    choice = config.checkpoint_activations
+    if devices[0].type == "cpu":
+        return choice == "on", ""
+    size = compute_dtype(config, devices[0]).itemsize
+    for recompute in (False, True) if choice == "auto" else (choice == "on",):
+        learner, generator, teacher = estimate(config, world, recompute, size)
+        sizes = [learner] * world + [generator] * config.generators + [teacher]
+        text = (
+            f"estimated memory, GiB: learner {learner / 2**30:.1f}, "
+            f"generator {generator / 2**30:.1f}, teacher {teacher / 2**30:.1f}"
+        )
+        fits = True
+        for device in dict.fromkeys(devices):
+            needed = sum(part for part, place in zip(sizes, devices) if place == device)
+            limit = USABLE * torch.cuda.mem_get_info(device)[1]
+            fits &= needed <= limit
+            text += f"; {device}: {needed / 2**30:.1f} of {limit / 2**30:.1f}"
+        if fits:
+            return recompute, text
+    raise InputError(
+        f"{text}: lower --micro-batch-tokens ({config.micro_batch_tokens}) for learner and "
+        f"teacher, --slots ({config.slots}) for a generator, or take more ranks (--nproc-per-node)"
+    )

@@ -1,0 +1,115 @@
+"""Claims about the memory estimate: it is near what is counted, and what cannot fit is refused with numbers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import load
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from config import Config, InputError
+from learner import Learner
+from memory import estimate, model_size, plan_memory
+
+GIB = 2**30
+GPU, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+def saved_bytes(model, tokens):
+    """Bytes that the backward pass of the layers keeps, in bfloat16, beside the weights."""
+    seen = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor stays, so its address is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model.base_model(input_ids=torch.randint(0, 100, (1, tokens)), use_cache=False)
+    return sum(size for size, _ in seen.values())
+
+
+def qwen(D=512, mlp=1536, heads=8, groups=4, layers=2):
+    settings = Qwen3Config(
+        vocab_size=128, hidden_size=D, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups, head_dim=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(settings)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"D": 256, "mlp": 1024}, {"heads": 16, "groups": 8}])
+def test_the_activations_of_a_layer_are_estimated_within_a_fifth(sizes, tmp_path):
+    two, three = qwen(layers=2, **sizes), qwen(layers=3, **sizes)
+    counted = [saved_bytes(three, tokens) - saved_bytes(two, tokens) for tokens in (64, 128)]
+    a_token = (counted[1] - counted[0]) / 64  # copies of the weights do not depend on the tokens
+    three.save_pretrained(tmp_path)
+    assert 2 * model_size(str(tmp_path))[3] == pytest.approx(a_token, rel=0.2)
+
+
+@pytest.mark.parametrize("kind, settings", [
+    (LlamaForCausalLM, LlamaConfig(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)),
+    (GPT2LMHeadModel, GPT2Config(vocab_size=90, n_embd=32, n_layer=3, n_head=4)),
+])  # fmt: skip
+def test_sizes_are_read_whatever_a_family_calls_them(kind, settings, tmp_path):
+    model = kind(settings)
+    model.save_pretrained(tmp_path)
+    count, layers, width, _, keys = model_size(str(tmp_path))
+    assert (count, layers, width, keys) == (sum(p.numel() for p in model.parameters()), 3, 32, 32)
+
+
+def test_the_estimate_counts_masters_gradients_and_moments_and_shares_them_between_ranks(model_dir):
+    config = Config(student=model_dir(), teacher=model_dir(), micro_batch_tokens=104, head_chunk=1)
+    one, two = (estimate(config, world, False, 4)[0] for world in (1, 2))
+    learner = Learner(load(model_dir()), config, 173, torch.float32)
+    count = sum(p.numel() for p in learner.parameters)
+    assert count == model_size(model_dir())[0]
+    assert one - two >= 20 * count / 2 - 4 * count  # half of them, less what sharding gathers for a layer
+    assert estimate(config, 1, True, 4)[0] < one  # checkpointing
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(bytes): what every GPU has."""
+    return lambda size: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, size))
+
+
+def test_checkpointing_is_switched_on_when_memory_asks_and_what_cannot_fit_is_refused(model_dir, gpus):
+    config = Config(student=model_dir(), teacher=model_dir(), micro_batch_tokens=20_000, dtype="bfloat16")
+    devices = [GPU, OTHER, OTHER]  # learner, generator, teacher
+    plain, recomputing = (estimate(config, 1, recompute, 2)[0] for recompute in (False, True))
+    _, generator, teacher = estimate(config, 1, False, 2)
+    assert recomputing < 0.8 * plain
+    gpus(10 * plain)
+    recompute, text = plan_memory(config, 1, devices)
+    shared = (generator + teacher) / GIB
+    assert not recompute and text.startswith(f"estimated memory, GiB: learner {plain / GIB:.1f}, generator ")
+    assert f"; cuda:1: {shared:.1f} of {0.9 * 10 * plain / GIB:.1f}" in text
+    gpus(max(plain, generator + teacher) * 1.05)
+    assert plan_memory(config, 1, devices)[0] == (plain > 0.9 * 1.05 * max(plain, generator + teacher))
+    gpus(max(recomputing, generator + teacher) / 0.9 + 1)
+    assert plan_memory(config, 1, devices)[0]
+    gpus(recomputing)
+    with pytest.raises(InputError, match=r"learner .* cuda:0: .*: lower --micro-batch-tokens \(20000\) .*--slots \(64\)"):
+        plan_memory(config, 1, devices)
+    forced = SimpleNamespace(**{**vars(config), "checkpoint_activations": "on"})
+    assert plan_memory(forced, 1, [torch.device("cpu")]) == (True, "")
+
+
+def test_recomputing_layers_changes_no_update(model_dir):
+    from test_learner import ROWS, gradients, new_learner, stale_table
+
+    for family in ("qwen3", "gemma3"):
+        config = Config(top_k=4, num_samples=2)
+        table = stale_table(model_dir, config)
+        plain, recomputing = (new_learner(model_dir(family, seed=2), config, recompute=on) for on in (False, True))
+        assert plain.update(table, ROWS) == recomputing.update(table, ROWS)
+        assert torch.equal(gradients(plain), gradients(recomputing))
+
+
+def test_recomputing_keeps_one_tensor_a_layer(model_dir):
+    model = qwen().requires_grad_(True)
+    before = saved_bytes(model, 128)
+    Learner(model, Config(checkpoint_activations="on"), 128, torch.float32, recompute=True)
+    assert saved_bytes(model, 128) < before / 4
