@@ -207,11 +207,16 @@ class Sampler:
         model = load_model(path, compute_dtype(config, device), device, attention="kv_slots")
         self.weights = flatten_parameters(model)
         shared = (config, stop_ids(path, self.tokenizer), shared_vocabulary(config))
-        self.generator = Generator(model, make_loss(config), *shared, min(config.slots, slots))
-        self.greedy = Generator(model, Greedy(), *shared, min(config.slots, len(held_out) or 1))
+        slots = min(config.slots, slots)
+        self.generator = Generator(model, make_loss(config), *shared, slots)
+        self.greedy = Generator(model, Greedy(), *shared, slots)
+        self.greedy.cache = self.generator.cache  # they take turns
 
     def accuracy(self):
-        """Fraction of the evaluation prompts that the present weights answer correctly."""
+        """Fraction of the evaluation prompts that the present weights answer correctly.
+
+        It takes the slots: no rollout may be active.
+        """
         rollouts = [Rollout(prompt.ids, i) for i, prompt in enumerate(self.held_out)]
         responses = [rollout.response_ids for rollout in self.greedy.generate(rollouts)]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -226,7 +231,7 @@ def run(config: Config, channel: Channel, device, track: int, held_out):
     """Generation process number `track`, until rank 0 says stop or is gone.
 
     1. take rows for the free slots   2. pick up new weights, if `refresh` allows it now
-    3. generator 0: evaluate on the prompts `held_out`, if rank 0 waits for it
+    3. generator 0: if rank 0 waits for an evaluation, finish what is active, then evaluate
     4. start the tickets that the inequality admits   5. decode one token for every active slot
     6. write finished rollouts to their rows, pass them on
     """
@@ -244,13 +249,13 @@ def run(config: Config, channel: Channel, device, track: int, held_out):
             with timeline.span("pick up weights"):
                 generator.version = channel.pick_up(sampler.weights)
         # `eval_due` is 1 + the version that rank 0 waits for.
-        is_due = int(channel.eval_done) < int(channel.eval_due) <= generator.version + 1
-        if track == 0 and is_due:
+        is_due = track == 0 and channel.eval_done < channel.eval_due <= generator.version + 1
+        if is_due and not generator.active:
             with timeline.span("evaluate"):
                 channel.eval_accuracy.fill_(sampler.accuracy())
                 channel.eval_done.copy_(channel.eval_due)
         started = []
-        while waiting and may_start(waiting[0].ticket, generator.version, config):
+        while waiting and not is_due and may_start(waiting[0].ticket, generator.version, config):
             started.append(waiting.popleft())
         if started:
             with timeline.span("prefill"):

@@ -38,7 +38,7 @@ def estimate(config, world, recompute, size):
     kept = layers * width + saved if recompute else layers * saved
     learner = masters + size * (gathered + kept * config.micro_batch_tokens)
     learner += 6 * vocab * width + logits
-    slots = 2 * min(config.slots, config.table_rows)  # for training and for evaluation
+    slots = min(config.slots, config.table_rows)
     cache = slots * (2 * size * layers * keys * config.max_sequence + 12 * vocab)
     teacher = size * (teacher_count + teacher_saved * config.micro_batch_tokens)
     return learner, size * count + cache, teacher + 2 * logits

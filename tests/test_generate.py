@@ -9,10 +9,13 @@ import torch
 from conftest import FAMILIES, ROOT, build_model, load, new_generator
 from torch.distributions import Chi2
 
+from assets.task import running_sums
 from attention import Decode
 from channel import LENGTH, STOP, Rollout
 from config import Config, InputError
+from data import Prompt
 from experiments.sample import main
+from generate import Sampler
 from losses import LOSSES, draw, make_loss
 from model import flatten_parameters
 
@@ -225,6 +228,24 @@ def test_decoding_does_not_rely_on_the_memory_layout_of_the_attention_kernel(mod
     )
     for a, b in zip(expected, new_generator(load(path, "kv_slots")).generate([Rollout(ids) for ids in prompts(5)])):
         assert a.response_ids == b.response_ids
+
+
+def test_evaluation_between_rollouts_takes_their_slots_and_changes_none_of_them(model_dir, tokenizer):
+    config = Config(student=model_dir(), teacher=model_dir(), max_prompt_tokens=20, max_new_tokens=12, slots=3, top_k=4)
+    held_out = [Prompt(text, tokenizer(text).input_ids, answer) for text, answer in running_sums(5, 0, heldout=True)]
+    with_evaluation, without = (Sampler(config, torch.device("cpu"), 8, prompts) for prompts in (held_out, []))
+    assert with_evaluation.greedy.cache is with_evaluation.generator.cache
+    found = []
+    for sampler in (with_evaluation, without):
+        first = sampler.generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(7))])
+        if sampler.held_out:
+            assert sampler.accuracy() == sampler.accuracy()
+        second = sampler.generator.generate([Rollout(ids, ticket=7 + i) for i, ids in enumerate(prompts(7))])
+        found.append([(r.response_ids, r.behavior_logp) for r in first + second])
+    for (ids, logp), (expected_ids, expected_logp) in zip(*found):
+        assert ids == expected_ids and torch.equal(logp, expected_logp)
+    (keys, _), *_ = with_evaluation.generator.cache.layers.values()
+    assert len(keys) == 3  # the only cache there is
 
 
 def test_flat_parameters_hold_tied_weights_once():
