@@ -337,3 +337,14 @@ def test_the_figures_are_drawn_from_the_committed_results(tmp_path):
         picture.unlink()
     subprocess.run([sys.executable, "-m", "experiments.figures", "--results", tmp_path / "results"], cwd=ROOT, check=True)
     assert {p.name for p in (tmp_path / "results").glob("*.png")} == {p.name for p in (ROOT / "experiments" / "results").glob("*.png")}
+
+
+@pytest.mark.slow
+def test_the_readmes_table_of_splits_is_what_the_command_prints(capsys, monkeypatch):
+    from experiments import splits
+
+    monkeypatch.setattr("sys.argv", ["splits"])
+    splits.main()
+    readme = (ROOT / "README.md").read_text()
+    rows = [line for line in capsys.readouterr().out.splitlines()[2:] if "none fits" not in line]
+    assert len(rows) == 5 and all(row in readme for row in rows)
