@@ -27,7 +27,7 @@ class KVCache:
 
     slots: int
     max_len: int
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict = field(default_factory=dict)
 
     def layer(self, index: int, key, value):
         """The tensors of one layer; `key` and `value` [A,H,X,E] show their shape and dtype."""

@@ -111,8 +111,7 @@ class Channel:
             setattr(self, name, block[start:stop].view(kind).view(shape))
         self.arguments = config, num_parameters, dtype, paths
         self.to_generator, self.to_teacher, self.to_learner = map(RowQueue, paths[1:])
-        rank_0 = int(paths[0].split("/")[2])
-        self.watched = os.pidfd_open(rank_0)  # the process whose end is ours
+        self.watched = os.pidfd_open(int(paths[0].split("/")[2]))  # rank 0: its end is ours
 
     def __reduce__(self):
         """A channel is sent to another process as what opens it there."""
@@ -249,7 +248,7 @@ class Tickets:
         self.config, self.channel, self.prompts = config, channel, prompts
         self.order = TicketOrder(len(prompts), config.samples_per_prompt, config.seed)
         self.free_rows = list(range(config.table_rows))
-        self.scored: dict[int, int] = {}  # ticket -> row, in order of arrival
+        self.scored = {}  # ticket -> row, in order of arrival
         self.trained_ahead = set(trained_ahead)
         # Every ticket below `lowest` was trained.
         self.lowest = self.next = version * config.batch_size - len(trained_ahead)

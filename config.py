@@ -174,22 +174,17 @@ def read_yaml(context, _, path):
     if path is None:
         return
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        values = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}  # scalars stay text
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: a mapping of option names is needed")
-    known = {item.name: item.default for item in fields(Config)}
     context.default_map = {}
     for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise InputError(f"--config {path}: no option is called {key}, see --help")
-        value = "" if value is None else value
-        is_scalar = isinstance(value, (bool, int, float, str))
-        if not is_scalar or isinstance(value, bool) != isinstance(known[name], bool):
-            raise InputError(f"--config {path}: {key} is {value!r}")
-        context.default_map[name] = str(value)
+        name = key.replace("-", "_")
+        if name not in Config.__dataclass_fields__ or not isinstance(value, str):
+            raise InputError(f"--config {path}: {key} is no option with one value, see --help")
+        context.default_map[name] = value
 
 
 def parse(argv=None):

@@ -91,7 +91,7 @@ def check_torchrun():
 # ---- the spawned roles ------------------------------------------------------------------------
 
 
-class RoleDied(RuntimeError):
+class RoleDied(Exception):
     """A process of the run is gone. The message says which, with its traceback or signal."""
 
 

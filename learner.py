@@ -5,8 +5,8 @@ bfloat16; log-probabilities and losses stay in float32. The head runs in chunks 
 so logits [T,V] never exist.
 
 Several ranks share parameters, gradients and optimiser state (FSDP2), and each trains its share of
-the rows. There is one denominator, the response tokens of the whole update. So the result does not
-depend on micro-batches and ranks.
+the rows. There is one denominator, the response tokens of the whole update. So the result depends
+on micro-batches and ranks by rounding alone.
 
 Dropout is off: the student that trains is the student that sampled. Left out: LoRA, tensor and
 pipeline parallelism, several nodes.
@@ -57,8 +57,8 @@ class Student(nn.Module):
         self.loss = make_loss(config)
 
     def forward(self, table, rows):
-        """Of the responses of `rows`: loss (a sum), student_logp, candidate_ids, teacher_logp and
-        behavior_logp, [T,C] each. Without gradients the loss is left out: None.
+        """(sum of the loss, student_logp, candidate_ids, teacher_logp, behavior_logp) of the
+        responses of `rows`; the last four are [T,C]. Without gradients the first is None.
         """
         fields = (table.candidate_ids, table.teacher_logp, table.behavior_logp)
         ids, t, b = (of_responses(table, rows, x).to(self.model.device) for x in fields)
@@ -77,14 +77,6 @@ class Student(nn.Module):
 
 def layers_of(model):
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-
-
-def checkpoint_layers(model):
-    """Keep the input of each layer alone; the backward pass computes the rest again."""
-    for layer in layers_of(model):
-        layer.gradient_checkpointing = True
-        layer.training = True  # transformers asks for it; the modules inside stay without dropout
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
 def shard(student: Student, world: int):
@@ -117,8 +109,8 @@ class Learner:
         self.model.requires_grad_(True)
         self.student = Student(self.model, self.config, self.vocab, self.dtype)
         self.loss = self.student.loss
-        if self.recompute:
-            checkpoint_layers(self.model)
+        for layer in layers_of(self.model) if self.recompute else ():
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if self.world > 1:
             shard(self.student, self.world)
         self.parameters = list(self.model.parameters())
@@ -233,29 +225,38 @@ class Learner:
     def save(self, output, tokenizer, trained_ahead):
         """Write step_N: a Hugging Face model (float32) with what `load` needs.
 
-        Every rank takes part, and rank 0 writes. The directory is complete or absent, never half.
+        Every rank takes part, and rank 0 writes.
         """
         weights = state_dict.get_model_state_dict(self.model, options=WHOLE)
         both = (self.model, self.optimizer)
         optimizer = state_dict.get_optimizer_state_dict(*both, options=WHOLE)
         if self.rank > 0:
             return
-        weights = {name: weights[name] for name, _ in self.model.named_parameters()}  # tied once
-        target = output / f"step_{self.version}"
-        unfinished = output / f".partial_step_{self.version}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        self.write(unfinished, weights, tokenizer)
         state = {"version": self.version, "optimizer": optimizer, "trained_ahead": trained_ahead}
-        torch.save(state, unfinished / "training_state.pt")
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
+        self.write(output / f"step_{self.version}", weights, tokenizer, state)
 
-    def write(self, directory, weights, tokenizer):
-        """Write a Hugging Face model. `weights`: parameter name -> whole tensor."""
-        self.model.save_pretrained(directory, state_dict=weights)
-        tokenizer.save_pretrained(directory)
-        for path in directory.glob("*.safetensors"):
-            path.chmod(0o644)  # safetensors writes files that only the owner can read
+    def write(self, target, weights, tokenizer, state=None):
+        """Write a Hugging Face model, with `state`. The directory is whole or absent, never half.
+
+        Raises OSError if it cannot be written.
+        """
+        once = dict(self.model.named_parameters())
+        tied = dict(self.model.named_parameters(remove_duplicate=False)).keys() - once.keys()
+        unfinished = target.with_name(f".partial_{target.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            weights = {name: value for name, value in weights.items() if name not in tied}
+            self.model.save_pretrained(unfinished, state_dict=weights)
+            tokenizer.save_pretrained(unfinished)
+            if state:
+                torch.save(state, unfinished / "training_state.pt")
+            for path in unfinished.glob("*.safetensors"):
+                path.chmod(0o644)  # safetensors writes files that only the owner can read
+            shutil.rmtree(target, ignore_errors=True)
+            unfinished.rename(target)
+        except Exception as error:  # torch and safetensors have their own for a full disk
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(f"{target} cannot be written: {error}") from error
 
     def rescue(self, channel, output, tokenizer):
         """Write published_N: the weights in the mailbox, without the ranks that have the masters.
@@ -264,8 +265,9 @@ class Learner:
         """
         version = int(channel.version)
         flat = channel.weights[version % 2].split([p.numel() for p in self.parameters])
-        named = zip(self.model.named_parameters(), flat)
-        weights = {name: part.view(p.shape) for (name, p), part in named}
+        weights = self.model.state_dict()  # for its buffers, which are whole
+        for (name, p), part in zip(self.model.named_parameters(), flat):
+            weights[name] = part.view(p.shape)
         self.write(output / f"published_{version}", weights, tokenizer)
 
     def load(self, directory):

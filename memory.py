@@ -1,8 +1,8 @@
 """What a run needs of each GPU's memory, estimated before a model is loaded.
 
-Letters of shapes: serial.py. The backward pass needs about 9 sqrt(n) values a token from a layer of
-n parameters (counted in tests/test_memory.py). With checkpointing it needs D. What CUDA and the
-libraries take comes on top: USABLE leaves room for it.
+Letters of shapes: serial.py. A layer of n parameters keeps about 9 sqrt(n) values of every token
+for the backward pass (counted in tests/test_memory.py, for dense models). With checkpointing it
+keeps its input, D values. USABLE leaves room for what CUDA and the libraries take.
 """
 
 import torch
@@ -21,8 +21,8 @@ def model_size(path):
     with torch.device("meta"):
         count = AutoModelForCausalLM.from_config(settings).num_parameters()
     heads = settings.num_attention_heads
-    groups = getattr(settings, "num_key_value_heads", heads)
-    keys = groups * getattr(settings, "head_dim", width // heads)
+    groups = getattr(settings, "num_key_value_heads", None) or heads
+    keys = groups * (getattr(settings, "head_dim", None) or width // heads)
     saved = 9 * ((count - settings.vocab_size * width) / layers) ** 0.5
     return count, layers, width, saved, keys
 
@@ -33,11 +33,11 @@ def estimate(config, world, recompute, size):
     teacher_count, _, _, teacher_saved, _ = model_size(config.teacher_path)
     vocab = shared_vocabulary(config)
     logits = 4 * vocab * config.head_chunk
-    masters = 20 * count / world  # with gradient, two moments and what Adam makes for a moment
+    masters = 20 * count / world  # with gradient, two moments, and a scratch copy of Adam's
     gathered = count if world == 1 else 2 * (vocab * width + count / layers)
     kept = layers * width + saved if recompute else layers * saved
     learner = masters + size * (gathered + kept * config.micro_batch_tokens)
-    learner += 6 * vocab * width + logits
+    learner = max(learner + 6 * vocab * width + logits, 4 * count)  # every rank loads it whole
     slots = min(config.slots, config.table_rows)
     cache = slots * (2 * size * layers * keys * config.max_sequence + 12 * vocab)
     teacher = size * (teacher_count + teacher_saved * config.micro_batch_tokens)
@@ -47,7 +47,8 @@ def estimate(config, world, recompute, size):
 def plan_memory(config: Config, world: int, devices):
     """(does the learner recompute its activations?, what to tell the user).
 
-    `devices`: of all roles. Raises InputError, with the numbers, if a GPU is too small.
+    `devices`: of all roles. Raises InputError, with the numbers, if a GPU is too small and
+    `config.checkpoint_activations` is auto.
     """
     choice = config.checkpoint_activations
     if devices[0].type == "cpu":
@@ -63,12 +64,13 @@ def plan_memory(config: Config, world: int, devices):
         fits = True
         for device in dict.fromkeys(devices):
             needed = sum(part for part, place in zip(sizes, devices) if place == device)
-            limit = USABLE * torch.cuda.mem_get_info(device)[1]
+            limit = USABLE * torch.cuda.get_device_properties(device).total_memory
             fits &= needed <= limit
             text += f"; {device}: {needed / 2**30:.1f} of {limit / 2**30:.1f}"
-        if fits:
+        if fits or choice != "auto":
             return recompute, text
     raise InputError(
         f"{text}: lower --micro-batch-tokens ({config.micro_batch_tokens}) for learner and "
-        f"teacher, --slots ({config.slots}) for a generator, or take more ranks (--nproc-per-node)"
+        f"teacher, --slots ({config.slots}) for a generator, or raise --nproc-per-node. "
+        "--checkpoint-activations on or off starts it all the same"
     )

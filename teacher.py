@@ -168,7 +168,7 @@ def run(config: Config, channel: Channel, device: torch.device, next_ticket: int
     model = load_model(config.teacher_path, compute_dtype(config, device), device)
     teacher = Teacher(model, config, shared_vocabulary(config))
     timeline = Timeline(config, channel, config.generators, "teacher")
-    waiting: dict[int, int] = {}
+    waiting = {}  # ticket -> row
     rows = []
     while channel.running():
         for row in channel.to_teacher.get_all(timeout=0.0 if rows else 0.02):

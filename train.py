@@ -28,6 +28,7 @@ from log import Log, Timeline, close_trace, newest_checkpoint, start_output
 from memory import plan_memory
 from model import compute_dtype, shared_vocabulary
 
+
 class Run:
     """A run as rank 0 leads it."""
 
@@ -61,21 +62,18 @@ class Run:
         self.timeline = Timeline(config, channel, config.generators + 1, "learner")
         self.tickets = Tickets(config, channel, self.prompts, learner.version, trained_ahead)
         self.saved_version = learner.version
-        self.accuracies: list[float] = []
+        self.accuracies = []
         learner.publish(channel)
-        next_ticket = self.tickets.lowest
-        self.roles = Roles(config, channel, devices, self.held_out, next_ticket, pids)
+        self.roles = Roles(config, channel, devices, self.held_out, self.tickets.lowest, pids)
 
     def lead(self):
         """Run the main loop. Whatever ends it, what was learned is saved."""
         try:
             with suppress(Interrupted):  # `report` says so
                 self.main_loop()
-        except (FloatingPointError, OSError, RoleDied):  # all ranks wait for a command
-            self.leave()
-            raise
-        except RuntimeError:  # amid an update
-            (self.leave if self.learner.world == 1 else self.rescue)()
+        except BaseException as error:
+            is_amid_update = isinstance(error, RuntimeError) and self.learner.world > 1
+            (self.rescue if is_amid_update else self.leave)()
             raise
         self.leave()
         self.report()
@@ -122,18 +120,18 @@ class Run:
 
     def wait_for_rows(self):
         """The rows of the next update. Raises Interrupted or RoleDied."""
-        began = said = time.monotonic()
+        began = time.monotonic()
+        patience = 60  # seconds
         while True:
             self.roles.check()
             rows = self.tickets.batch(self.learner.version)
             if rows:
                 return rows
             self.tickets.receive(self.channel.to_learner.get_all(timeout=0.5))
-            now = time.monotonic()
-            if now - said > 60:
-                said = now
+            if time.monotonic() - began > patience:
                 there = f"{len(self.tickets.scored)} of {self.config.batch_size} rollouts"
-                print(f"waited {now - began:.0f} s for teacher and generator: {there}", flush=True)
+                print(f"waited {patience} s for generator and teacher: {there}", flush=True)
+                patience += 60
 
     def train_on(self, rows: list[int]):
         """One update, on every rank; frees the rows."""
@@ -225,10 +223,13 @@ def follow(learner: Learner, channel: Channel):
 
 def main():
     try:
-        run_rank(parse(), *join_ranks())
-        if dist.is_initialized():
+        rank, world = join_ranks()
+        run_rank(parse(), rank, world)
+        if world > 1:
             dist.destroy_process_group()
-    except (InputError, MemoryError, FloatingPointError, RoleDied) as error:
+        if rank > 0:
+            os._exit(0)  # gloo's threads may outlive Python, and abort
+    except (InputError, MemoryError, FloatingPointError, OSError, RoleDied) as error:
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted before the first update")

@@ -1,11 +1,12 @@
 """Claims about the memory estimate: it is near what is counted, and what cannot fit is refused with numbers."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import load
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from config import Config, InputError
 from learner import Learner
@@ -50,6 +51,7 @@ def test_the_activations_of_a_layer_are_estimated_within_a_fifth(sizes, tmp_path
 
 @pytest.mark.parametrize("kind, settings", [
     (LlamaForCausalLM, LlamaConfig(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)),
+    (LlamaForCausalLM, LlamaConfig(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=None)),
     (GPT2LMHeadModel, GPT2Config(vocab_size=90, n_embd=32, n_layer=3, n_head=4)),
 ])  # fmt: skip
 def test_sizes_are_read_whatever_a_family_calls_them(kind, settings, tmp_path):
@@ -72,7 +74,7 @@ def test_the_estimate_counts_masters_gradients_and_moments_and_shares_them_betwe
 @pytest.fixture
 def gpus(monkeypatch):
     """gpus(bytes): what every GPU has."""
-    return lambda size: monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, size))
+    return lambda size: monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=size))
 
 
 def test_checkpointing_is_switched_on_when_memory_asks_and_what_cannot_fit_is_refused(model_dir, gpus):
@@ -93,6 +95,8 @@ def test_checkpointing_is_switched_on_when_memory_asks_and_what_cannot_fit_is_re
     gpus(recomputing)
     with pytest.raises(InputError, match=r"learner .* cuda:0: .*: lower --micro-batch-tokens \(20000\) .*--slots \(64\)"):
         plan_memory(config, 1, devices)
+    recompute, text = plan_memory(replace(config, checkpoint_activations="off"), 1, devices)
+    assert not recompute and "cuda:0: " in text  # one's own risk
     forced = SimpleNamespace(**{**vars(config), "checkpoint_activations": "on"})
     assert plan_memory(forced, 1, [torch.device("cpu")]) == (True, "")
 
@@ -100,7 +104,7 @@ def test_checkpointing_is_switched_on_when_memory_asks_and_what_cannot_fit_is_re
 def test_recomputing_layers_changes_no_update(model_dir):
     from test_learner import ROWS, gradients, new_learner, stale_table
 
-    for family in ("qwen3", "gemma3"):
+    for family in ("qwen3", "gemma3", "llama"):
         config = Config(top_k=4, num_samples=2)
         table = stale_table(model_dir, config)
         plain, recomputing = (new_learner(model_dir(family, seed=2), config, recompute=on) for on in (False, True))
@@ -113,3 +117,13 @@ def test_recomputing_keeps_one_tensor_a_layer(model_dir):
     before = saved_bytes(model, 128)
     Learner(model, Config(checkpoint_activations="on"), 128, torch.float32, recompute=True)
     assert saved_bytes(model, 128) < before / 4
+
+
+def test_recomputing_switches_no_dropout_on():
+    """OPT drops out in the layer itself."""
+    torch.manual_seed(0)
+    settings = OPTConfig(vocab_size=90, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.5)
+    model = OPTForCausalLM(settings).eval()
+    before = model(input_ids=torch.arange(9)[None]).logits
+    Learner(model, Config(), 90, torch.float32, recompute=True)
+    assert torch.equal(model(input_ids=torch.arange(9)[None]).logits, before)

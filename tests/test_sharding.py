@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import load
 from test_learner import ROWS, new_learner, stale_table
 from test_teacher import MAX_NEW
+from torch.distributed.fsdp import FSDPModule
 
 import fork_server
 from channel import Channel
 from config import Config
-from learner import whole
+from learner import Learner, layers_of, whole
 
 # 28 padded tokens hold one or two rollouts: the ranks have different numbers of micro-batches. Every loss; tied and untied.
 SMALL = dict(max_prompt_tokens=16, max_new_tokens=MAX_NEW, micro_batch_tokens=28, max_grad_norm=1e9)
@@ -43,7 +45,9 @@ def rank_main(rank, world, out, paths, tables, mailbox):
     dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous{world}", rank=rank, world_size=world, timeout=limit)
     results = []
     for number, ((family, config), fields) in enumerate(zip(CASES, tables)):
-        learner, table = new_learner(paths[family], config, rank=rank, world=world), SimpleNamespace(**fields)
+        last = number == len(CASES) - 1  # it recomputes its layers
+        learner, table = new_learner(paths[family], config, rank=rank, world=world, recompute=last), SimpleNamespace(**fields)
+        assert all(isinstance(layer, FSDPModule) for layer in layers_of(learner.model))  # each is gathered for itself
         found = train(learner, table)
         moments = [state["exp_avg"] for state in learner.optimizer.state.values()]
         held = [sum(x.to_local().numel() for x in kind) for kind in (learner.parameters, [p.grad for p in learner.parameters], moments)]
@@ -61,6 +65,14 @@ def rank_main(rank, world, out, paths, tables, mailbox):
                 other = new_learner(str(out / "of_2" / "step_2"), config, rank=rank, world=world)
                 other.load(out / "of_2" / "step_2")
                 results.append(other.update(table, ROWS[:7]))
+    in_bfloat16 = Learner(load(paths["qwen3"]), CASES[-1][1], 173, torch.bfloat16, rank, world)
+    dtypes = set()
+    mlp = layers_of(in_bfloat16.model)[0].mlp
+    mlp.register_forward_hook(lambda module, inputs, output: dtypes.add((inputs[0].dtype, output.dtype, module.gate_proj.weight.dtype)))
+    metrics = in_bfloat16.update(table, ROWS[:7])
+    assert dtypes == {(torch.bfloat16, torch.bfloat16, torch.bfloat16)}
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in in_bfloat16.parameters)
+    assert abs(metrics["grad_norm"] / found[0][0]["grad_norm"] - 1) < 0.1  # of the last case, in float32
     torch.save(results, out / f"{world}_{rank}")
     dist.destroy_process_group()
 
