@@ -1,8 +1,9 @@
 """Kill a random process of a run at a random moment; everything must end soon, and nothing may be left.
 
 `python tests/kill.py --trials 100` starts the built-in run under torchrun, with 1 or 2 ranks and 1 or 2 generators. It kills
-one process of the family, torchrun and the fork server included, 0.3 s after the start or later. The run must end within 20 s,
-non-zero unless it was over, leave no process behind, and name who died if rank 0 survived.
+one process of the family, torchrun and the fork server included, 0.3 s after the start or later. The run must end within 20 s with
+an exit code other than 0, leave no process behind, and say who died (rank 0 does, or torchrun, if one of them is left to say so).
+Which process a seed hits, and when, depends on the speed of the machine. The resource tracker of Python is spared: nobody needs it.
 """
 
 import argparse
@@ -83,6 +84,8 @@ def trial(seed: int) -> str:
     code = process.wait()
     text = Path(f"{output}/log").read_text()
     faults = [f"left after {LIMIT:.0f} s: {left}"] * bool(left) + ["exit code 0"] * (code == 0)
+    if not server and victim != process.pid and "train.py: error:" not in text and "exitcode" not in text:
+        faults.append("nobody says who died")  # rank 0 names a role or a rank, torchrun names a rank
     if faults:
         return f"{what}: {'; '.join(faults)}\n{text[-4000:]}"
     shutil.rmtree(output)

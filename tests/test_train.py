@@ -198,7 +198,7 @@ def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path
     assert set(os.listdir("/dev/shm")) <= before
 
 
-@pytest.mark.parametrize("seed", [0, 2, 3, 7, 22])  # of tests/kill.py: rank 0, torchrun and the fork server while they start, with 1 and 2 ranks
+@pytest.mark.parametrize("seed", [0, 2, 3, 7, 22])  # of tests/kill.py; most hit rank 0, torchrun or the fork server while they start
 def test_a_process_killed_at_a_random_moment_ends_the_run(seed):
     assert trial(seed) == ""
 
