@@ -67,7 +67,7 @@ def trial(seed: int) -> str:
     server = "forkserver" in living[victim] and len([name for name in living.values() if "forkserver" in name]) == 1
     what = f"seed {seed}: {ranks} ranks, {generators} generators, after {delay:.1f} s killed {victim} ({living[victim][-70:]})"
     if server:  # no role was forked yet: it is started again, and the run goes on
-        time.sleep(5.0)
+        time.sleep(3.0)
         process.terminate()
     end = time.monotonic() + LIMIT
     left = members
