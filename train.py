@@ -187,7 +187,7 @@ def run_rank(config: Config, rank: int, world: int):
     set_up_process(config, device, len(devices))
     run = Run(config) if rank == 0 else None
     checkpoint = broadcast(run and run.checkpoint)
-    recompute, memory = plan_memory(config, world, devices)
+    recompute, memory = broadcast(run and plan_memory(config, world, devices))
     dtype = compute_dtype(config, device)
     model = load_model(str(checkpoint or config.student_path), torch.float32, device)
     learner = Learner(model, config, shared_vocabulary(config), dtype, rank, world, recompute)
