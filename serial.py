@@ -68,7 +68,8 @@ class Serial:
             write_rollout(self.channel, rollout)
         self.teacher.score(self.channel, rows)
         self.tickets.receive(rows)
-        metrics = self.learner.update(self.channel, self.tickets.batch(version))
+        rows = self.tickets.batch(version)
+        metrics = self.learner.update(self.channel, rows)
         self.tickets.trained(rows)
         self.versions.append(flat_parameters(self.learner.model))
         return metrics
