@@ -25,6 +25,7 @@ To add a loss, write a class and name it in LOSSES. Left out: generalised JSD, r
 
 import torch
 
+from kernels.forward_kl import forward_kl
 from kernels.sampled_reverse_kl import sampled_reverse_kl
 from kernels.sparse_reverse_kl import sparse_reverse_kl
 
@@ -140,6 +141,8 @@ class ForwardKL(Loss):
     The teacher weighs the terms, so lag can only change which prefixes it trains on (AsyncOPD,
     arXiv 2606.24143). On a truncated support the sum may be negative. That is no error.
     """
+
+    triton_terms = forward_kl
 
     def __init__(self, config):
         super().__init__(top=config.top_k, teacher_top=True)

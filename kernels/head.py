@@ -10,10 +10,8 @@ gradient with respect to one row of logits needs only c_k = dL/ds_k:
 dh = g W and dW += g^T h. These are three matrix products in all. Nothing is recomputed, and the
 memory is O(G V) for any T.
 
-On a GPU a chunk goes through Triton (kernels/shared.py): one fused kernel if the loss has its terms
-in Triton, else `gather`, the loss in plain torch, and `scatter`. Without a GPU, and in float64,
-plain torch does all of it.
-docs/kernels.md has the derivation.
+On a GPU one Triton kernel turns a chunk of logits into loss and gradient (kernels/shared.py).
+Without a GPU, and in float64, plain torch does. docs/kernels.md has the derivation.
 """
 
 import torch
@@ -53,20 +51,10 @@ def logit_chunks(hidden, weight, scale, chunk, dtype=torch.float32):
 
 
 def gather(logits, ids):
-    """Log-probabilities of ids int64 [G,C], and logsumexp [G]."""
-    if uses_triton(logits):
-        return shared.gather(logits, ids)
+    """Log-probabilities of ids int64 [G,C], and logsumexp [G]; float32, or as wide as the logits."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logsumexp = logits.logsumexp(-1)
     return logits.gather(1, ids) - logsumexp[:, None], logsumexp
-
-
-def scatter(logits, ids, c, logsumexp, dtype):
-    """Overwrite logits [G,V] with the gradient, given c = dL/ds [G,C]; returned as `dtype`."""
-    if uses_triton(logits):
-        return shared.scatter(logits, ids, c, logsumexp, dtype)
-    softmax = logits.sub_(logsumexp[:, None]).exp_()
-    gradient = softmax.mul_(-c.sum(-1, keepdim=True))
-    return gradient.scatter_add_(1, ids, c).to(dtype)
 
 
 def float_like(tensor, shape):
@@ -93,8 +81,9 @@ def loss_and_gradient(loss, logits, ids, t, b, dtype):
     The gradient overwrites the logits.
     """
     if loss.triton_terms and uses_triton(logits):
-        first, first_draw = (loss.top.start, loss.tail.start) if loss.sampler_top else (0, 0)
-        return shared.fused_loss(loss.triton_terms, logits, ids, t, b, dtype, first, first_draw)
+        first = loss.top.start if loss.num_columns > loss.top.start else 0
+        columns = (first, loss.tail.start if first else 0)
+        return shared.fused_loss(loss.triton_terms, logits, ids, t, b, dtype, *columns)
     return unfused_loss(loss, logits, ids, t, b, dtype)
 
 
@@ -104,7 +93,13 @@ def unfused_loss(loss, logits, ids, t, b, dtype):
     with torch.enable_grad():
         value = loss.value(s.requires_grad_(), t, b)
         (c,) = torch.autograd.grad(value.sum(), s)
-    gradient = scatter(logits, ids, c.contiguous(), logsumexp, dtype)
+    c = c.contiguous()
+    if uses_triton(logits):
+        _, _, gradient = shared.fused_loss(shared.given, logits, ids, c, c, dtype, 0, 0)
+    else:
+        softmax = logits.sub_(logsumexp[:, None]).exp_()
+        softmax.mul_(-c.sum(-1, keepdim=True))
+        gradient = softmax.scatter_add_(1, ids, c).to(dtype)
     return value.detach(), s.detach(), gradient
 
 

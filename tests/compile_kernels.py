@@ -15,16 +15,16 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import shared  # noqa: E402
+from kernels.forward_kl import forward_kl  # noqa: E402
 from kernels.sampled_reverse_kl import sampled_reverse_kl  # noqa: E402
 from kernels.sparse_reverse_kl import sparse_reverse_kl  # noqa: E402
 
-POINTERS = {"ids": "*i64", **dict.fromkeys(("teacher_logp", "behavior_logp", "loss", "student_logp", "logp", "logsumexp", "c"), "*fp32")}
+POINTERS = {"ids": "*i64", **dict.fromkeys(("teacher_logp", "behavior_logp", "loss", "student_logp", "c"), "*fp32")}
 SCALARS = dict.fromkeys(("V", "C", "first", "first_draw", "grad_stride"), "i32")
-KERNELS = [(shared.gather_kernel, {}), (shared.scatter_kernel, {})]
-KERNELS += [(shared.loss_kernel, {"TERMS": terms}) for terms in (sparse_reverse_kl, sampled_reverse_kl)]
+KERNELS = [(shared.loss_kernel, {"TERMS": terms}) for terms in (forward_kl, sparse_reverse_kl, sampled_reverse_kl, shared.given)]
 # A launch makes constants of integers that are 1: the first top column of a loss with one draw, one candidate in all.
 SPECIAL = [(shared.loss_kernel, {"TERMS": sampled_reverse_kl} | ones) for ones in ({"first": 1}, {"C": 1}, {"C": 1, "first_draw": 1, "first": 1})]
-SPECIAL += [(shared.loss_kernel, {"TERMS": sparse_reverse_kl, "first": 1}), (shared.gather_kernel, {"C": 1}), (shared.scatter_kernel, {"C": 1})]
+SPECIAL += [(shared.loss_kernel, {"TERMS": terms, "first": 1}) for terms in (forward_kl, sparse_reverse_kl)] + [(shared.loss_kernel, {"TERMS": shared.given, "C": 1})]
 CASES = [("*fp32", "*bf16", 151936, 64), ("*bf16", "*bf16", 151936, 256), ("*fp32", "*fp32", 151936, 256)]  # logits, gradient, V, C
 CASES += [("*bf16", "*bf16", 173, 256), ("*fp32", "*bf16", 173, 1)]
 

@@ -134,13 +134,16 @@ def test_the_gradient_is_the_exact_one_of_the_logits_as_rounded(logits_dtype, tr
     torch.testing.assert_close(gradient.double(), expected, rtol=2**-8, atol=1e-6)
 
 
-def test_log_probabilities_for_teacher_and_m2po_come_from_the_same_kernel(triton_path):
-    hidden, weight, ids, _, _ = problem(LOSS_CONFIGS[0])
+def test_log_probabilities_of_the_kernel_and_of_the_gather_are_no_worse_than_torch(triton_path):
+    """The learner's second forward pass (M2PO) and the teacher use the gather, the loss the kernel."""
+    hidden, weight, ids, t, b = problem(LOSS_CONFIGS[0])
     exact = candidate_logp(hidden, weight, ids)
     ours = candidate_logp(hidden.float(), weight.float(), ids, chunk=7)
-    triton_path(False)
-    plain = candidate_logp(hidden.float(), weight.float(), ids, chunk=7)
-    assert (ours - exact).norm() <= 1.5 * (plain - exact).norm() + 2e-7 * exact.norm()
+    plain = (hidden.float() @ weight.float().t()).log_softmax(-1).gather(1, ids)
+    logits = head.head_logits(hidden.float(), weight.float())
+    _, fused, _ = head.loss_and_gradient(new_loss(LOSS_CONFIGS[0]), logits, ids, t.float(), b.float(), torch.float32)
+    for found in (ours, fused):
+        assert (found - exact).norm() <= 1.5 * (plain - exact).norm() + 2e-7 * exact.norm()
 
 
 def test_logits_of_any_size_neither_overflow_nor_vanish():
@@ -150,27 +153,29 @@ def test_logits_of_any_size_neither_overflow_nor_vanish():
     logits[3, 39_999] = 50.0
     ids = torch.tensor([[0, 39_999]], device=DEVICE).expand(4, 2).contiguous()
     expected = logits.double().log_softmax(-1).gather(1, ids)
-    torch.testing.assert_close(shared.gather(logits, ids)[0].double(), expected, rtol=1e-6, atol=1e-4)
+    x = torch.zeros(4, 2, device=DEVICE)
+    _, student_logp, _ = shared.fused_loss(shared.given, logits, ids, x, x, torch.float32, 0, 0)
+    torch.testing.assert_close(student_logp.double(), expected, rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tiny models on the CPU; tests/test_gpu.py trains on the GPU")
 def test_the_learner_reaches_the_kernels_by_itself(triton_path, model_dir, monkeypatch):
-    """An update through them equals the one in plain torch; every loss but forward KL has its own."""
+    """An update through them equals the one in plain torch. The baselines' derivatives are given to the kernel."""
     from test_learner import ROWS, new_learner, stale_table
 
-    for name, config in (("sampled_reverse_kl", LOSS_CONFIGS[2]), ("stratified_reverse_kl", LOSS_CONFIGS[-1]), ("forward_kl", LOSS_CONFIGS[0])):
+    m2po = next(config for config in LOSS_CONFIGS if config.correction == "m2po")
+    for config in (LOSS_CONFIGS[0], LOSS_CONFIGS[1], LOSS_CONFIGS[2], LOSS_CONFIGS[-1], m2po):
         triton_path(False)
         table = stale_table(model_dir, config)
         plain = new_learner(model_dir(seed=2), config).update(table, ROWS)
         triton_path(True)
-        calls = []
-        for module, kernel in ((shared, "gather"), (shared, "scatter")):
-            original = getattr(module, kernel)
-            monkeypatch.setattr(module, kernel, lambda *args, original=original, kernel=kernel: calls.append(kernel) or original(*args))
-        ours = new_learner(model_dir(seed=2), config).update(table, ROWS)
-        assert bool(calls) == (name == "forward_kl")
+        calls, original = [], shared.fused_loss
+        with monkeypatch.context() as patch:
+            patch.setattr(shared, "fused_loss", lambda *args: calls.append(args[0]) or original(*args))
+            ours = new_learner(model_dir(seed=2), config).update(table, ROWS)
+        assert set(calls) == {make_loss(config).triton_terms or shared.given}
         for key in plain:
-            assert ours[key] == pytest.approx(plain[key], rel=1e-4, abs=1e-6), (name, key)
+            assert ours[key] == pytest.approx(plain[key], rel=1e-4, abs=1e-6), (label(config), key)
 
 
 def test_a_loss_may_have_any_derivative(triton_path):
@@ -226,11 +231,12 @@ def test_one_chunk_of_logits_at_a_time(triton_path, monkeypatch):
 
 def test_what_a_kernel_cannot_take_is_refused(triton_path):
     logits, ids = torch.zeros(4, 8, device=DEVICE), torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
+    x = torch.zeros(4, 2, device=DEVICE)
     for bad in ((logits.half(), ids), (logits.t(), ids), (logits, ids[:3]), (logits, ids.expand(2, 4, 2).transpose(0, 1)[:, 0].t().t()[:, ::2])):
         with pytest.raises(ValueError, match="needs 4 contiguous rows|contiguous rows of float32 or bfloat16 are needed"):
-            shared.gather(*bad)
+            shared.fused_loss(shared.given, *bad, x, x, torch.float32, 0, 0)
     with pytest.raises(ValueError, match="gradient torch.float32: contiguous rows of float32 or bfloat16 are needed"):
-        shared.scatter(logits.bfloat16(), ids, torch.zeros(4, 2, device=DEVICE), torch.zeros(4, device=DEVICE), torch.float32)
+        shared.fused_loss(shared.given, logits.bfloat16(), ids, x, x, torch.float32, 0, 0)
     with pytest.raises(ValueError, match=r"\(4, 3\) on .*: needs 4 contiguous rows of 2 columns"):
         t, b = torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 2, device=DEVICE)
         head.loss_and_gradient(make_loss(LOSS_CONFIGS[1]), logits, ids, t, b, torch.float32)
@@ -240,9 +246,9 @@ def test_every_kernel_compiles_for_sm_80_and_sm_90_and_spills_nothing(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, ROOT / "tests" / "compile_kernels.py"], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in ("gather_kernel", "scatter_kernel", "loss_kernel sparse_reverse_kl", "loss_kernel sampled_reverse_kl"):
+    for name in ("forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "given"):
         for arch in ("sm_80", "sm_90"):
-            assert any(line.startswith(name) and arch in line for line in result.stdout.splitlines())
+            assert any(line.startswith(f"loss_kernel {name}") and arch in line for line in result.stdout.splitlines())
 
 
 def test_peak_memory_grows_with_the_chunk_not_with_the_positions():
