@@ -1,19 +1,31 @@
 """What the roles share: the rollout table, the row queues, the weight mailbox, the ticket rule.
 
-All of it is one anonymous file in memory (memfd) and three pipes. Rank 0 makes them, and the other
+All of it is one anonymous file in memory (memfd) and a few pipes. Rank 0 makes them, and the other
 roles open them under /proc/<pid>/fd. Nothing has a name in /dev/shm, so no crash leaves anything
 behind, and a container's 64 MiB of /dev/shm is no limit. The pipes carry row numbers. No tensor is
 pickled or sent.
 
 How one rollout travels:
   1. rank 0 writes a ticket and its prompt into a free row and puts the row on `to_generator`
-  2. a generator fills in tokens, candidates and behavior_logp and puts the row on `to_teacher`
+  2. a generator fills in tokens, candidates and behavior_logp and puts the row on its teacher's
+     queue, one of `to_teachers`
   3. the teacher fills in teacher_logp and puts the row on `to_learner`
   4. the learner trains on the row; rank 0 gives the row to the next ticket
 
 One inequality decides how asynchronous the run is. Rollout number `ticket` may start once
 
     ticket < (weight_version + 1 + max_staleness) * batch_size
+
+Letters of shapes, in all files:
+
+    B  rollouts of an update        R  rows of the rollout table
+    L  longest sequence             M  longest response, or tokens of one response
+    T  response tokens at hand      C  candidates of a token
+    K  top ids among them           N  draws among them
+    S  decode slots                 A  active slots
+    D  hidden size                  V  vocabulary
+    H  key-value heads              E  head size
+    P  parameters
 
 Left out: shared memory across nodes, systems other than Linux.
 """
@@ -78,8 +90,7 @@ class RowQueue:
 class Channel:
     """The shared memory. Every Field below is a tensor of that name on an instance.
 
-    R rows, L longest sequence, M longest response, C candidates, P parameters, and Q roles:
-    generators, teacher, learner.
+    Z are the teachers, Q the roles: generators, teachers, learner.
     """
 
     # the rollout table           who writes it -> who reads it
@@ -101,7 +112,7 @@ class Channel:
     eval_done = Field(i64, "1")  # generator 0 -> rank 0
     eval_accuracy = Field(f64, "1")  # generator 0 -> rank 0
     busy = Field(f64, "Q")  # each role its own -> rank 0; seconds
-    cache_stats = Field(i64, "4")  # teacher -> rank 0; hits, misses, bytes, evictions
+    cache_stats = Field(i64, "Z 4")  # each teacher -> rank 0; hits, misses, bytes, evictions
 
     def __init__(self, config: Config, num_parameters: int, dtype: torch.dtype, paths: list[str]):
         """Open the channel that `create` made: `paths` are its own. `dtype`: of the weights."""
@@ -110,7 +121,7 @@ class Channel:
         for name, (kind, shape, start, stop) in places.items():
             setattr(self, name, block[start:stop].view(kind).view(shape))
         self.arguments = config, num_parameters, dtype, paths
-        self.to_generator, self.to_teacher, self.to_learner = map(RowQueue, paths[1:])
+        self.to_generator, self.to_learner, *self.to_teachers = map(RowQueue, paths[1:])
         self.watched = os.pidfd_open(int(paths[0].split("/")[2]))  # rank 0: its end is ours
 
     def __reduce__(self):
@@ -124,7 +135,7 @@ class Channel:
         check_memory(size, config)
         memory = os.memfd_create("rollout_table")
         os.posix_fallocate(memory, 0, size)
-        pipes = [os.pipe() for _ in range(3)]
+        pipes = [os.pipe() for _ in range(2 + config.teachers)]
         for read_end, _ in pipes:  # a full table fits, though the kernel fills its pages badly
             fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, 2**18)
         fds = (memory, *(read_end for read_end, _ in pipes))
@@ -173,7 +184,8 @@ def memory_layout(config, num_parameters, dtype):
         "M": config.max_new_tokens,
         "C": config.num_candidates,
         "P": num_parameters,
-        "Q": config.generators + 2,
+        "Q": config.generators + config.teachers + 1,
+        "Z": config.teachers,
     }
     places = {}
     start = 0
@@ -235,6 +247,20 @@ def write_rollout(channel: Channel, rollout: Rollout):
 def may_start(ticket: int, weight_version: int, config: Config):
     """The inequality: may weights of `weight_version` sample rollout number `ticket`?"""
     return ticket < (weight_version + 1 + config.max_staleness) * config.batch_size
+
+
+def scored_together(ticket: int, config: Config):
+    """(the tickets that are scored with this one, the number of the teacher that does it).
+
+    Each group is a quarter of a batch, or less where there are several teachers. Then timing does
+    not decide which rollouts share a forward pass, and so it does not decide the last bits of their
+    scores.
+    """
+    size = max(1, config.batch_size // (4 * config.teachers))
+    batch, place = divmod(ticket, config.batch_size)
+    start = ticket - place % size
+    stop = min(start + size, (batch + 1) * config.batch_size)
+    return range(start, stop), place // size % config.teachers
 
 
 class Tickets:

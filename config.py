@@ -75,6 +75,8 @@ class Config:
     head_chunk: int = option(1024, "positions whose logits exist at once", POSITIVE)
     seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
     generators: int = option(1, "generation processes", POSITIVE)
+    teachers: int = option(1, "teacher processes", POSITIVE)
+    teacher_gpus: int = option(1, "GPUs that each teacher is spread over", POSITIVE)
     slots: int = option(64, "sequences that a generator decodes at once", POSITIVE)
     teacher_cache_mb: int = option(64, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
     dtype: str = option("auto", "of all but masters; auto: bfloat16 on a GPU", DTYPE)

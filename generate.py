@@ -1,6 +1,6 @@
 """Generation: KV slots, continuous batching, candidates, weight pickup between decode steps.
 
-Letters of shapes: serial.py. The slots [0, A) are active; r is the index in a response.
+Letters of shapes: channel.py. The slots [0, A) are active; r is the index in a response.
 
 `Generator` works in one process: `add` prompts, `step` until they come back finished. `run` is the
 process around it. `python -m experiments.sample --model DIR --prompts FILE` samples from a
@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import Decode, KVCache, Prefill
-from channel import LENGTH, STOP, Channel, Rollout, may_start, read_rollout, write_rollout
+from channel import LENGTH, STOP, Channel, Rollout, may_start, read_rollout, scored_together
+from channel import write_rollout
 from checks import load_model, load_tokenizer
 from config import Config
 from data import is_correct
@@ -264,7 +265,8 @@ def run(config: Config, channel: Channel, device, track: int, held_out):
             with timeline.span("decode"):
                 for rollout in generator.step():
                     write_rollout(channel, rollout)
-                    channel.to_teacher.put([rollout.row])
+                    teacher = scored_together(rollout.ticket, config)[1]
+                    channel.to_teachers[teacher].put([rollout.row])
         else:
             timeline.flush()
     timeline.flush()

@@ -1,6 +1,6 @@
 """The processes of a run: devices and threads, ranks, the spawned roles, signals.
 
-torchrun starts the learner ranks. Rank 0 starts the generators and the teacher as its daemons and
+torchrun starts the learner ranks. Rank 0 starts the generators and the teachers as its daemons and
 watches them. The roles ignore interrupts: they leave when rank 0 says so or is gone.
 
 Left out: several nodes, restarting a role that died (the run ends and can be resumed).
@@ -29,10 +29,11 @@ from fork_server import INTERRUPTS, ignore_interrupts
 
 
 def role_devices(config, world):
-    """Learner ranks first, then generators, the teacher last. They share where GPUs are few."""
-    roles = range(world + config.generators + 1)
+    """Learner ranks first, then generators, then teachers. They share where GPUs are few."""
     gpus = torch.cuda.device_count()
-    return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in roles]
+    places = [*range(world + config.generators)]
+    places += [len(places) + i * config.teacher_gpus for i in range(config.teachers)]
+    return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in places]
 
 
 def set_up_process(config, device, num_roles):
@@ -103,13 +104,14 @@ class Roles:
     """The other processes of a run, as rank 0 sees them."""
 
     def __init__(self, config: Config, channel: Channel, devices, held_out, next_ticket, pids):
-        """`devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: the teacher's.
+        """`devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: to be scored.
 
         `pids`: of the learner ranks.
         """
         self.channel = channel
         self.ranks = {os.pidfd_open(pid): i for i, pid in enumerate(pids)}
-        self.names = [*(f"generator {i}" for i in range(config.generators)), "teacher"]
+        self.names = [f"generator {i}" for i in range(config.generators)]
+        self.names += [f"teacher {i}" for i in range(config.teachers)]
         self.interrupts = []
         for number in INTERRUPTS:  # before the roles start: none is left behind
             signal.signal(number, lambda *_: self.interrupts.append(1))
@@ -155,11 +157,12 @@ class Roles:
 
 
 def run_role(index, config, channel, devices, held_out, next_ticket):
-    """Entry of a spawned role: generators 0, 1, ..., then the teacher."""
+    """Entry of a spawned role: generators 0, 1, ..., then the teachers."""
     ignore_interrupts()
-    device = devices[index - config.generators - 1]  # these roles have the last devices
+    first = len(devices) - config.generators - config.teachers  # the learner ranks come first
+    device = devices[first + index]
     set_up_process(config, device, len(devices))
     if index < config.generators:
         generate.run(config, channel, device, index, held_out)
     else:
-        teacher.run(config, channel, device, next_ticket)
+        teacher.run(config, channel, device, index - config.generators, next_ticket)

@@ -1,6 +1,6 @@
 """The learner: rollouts in, updated weights out.
 
-Letters of shapes: serial.py. Parameters are float32 masters. On a GPU the forward pass runs in
+Letters of shapes: channel.py. Parameters are float32 masters. On a GPU the forward pass runs in
 bfloat16; log-probabilities and losses stay in float32. The head runs in chunks (kernels/head.py),
 so logits [T,V] never exist.
 

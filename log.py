@@ -137,13 +137,14 @@ class Log:
 
     def busy_fractions(self, elapsed):
         busy = self.channel.busy.clone()
-        *generators, teacher, learner = ((busy - self.busy) / elapsed).tolist()
+        sizes = (self.config.generators, self.config.teachers, 1)
+        roles = ((busy - self.busy) / elapsed).split(sizes)
         self.busy = busy
-        generator = sum(generators) / len(generators)
-        return {"generator_busy": generator, "teacher_busy": teacher, "learner_busy": learner}
+        names = ("generator_busy", "teacher_busy", "learner_busy")
+        return {name: float(role.mean()) for name, role in zip(names, roles)}
 
     def cache_metrics(self):
-        hits, misses, used, evicted = self.channel.cache_stats.tolist()
+        hits, misses, used, evicted = self.channel.cache_stats.sum(0).tolist()
         return {
             "teacher_cache_hit_rate": hits / max(1, hits + misses),
             "teacher_cache_bytes": used,

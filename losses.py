@@ -1,6 +1,6 @@
 """The losses in plain torch: one class each, with the candidates it wants and its value.
 
-serial.py explains the letters of shapes. A position's candidates stand in columns, left to right:
+Letters of shapes: channel.py. A position's candidates stand in columns, left to right:
 
     draws   ids drawn from the sampler, with replacement; column 0 is the emitted token
     top     the K most probable ids of the sampler or, if the loss says so, of the teacher

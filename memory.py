@@ -1,6 +1,6 @@
 """What a run needs of each GPU's memory, estimated before a model is loaded.
 
-Letters of shapes: serial.py. A layer of n parameters keeps about 9 sqrt(n) values of every token
+Letters of shapes: channel.py. A layer of n parameters keeps about 9 sqrt(n) values of every token
 for the backward pass (counted in tests/test_memory.py, for dense models). With checkpointing it
 keeps its input, D values. USABLE leaves room for what CUDA and the libraries take.
 """

@@ -1,6 +1,6 @@
 """The frozen teacher: scores rollouts in batches and remembers its top ids in an LRU cache.
 
-Letters of shapes: serial.py; M tokens of one response, T of all in a batch.
+Letters of shapes: channel.py; M tokens of one response, T of all in a batch.
 
 `Teacher.score` fills `teacher_logp` of rows of the rollout table: the log-probability of every
 candidate that the student proposed or, for forward KL, of the teacher's own top K, whose ids it
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from channel import Channel
+from channel import Channel, scored_together
 from checks import load_model
 from config import Config
 from kernels.head import gather, logit_chunks
@@ -144,42 +144,47 @@ class Teacher:
 # ---- the process ------------------------------------------------------------------------------
 
 
-def ready_rows(waiting, next_ticket, config):
+def own_groups(config, index, ticket):
+    """The groups of tickets that teacher `index` scores, from `ticket` on."""
+    while True:
+        group, teacher = scored_together(ticket, config)
+        if teacher == index:
+            yield group
+        ticket = group.stop
+
+
+def ready_rows(waiting, group, config):
     """Take the rows to score now out of `waiting` (ticket -> row), in ticket order.
 
-    In arrival order, all of them. In batch order whole groups of consecutive tickets, a quarter of
-    a batch each. Then timing does not decide which rollouts share a forward pass, and so it does
-    not decide the last bits of their scores.
+    In batch order those of `group`, once all are there. In arrival order whatever is there.
     """
-    group = sorted(waiting)
-    if config.order == "batch":
-        batch_end = (next_ticket // config.batch_size + 1) * config.batch_size
-        size = max(1, config.batch_size // 4)
-        group = range(next_ticket, min(next_ticket + size, batch_end))
-    is_whole = all(ticket in waiting for ticket in group)
-    return [waiting.pop(ticket) for ticket in group] if is_whole else []
+    wanted = group if config.order == "batch" else sorted(waiting)
+    is_whole = all(ticket in waiting for ticket in wanted)
+    return [waiting.pop(ticket) for ticket in wanted] if is_whole else []
 
 
-def run(config: Config, channel: Channel, device: torch.device, next_ticket: int):
-    """The teacher process, until rank 0 says stop or is gone.
+def run(config: Config, channel: Channel, device: torch.device, index: int, next_ticket: int):
+    """Teacher process number `index`, until rank 0 says stop or is gone.
 
     1. take finished rows   2. score those that are ready   3. pass them on to the learner
     """
     model = load_model(config.teacher_path, compute_dtype(config, device), device)
     teacher = Teacher(model, config, shared_vocabulary(config))
-    timeline = Timeline(config, channel, config.generators, "teacher")
+    timeline = Timeline(config, channel, config.generators + index, f"teacher {index}")
+    groups = own_groups(config, index, next_ticket)
+    group = next(groups)
     waiting = {}  # ticket -> row
     rows = []
     while channel.running():
-        for row in channel.to_teacher.get_all(timeout=0.0 if rows else 0.02):
+        for row in channel.to_teachers[index].get_all(timeout=0.0 if rows else 0.02):
             waiting[int(channel.ticket[row])] = row
-        rows = ready_rows(waiting, next_ticket, config)
+        rows = ready_rows(waiting, group, config)
         if not rows:
             timeline.flush()
             continue
         with timeline.span("score"):
             teacher.score(channel, rows)
-        next_ticket += len(rows)
+        group = next(groups)
         channel.to_learner.put(rows)
-        channel.cache_stats.copy_(teacher.cache.stats())
+        channel.cache_stats[index] = teacher.cache.stats()
     timeline.flush()

@@ -1,6 +1,7 @@
 """Asynchronous on-policy distillation: `torchrun --standalone --nproc-per-node=1 -- train.py`.
 
-These are the calls of serial.py, each in a process of its own. torchrun starts the learner ranks.
+These are the calls of experiments/serial.py, each in a process of its own. torchrun starts the
+learner ranks.
 Rank 0 makes the channel, starts generators and teacher (launch.py), and runs the main loop. All
 ranks train. `--help` lists the settings.
 """
@@ -57,9 +58,9 @@ class Run:
         self.learner, self.channel = learner, channel
         head = "Triton kernels" if learner.device.type == "cuda" else "plain torch"
         print(f"{channel.weights.shape[1]:,} parameters; {config.loss}, head in {head}")
-        print(f"devices: {', '.join(map(str, devices))} (learner, generator, teacher)", flush=True)
+        print(f"devices: {', '.join(map(str, devices))} (learners, generators, teachers)", flush=True)
         start_output(config, self.checkpoint)
-        self.timeline = Timeline(config, channel, config.generators + 1, "learner")
+        self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
         self.tickets = Tickets(config, channel, self.prompts, learner.version, trained_ahead)
         self.saved_version = learner.version
         self.accuracies = []

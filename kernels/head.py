@@ -1,6 +1,6 @@
 """The LM head in chunks of positions: losses and their gradients without logits [T,V].
 
-Letters of shapes: serial.py. A chunk has G of the T positions. Every loss here is a function of the
+Letters of shapes: channel.py. A chunk has G of the T positions. Every loss here is a function of the
 log-probabilities s = z[ids] - logsumexp(z) of the candidates, with logits z = scale * h W^T. So its
 gradient with respect to one row of logits needs only c_k = dL/ds_k:
 

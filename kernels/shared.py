@@ -1,6 +1,6 @@
 """The Triton kernel: one program a row of logits reads it twice and writes the gradient.
 
-Letters of shapes: serial.py; G rows are the positions of a chunk. kernels/head.py has the
+Letters of shapes: channel.py; G rows are the positions of a chunk. kernels/head.py has the
 mathematics. How much of the second read the L2 cache serves depends on V (docs/kernels.md).
 
 The gradient goes where the logits were. It has the dtype of the next matrix product, so no pass is

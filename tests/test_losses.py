@@ -15,7 +15,7 @@ from losses import (
     CORRECTIONS, LOSSES, M2_BUDGET, Greedy, Loss, Proposal, importance_weight, make_loss,
     second_moment_threshold,
 )  # fmt: skip
-from serial import Serial
+from experiments.serial import Serial
 
 V = 8
 
