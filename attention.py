@@ -60,8 +60,9 @@ class Prefill:
         mask = None
         if window is not None and length > window:
             mask = may_see(torch.arange(length, device=key.device), length, window)
-        how = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling}
-        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **how)
+        out = F.scaled_dot_product_attention(
+            *(query, key, value, mask), is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
         return out.transpose(1, 2)
 
 

@@ -16,17 +16,6 @@ One inequality decides how asynchronous the run is. Rollout number `ticket` may 
 
     ticket < (weight_version + 1 + max_staleness) * batch_size
 
-Letters of shapes, in all files:
-
-    B  rollouts of an update        R  rows of the rollout table
-    L  longest sequence             M  longest response, or tokens of one response
-    T  response tokens at hand      C  candidates of a token
-    K  top ids among them           N  draws among them
-    S  decode slots                 A  active slots
-    D  hidden size                  V  vocabulary
-    H  key-value heads              E  head size
-    P  parameters
-
 Left out: shared memory across nodes, systems other than Linux.
 """
 
@@ -62,7 +51,7 @@ class RowQueue:
     """Row numbers in a pipe, for any number of writers and readers.
 
     The kernel makes reads and writes of up to 4,096 bytes atomic. So there is no lock that a killed
-    process could hold for ever.
+    process could hold for ever, and readers see the rows of one `put` together.
     """
 
     def __init__(self, path: str):
@@ -90,7 +79,8 @@ class RowQueue:
 class Channel:
     """The shared memory. Every Field below is a tensor of that name on an instance.
 
-    Z are the teachers, Q the roles: generators, teachers, learner.
+    R rows, L longest sequence, M longest response, C candidates, P parameters, Z teachers, and Q
+    roles: generators, teachers, learner.
     """
 
     # the rollout table           who writes it -> who reads it
@@ -150,6 +140,10 @@ class Channel:
         return not self.stop.item() and not is_gone
 
     # ---- the weight mailbox -------------------------------------------------------------------
+
+    def pin(self):
+        """Lock the mailbox into memory, so that a GPU copies it at the speed of the bus."""
+        torch.cuda.cudart().cudaHostRegister(self.weights.data_ptr(), self.weights.nbytes, 0)
 
     def publish(self, parts, version: int):
         """Rank 0: write the student's parameters, then raise the version.
@@ -247,20 +241,6 @@ def write_rollout(channel: Channel, rollout: Rollout):
 def may_start(ticket: int, weight_version: int, config: Config):
     """The inequality: may weights of `weight_version` sample rollout number `ticket`?"""
     return ticket < (weight_version + 1 + config.max_staleness) * config.batch_size
-
-
-def scored_together(ticket: int, config: Config):
-    """(the tickets that are scored with this one, the number of the teacher that does it).
-
-    Each group is a quarter of a batch, or less where there are several teachers. Then timing does
-    not decide which rollouts share a forward pass, and so it does not decide the last bits of their
-    scores.
-    """
-    size = max(1, config.batch_size // (4 * config.teachers))
-    batch, place = divmod(ticket, config.batch_size)
-    start = ticket - place % size
-    stop = min(start + size, (batch + 1) * config.batch_size)
-    return range(start, stop), place // size % config.teachers
 
 
 class Tickets:

@@ -159,22 +159,27 @@ def vocabulary_notes(config):
     return notes
 
 
-def load_model(path, dtype, device, attention=None):
-    """The model, frozen, on `device`. `attention`: "kv_slots" for a generator.
+def load_model(path, dtype, device, attention=None, gpus=1):
+    """The model, frozen, on `device`. With `gpus` above 1 its layers lie on that many, from it on.
 
-    Raises InputError if weights are missing, if its head is more than a matrix product, or if the
-    slots do not hold all that it remembers.
+    `attention`: "kv_slots" for a generator. Raises InputError if weights are missing, if its head
+    is more than a matrix product, or if the slots do not hold all that it remembers.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    options = {"dtype": dtype, "output_loading_info": True}
+    if gpus > 1:
+        memory = torch.cuda.get_device_properties(device).total_memory
+        own = range(device.index, device.index + gpus)
+        options |= {"device_map": "auto", "max_memory": {i: int(0.9 * memory) for i in own}}
+    model, info = AutoModelForCausalLM.from_pretrained(path, **options)
     missing = info["missing_keys"]  # transformers would start them at random
     require(
         not missing,
         f"{path}: {len(missing)} tensors are not in its files, {min(missing, default='')} for one: "
         "wrong config.json?",
     )
-    model = model.to(device).eval().requires_grad_(False)
+    model = (model if gpus > 1 else model.to(device)).eval().requires_grad_(False)
     check_forward(model, path, attention)
     return model
 

@@ -17,21 +17,16 @@ from losses import CORRECTIONS, LOSSES, SIGNALS, make_loss
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MAX_ROWS = 16_384  # of the rollout table: their numbers fit into a pipe
+SWITCH = ("auto", "on", "off")
 EVAL_SIZE = click.IntRange(1, 10_000)
-SIGNAL = click.Choice(SIGNALS)
-CORRECTION = click.Choice(CORRECTIONS)
-ORDER = click.Choice(["batch", "arrival"])
-SWITCH = click.Choice(["auto", "on", "off"])
-REFRESH = click.Choice(["in_flight", "batch"])
-DTYPE = click.Choice(["auto", "float32", "bfloat16"])
-TEMPERATURE = click.FloatRange(min=1e-3)
-WEIGHT_DECAY = click.FloatRange(min=0.0)
-RATE = click.FloatRange(min=1e-12)
-COUNT = click.IntRange(min=0)
-POSITIVE = click.IntRange(min=1)
+TEMPERATURE = click.FloatRange(1e-3)
+RATE = click.FloatRange(1e-12)
+COUNT = click.IntRange(0)
 ABOUT = """Asynchronous on-policy distillation.
 
 torchrun starts the learner ranks: torchrun --standalone --nproc-per-node=N -- train.py [OPTIONS]
+
+At the end a run says which role was busiest, and how to split its processes better.
 """
 
 
@@ -39,9 +34,13 @@ class InputError(ValueError):
     """Input that cannot be used. The message names the value, the limit and the fix."""
 
 
-def option(default, help: str, type=None):
-    """A setting. `type` is click's, with the limits of a number or the choices."""
-    return field(default=default, metadata={"help": help, "type": type})
+def option(default, help: str, limits=None):
+    """A setting. `limits`: choices, or click's type. An integer without is at least 1."""
+    if isinstance(limits, tuple):
+        limits = click.Choice(limits)
+    elif limits is None and type(default) is int:
+        limits = click.IntRange(1)
+    return field(default=default, metadata={"help": help, "type": limits})
 
 
 @dataclass(frozen=True)
@@ -52,34 +51,38 @@ class Config:
     eval_prompts: str = option("", "JSONL of evaluation prompts; empty: hold out of --prompts")
     eval_size: int = option(256, "evaluation prompts; at most a tenth of --prompts", EVAL_SIZE)
     drop_long_prompts: bool = option(False, "drop prompts above --max-prompt-tokens")
-    max_prompt_tokens: int = option(64, "longest prompt, tokens", POSITIVE)
-    max_new_tokens: int = option(40, "longest response, tokens, stop token included", POSITIVE)
+    max_prompt_tokens: int = option(64, "longest prompt, tokens")
+    max_new_tokens: int = option(40, "longest response, tokens, stop token included")
     loss: str = option("stratified_reverse_kl", f"one of {', '.join(LOSSES)}")
-    top_k: int = option(28, "top ids a position; sampled_reverse_kl has none", POSITIVE)
-    num_samples: int = option(4, "draws a position; sampled_reverse_kl wants 16 or more", POSITIVE)
-    signal: str = option("current", "sampled_reverse_kl: source of the advantage", SIGNAL)
-    correction: str = option("is", "sampled_reverse_kl: weight of stale samples", CORRECTION)
+    top_k: int = option(28, "top ids a position; sampled_reverse_kl has none")
+    num_samples: int = option(4, "draws a position; sampled_reverse_kl wants 16 or more")
+    signal: str = option("current", "sampled_reverse_kl: source of the advantage", SIGNALS)
+    correction: str = option("is", "sampled_reverse_kl: weight of stale samples", CORRECTIONS)
     temperature: float = option(1.0, "softmax temperature of sampling and loss", TEMPERATURE)
     max_staleness: int = option(1, "updates that rollouts may start early; 0: synchronous", COUNT)
-    order: str = option("batch", "train in ticket order or as they finish", ORDER)
-    refresh: str = option("in_flight", "pick up weights between tokens or when drained", REFRESH)
-    steps: int = option(200, "updates in total, those before --resume included", POSITIVE)
-    batch_size: int = option(64, "rollouts per update, over all ranks", POSITIVE)
-    samples_per_prompt: int = option(1, "rollouts per prompt and epoch", POSITIVE)
+    order: str = option("batch", "train in ticket order or as they finish", ("batch", "arrival"))
+    refresh: str = option(
+        "in_flight", "new weights between tokens or between batches", ("in_flight", "batch")
+    )
+    steps: int = option(200, "updates in total, those before --resume included")
+    batch_size: int = option(64, "rollouts per update, over all ranks")
+    samples_per_prompt: int = option(1, "rollouts per prompt and epoch")
     lr: float = option(1e-3, "AdamW learning rate after warm-up", RATE)
     warmup_steps: int = option(10, "updates of linear warm-up, constant after", COUNT)
-    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", WEIGHT_DECAY)
+    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", click.FloatRange(0))
     max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", RATE)
-    micro_batch_tokens: int = option(8192, "padded tokens of a forward pass", POSITIVE)
+    micro_batch_tokens: int = option(8192, "padded tokens of a forward pass")
     checkpoint_activations: str = option("auto", "recompute layers; auto: if memory asks", SWITCH)
-    head_chunk: int = option(1024, "positions whose logits exist at once", POSITIVE)
+    head_chunk: int = option(1024, "positions whose logits exist at once")
     seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
-    generators: int = option(1, "generation processes", POSITIVE)
-    teachers: int = option(1, "teacher processes", POSITIVE)
-    teacher_gpus: int = option(1, "GPUs that each teacher is spread over", POSITIVE)
-    slots: int = option(64, "sequences that a generator decodes at once", POSITIVE)
+    generators: int = option(1, "generation processes")
+    teachers: int = option(1, "teacher processes")
+    teacher_gpus: int = option(1, "GPUs that each teacher is spread over")
+    slots: int = option(64, "sequences that a generator decodes at once")
     teacher_cache_mb: int = option(64, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
-    dtype: str = option("auto", "of all but masters; auto: bfloat16 on a GPU", DTYPE)
+    dtype: str = option(
+        "auto", "of computation; auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16")
+    )
     cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles", COUNT)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
     eval_every: int = option(50, "updates between greedy evaluations; 0: never", COUNT)
@@ -96,6 +99,11 @@ class Config:
             raise InputError(
                 "--signal and --correction belong to sampled_reverse_kl; "
                 f"--loss is {self.loss}: leave them out"
+            )
+        if self.batch_size % self.teachers:
+            raise InputError(
+                f"--batch-size is {self.batch_size}, --teachers is {self.teachers}: "
+                "each teacher must get equally many rollouts of a batch"
             )
         if self.table_rows > MAX_ROWS:
             raise InputError(

@@ -5,6 +5,7 @@ Left out: streaming data sets, several tasks at once, answer checkers that run c
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -63,8 +64,7 @@ def hold_out(config, prompts):
     """A tenth of the prompts, of those with an answer, in random order."""
     answered = {prompt.text: prompt for prompt in prompts if prompt.answer is not None}
     texts = sorted(answered)
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(texts), generator=generator).tolist()
+    order = permutation(len(texts), config.seed).tolist()
     count = min(config.eval_size, len(prompts) // 10)
     return [answered[texts[i]] for i in order[:count]]
 
@@ -76,15 +76,15 @@ class TicketOrder:
     num_prompts: int
     samples_per_prompt: int
     seed: int
-    epoch: int = -1
 
     def __call__(self, ticket: int):
         epoch, index = divmod(ticket // self.samples_per_prompt, self.num_prompts)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.permutation = torch.randperm(self.num_prompts, generator=generator)
-        return int(self.permutation[index])
+        return int(permutation(self.num_prompts, self.seed * 1_000_003 + epoch)[index])
+
+
+@lru_cache(maxsize=1)
+def permutation(count: int, seed: int):
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def is_correct(response: str, answer: str):

@@ -1,6 +1,6 @@
 """Generation: KV slots, continuous batching, candidates, weight pickup between decode steps.
 
-Letters of shapes: channel.py. The slots [0, A) are active; r is the index in a response.
+Letters of shapes: serial.py. The slots [0, A) are active; r is the index in a response.
 
 `Generator` works in one process: `add` prompts, `step` until they come back finished. `run` is the
 process around it. `python -m experiments.sample --model DIR --prompts FILE` samples from a
@@ -27,8 +27,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import Decode, KVCache, Prefill
-from channel import LENGTH, STOP, Channel, Rollout, may_start, read_rollout, scored_together
-from channel import write_rollout
+from channel import LENGTH, STOP, Channel, Rollout, may_start, read_rollout, write_rollout
 from checks import load_model, load_tokenizer
 from config import Config
 from data import is_correct
@@ -95,10 +94,9 @@ class Generator:
             self.index[slot] = 0
         waiting = [slot for slot in range(first, len(self.active)) if self.prefill_len(slot)]
         waiting.sort(key=self.prefill_len)
-        while waiting:  # longest first, as many as fit the token budget at that width
-            count = max(1, self.config.micro_batch_tokens // self.prefill_len(waiting[-1]))
-            self.prefill(waiting[-count:])
-            del waiting[-count:]
+        count = self.config.micro_batch_tokens // self.config.max_prompt_tokens
+        for start in range(0, len(waiting), count):
+            self.prefill(waiting[start : start + count])
 
     def prefill_len(self, slot):
         return len(self.active[slot].prompt_ids) - 1
@@ -241,6 +239,8 @@ def run(config: Config, channel: Channel, device, track: int, held_out):
     sampler = Sampler(config, device, share, held_out)
     generator = sampler.generator
     generator.version = -1
+    if device.type == "cuda":
+        channel.pin()
     timeline = Timeline(config, channel, track, f"generator {track}")
     waiting: deque[Rollout] = deque()
     while channel.running():
@@ -265,8 +265,7 @@ def run(config: Config, channel: Channel, device, track: int, held_out):
             with timeline.span("decode"):
                 for rollout in generator.step():
                     write_rollout(channel, rollout)
-                    teacher = scored_together(rollout.ticket, config)[1]
-                    channel.to_teachers[teacher].put([rollout.row])
+                    channel.to_teachers[rollout.ticket % config.teachers].put([rollout.row])
         else:
             timeline.flush()
     timeline.flush()

@@ -29,10 +29,19 @@ from fork_server import INTERRUPTS, ignore_interrupts
 
 
 def role_devices(config, world):
-    """Learner ranks first, then generators, then teachers. They share where GPUs are few."""
+    """Learner ranks first, then generators, then teachers. They share where GPUs are few.
+
+    A teacher above one GPU stands here with its first. Raises InputError if it lacks others.
+    """
     gpus = torch.cuda.device_count()
-    places = [*range(world + config.generators)]
-    places += [len(places) + i * config.teacher_gpus for i in range(config.teachers)]
+    first = world + config.generators
+    needed = first + config.teachers * config.teacher_gpus
+    if config.teacher_gpus > 1 and needed > gpus:
+        raise InputError(
+            f"--teacher-gpus is {config.teacher_gpus}: all roles need {needed} GPUs, there are "
+            f"{gpus}: lower it, --teachers, --generators or --nproc-per-node"
+        )
+    places = [*range(first), *range(first, needed, config.teacher_gpus)]
     return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in places]
 
 
@@ -41,6 +50,7 @@ def set_up_process(config, device, num_roles):
     share = len(os.sched_getaffinity(0)) // num_roles
     torch.set_num_threads(config.cpu_threads or max(1, share))
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape
     faulthandler.register(signal.SIGUSR1)  # prints where every thread is
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -159,8 +169,7 @@ class Roles:
 def run_role(index, config, channel, devices, held_out, next_ticket):
     """Entry of a spawned role: generators 0, 1, ..., then the teachers."""
     ignore_interrupts()
-    first = len(devices) - config.generators - config.teachers  # the learner ranks come first
-    device = devices[first + index]
+    device = devices[index - config.generators - config.teachers]  # these roles have the last
     set_up_process(config, device, len(devices))
     if index < config.generators:
         generate.run(config, channel, device, index, held_out)

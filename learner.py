@@ -1,6 +1,6 @@
 """The learner: rollouts in, updated weights out.
 
-Letters of shapes: channel.py. Parameters are float32 masters. On a GPU the forward pass runs in
+Letters of shapes: serial.py. Parameters are float32 masters. On a GPU the forward pass runs in
 bfloat16; log-probabilities and losses stay in float32. The head runs in chunks (kernels/head.py),
 so logits [T,V] never exist.
 
@@ -30,11 +30,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from channel import LENGTH, Channel
 from config import Config
-from kernels.head import candidate_logp, candidate_loss
+from kernels.head import candidate_loss
 from losses import make_loss
 from model import head_weight, response_hidden, row_batches
 
-BETAS = (0.9, 0.95)
 # Metrics that are summed over positions, in the order that Learner.backward returns.
 SUMMED = ("loss", "reverse_kl", "drift_kl", "support_mass_student", "support_mass_teacher")
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -58,7 +57,7 @@ class Student(nn.Module):
 
     def forward(self, table, rows):
         """(sum of the loss, student_logp, candidate_ids, teacher_logp, behavior_logp) of the
-        responses of `rows`; the last four are [T,C]. Without gradients the first is None.
+        responses of `rows`; the last four are [T,C].
         """
         fields = (table.candidate_ids, table.teacher_logp, table.behavior_logp)
         ids, t, b = (of_responses(table, rows, x).to(self.model.device) for x in fields)
@@ -66,12 +65,8 @@ class Student(nn.Module):
             hidden = response_hidden(self.model, table, rows).to(self.dtype)
         head = head_weight(self.model)
         head = head if len(head) == self.vocab else head[: self.vocab]
-        inputs = (hidden, head, ids.long())
         settings = (1.0 / self.config.temperature, self.config.head_chunk)
-        if torch.is_grad_enabled():
-            total, s = candidate_loss(*inputs, t, b, self.loss, *settings)
-        else:
-            total, s = None, candidate_logp(*inputs, *settings)
+        total, s = candidate_loss(hidden, head, ids.long(), t, b, self.loss, *settings)
         return total, s, ids, t, b
 
 
@@ -118,7 +113,7 @@ class Learner:
         vectors = [p for p in self.parameters if p.dim() < 2]
         decayed = {"params": matrices, "weight_decay": self.config.weight_decay}
         groups = [decayed, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
     # ---- one update ---------------------------------------------------------------------------
 

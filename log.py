@@ -94,6 +94,8 @@ def close_trace(path):
 
 # ---- metrics and progress ---------------------------------------------------------------------
 
+ROLES = ("generator", "teacher", "learner")
+
 
 class Log:
     """metrics.jsonl and the progress. Busy times are fractions of the time since the last update.
@@ -109,7 +111,8 @@ class Log:
         self.file = open(path, "a", buffering=1)
         self.last = time.monotonic()
         self.started = self.last - before
-        self.busy = channel.busy.clone()
+        self.began = self.last
+        self.busy = self.busy_before = channel.busy.clone()
         self.accuracy = ""  # on a terminal the last one stays
         self.bar = tqdm(
             total=config.steps,
@@ -124,7 +127,10 @@ class Log:
         elapsed = now - self.last
         self.last = now
         record = {"step": step, **metrics, "tokens_per_second": metrics["tokens"] / elapsed}
-        record |= self.busy_fractions(elapsed) | self.cache_metrics()
+        for role, share in zip(ROLES, self.shares(self.busy, elapsed)):
+            record[f"{role}_busy"] = share
+        self.busy = self.channel.busy.clone()
+        record |= self.cache_metrics()
         record["wall_seconds"] = now - self.started
         if torch.cuda.is_available():
             record["learner_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -135,13 +141,27 @@ class Log:
         self.file.close()
         self.bar.close()
 
-    def busy_fractions(self, elapsed):
-        busy = self.channel.busy.clone()
+    def shares(self, before, seconds):
+        """How busy each of ROLES was, a mean over its processes. `before`: channel.busy then."""
+        busy = (self.channel.busy - before) / seconds
         sizes = (self.config.generators, self.config.teachers, 1)
-        roles = ((busy - self.busy) / elapsed).split(sizes)
-        self.busy = busy
-        names = ("generator_busy", "teacher_busy", "learner_busy")
-        return {name: float(role.mean()) for name, role in zip(names, roles)}
+        return [float(role.mean()) for role in busy.split(sizes)]
+
+    def bottleneck(self, ranks):
+        """How busy the roles were in this run, and what an even split of its processes would give.
+
+        Taken for granted: a role with twice the processes needs half the time.
+        """
+        shares = self.shares(self.busy_before, self.last - self.began)
+        text = ", ".join(f"{role} {share:.0%}" for role, share in zip(ROLES, shares))
+        counts = (self.config.generators, self.config.teachers, ranks)
+        if self.config.max_staleness and sum(counts) > 3:  # else there is nothing to split
+            work = [share * count for share, count in zip(shares, counts)]
+            scale = sum(counts) / sum(work)
+            even = ", ".join(f"{role} {scale * part:.1f}" for role, part in zip(ROLES, work))
+            gain = scale * max(shares)
+            text += f"; an even split, up to {gain:.1f} times as fast: {even}"
+        return f"busy: {text}"
 
     def cache_metrics(self):
         hits, misses, used, evicted = self.channel.cache_stats.sum(0).tolist()

@@ -1,6 +1,6 @@
 """What a run needs of each GPU's memory, estimated before a model is loaded.
 
-Letters of shapes: channel.py. A layer of n parameters keeps about 9 sqrt(n) values of every token
+Letters of shapes: serial.py. A layer of n parameters keeps about 9 sqrt(n) values of every token
 for the backward pass (counted in tests/test_memory.py, for dense models). With checkpointing it
 keeps its input, D values. USABLE leaves room for what CUDA and the libraries take.
 """
@@ -56,7 +56,8 @@ def plan_memory(config: Config, world: int, devices):
     size = compute_dtype(config, devices[0]).itemsize
     for recompute in (False, True) if choice == "auto" else (choice == "on",):
         learner, generator, teacher = estimate(config, world, recompute, size)
-        sizes = [learner] * world + [generator] * config.generators + [teacher]
+        sizes = [learner] * world + [generator] * config.generators
+        sizes += [teacher / config.teacher_gpus] * config.teachers  # on the first GPU of each
         text = (
             f"estimated memory, GiB: learner {learner / 2**30:.1f}, "
             f"generator {generator / 2**30:.1f}, teacher {teacher / 2**30:.1f}"

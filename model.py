@@ -1,7 +1,7 @@
 """A causal LM as this project uses it: its hidden states, its head, its stop tokens, its
 parameters.
 
-Letters of shapes: channel.py. `checks.load_model` loads a model and makes sure that it fits.
+Letters of shapes: serial.py. `checks.load_model` loads a model and makes sure that it fits.
 """
 
 import torch

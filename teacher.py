@@ -1,6 +1,6 @@
 """The frozen teacher: scores rollouts in batches and remembers its top ids in an LRU cache.
 
-Letters of shapes: channel.py; M tokens of one response, T of all in a batch.
+Letters of shapes: serial.py; M tokens of one response, T of all in a batch.
 
 `Teacher.score` fills `teacher_logp` of rows of the rollout table: the log-probability of every
 candidate that the student proposed or, for forward KL, of the teacher's own top K, whose ids it
@@ -10,7 +10,7 @@ The teacher is frozen, so a cached sequence never goes stale. The cache pays whe
 several epochs, or several samples of short answers. It is a hit only if every requested id is
 cached.
 
-Left out: teachers above one GPU, several teachers.
+Left out: several teacher models.
 """
 
 from collections import OrderedDict
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from channel import Channel, scored_together
+from channel import Channel
 from checks import load_model
 from config import Config
 from kernels.head import gather, logit_chunks
@@ -129,7 +129,7 @@ class Teacher:
 
     def look_up(self, hidden, wanted):
         """Ids int32 [T,C+K] and their log-probabilities: those wanted [T,C], then the top K."""
-        weight = head_weight(self.model)[: self.vocab].to(hidden.dtype)
+        weight = head_weight(self.model)[: self.vocab].to(hidden)
         wanted = wanted.to(hidden.device, torch.int64)
         scale = 1.0 / self.config.temperature
         all_ids, all_logp = [], []
@@ -144,23 +144,21 @@ class Teacher:
 # ---- the process ------------------------------------------------------------------------------
 
 
-def own_groups(config, index, ticket):
-    """The groups of tickets that teacher `index` scores, from `ticket` on."""
-    while True:
-        group, teacher = scored_together(ticket, config)
-        if teacher == index:
-            yield group
-        ticket = group.stop
+def ready_rows(waiting, next_turn, config):
+    """Take the rows to score now out of `waiting` (turn -> row), in the order of turns.
 
-
-def ready_rows(waiting, group, config):
-    """Take the rows to score now out of `waiting` (ticket -> row), in ticket order.
-
-    In batch order those of `group`, once all are there. In arrival order whatever is there.
+    Turn i of a teacher is its i-th ticket: teacher k of n has the tickets k, k + n, k + 2 n. In
+    arrival order all rows are ready. In batch order a quarter of the teacher's share of a batch is,
+    once it is whole. Then timing does not decide which rollouts share a forward pass, and so it
+    does not decide the last bits of their scores.
     """
-    wanted = group if config.order == "batch" else sorted(waiting)
-    is_whole = all(ticket in waiting for ticket in wanted)
-    return [waiting.pop(ticket) for ticket in wanted] if is_whole else []
+    group = sorted(waiting)
+    if config.order == "batch":
+        share = config.batch_size // config.teachers
+        share_end = (next_turn // share + 1) * share
+        group = range(next_turn, min(next_turn + max(1, share // 4), share_end))
+    is_whole = all(turn in waiting for turn in group)
+    return [waiting.pop(turn) for turn in group] if is_whole else []
 
 
 def run(config: Config, channel: Channel, device: torch.device, index: int, next_ticket: int):
@@ -168,23 +166,23 @@ def run(config: Config, channel: Channel, device: torch.device, index: int, next
 
     1. take finished rows   2. score those that are ready   3. pass them on to the learner
     """
-    model = load_model(config.teacher_path, compute_dtype(config, device), device)
+    dtype = compute_dtype(config, device)
+    model = load_model(config.teacher_path, dtype, device, gpus=config.teacher_gpus)
     teacher = Teacher(model, config, shared_vocabulary(config))
     timeline = Timeline(config, channel, config.generators + index, f"teacher {index}")
-    groups = own_groups(config, index, next_ticket)
-    group = next(groups)
-    waiting = {}  # ticket -> row
+    next_turn = next_ticket // config.teachers
+    waiting = {}  # turn -> row
     rows = []
     while channel.running():
         for row in channel.to_teachers[index].get_all(timeout=0.0 if rows else 0.02):
-            waiting[int(channel.ticket[row])] = row
-        rows = ready_rows(waiting, group, config)
+            waiting[int(channel.ticket[row]) // config.teachers] = row
+        rows = ready_rows(waiting, next_turn, config)
         if not rows:
             timeline.flush()
             continue
         with timeline.span("score"):
             teacher.score(channel, rows)
-        group = next(groups)
+        next_turn += len(rows)
         channel.to_learner.put(rows)
         channel.cache_stats[index] = teacher.cache.stats()
     timeline.flush()

@@ -1,7 +1,6 @@
 """Asynchronous on-policy distillation: `torchrun --standalone --nproc-per-node=1 -- train.py`.
 
-These are the calls of experiments/serial.py, each in a process of its own. torchrun starts the
-learner ranks.
+These are the calls of serial.py, each in a process of its own. torchrun starts the learner ranks.
 Rank 0 makes the channel, starts generators and teacher (launch.py), and runs the main loop. All
 ranks train. `--help` lists the settings.
 """
@@ -58,7 +57,8 @@ class Run:
         self.learner, self.channel = learner, channel
         head = "Triton kernels" if learner.device.type == "cuda" else "plain torch"
         print(f"{channel.weights.shape[1]:,} parameters; {config.loss}, head in {head}")
-        print(f"devices: {', '.join(map(str, devices))} (learners, generators, teachers)", flush=True)
+        places = ", ".join(map(str, devices))
+        print(f"devices: {places} (learners, generators, teachers)", flush=True)
         start_output(config, self.checkpoint)
         self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
         self.tickets = Tickets(config, channel, self.prompts, learner.version, trained_ahead)
@@ -118,6 +118,7 @@ class Run:
                 if self.is_due(config.save_every):
                     self.save()
                 before = {}
+        print(self.log.bottleneck(learner.world))
 
     def wait_for_rows(self):
         """The rows of the next update. Raises Interrupted or RoleDied."""
@@ -130,8 +131,11 @@ class Run:
                 return rows
             self.tickets.receive(self.channel.to_learner.get_all(timeout=0.5))
             if time.monotonic() - began > patience:
-                there = f"{len(self.tickets.scored)} of {self.config.batch_size} rollouts"
-                print(f"waited {patience} s for generator and teacher: {there}", flush=True)
+                print(
+                    f"waited {patience} s for generator and teacher: {len(self.tickets.scored)} of "
+                    f"{self.config.batch_size} rollouts are there",
+                    flush=True,
+                )
                 patience += 60
 
     def train_on(self, rows: list[int]):
@@ -199,6 +203,8 @@ def run_rank(config: Config, rank: int, world: int):
         return
     num_parameters = sum(p.numel() for p in learner.parameters)
     channel = broadcast(Channel.create(config, num_parameters, dtype))
+    if device.type == "cuda":
+        channel.pin()
     if memory:
         print(memory)
     run.start(learner, channel, devices, pids, trained_ahead)

@@ -156,7 +156,7 @@ def peak_mib(call) -> float:
 def kernel_alone(config, inputs, chunk: int, repeats: int) -> dict:
     """The fused kernel on one chunk of logits, and a copy of the same buffer: bytes moved per second."""
     hidden, weight, ids, t, b = (x.detach()[:chunk] if i != 1 else x.detach() for i, x in enumerate(inputs))
-    source = head.head_logits(hidden, weight.to(hidden.dtype), 1.0, head.LOGITS_DTYPE)
+    source = head.head_logits(hidden, weight.to(hidden.dtype), 1.0)
     buffer, loss = torch.empty_like(source), make_loss(config)
     copy = seconds(lambda: buffer.copy_(source), repeats)
     kernel = lambda: head.loss_and_gradient(loss, buffer, ids, t, b, hidden.dtype)  # noqa: E731

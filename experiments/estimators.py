@@ -61,7 +61,7 @@ def in_columns(loss: Loss, columns: slice, x: Tensor) -> Tensor:
 
 
 def derivatives(
-    config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float | None = None
+    config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float = float("inf")
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a loss does to the log-probability of every id, from [P,V]: three tables [P,V].
 
@@ -96,7 +96,7 @@ def through_softmax(u: Tensor, s: Tensor) -> Tensor:
     return u - s.exp() * u.sum(-1, keepdim=True)
 
 
-def expected_logit_gradient(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float | None = None) -> Tensor:
+def expected_logit_gradient(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float = float("inf")) -> Tensor:
     """Mean of the loss's logit gradient over the candidates that the sampler draws, exactly: log-probabilities [P,V] -> [P,V].
 
     Draws do not interact in any of these losses (M2PO: given its threshold), so N of them have the mean of one.
@@ -156,14 +156,14 @@ class Snapshot:
         parts = torch.autograd.grad(self.logits, self.parameters, logit_gradient / len(self.logits), retain_graph=True)
         return torch.cat([part.flatten() for part in parts]).double()
 
-    def threshold(self, config: Config, generator: torch.Generator) -> float | None:
+    def threshold(self, config: Config, generator: torch.Generator) -> float:
         """M2PO's, of one draw of the sampler at each position."""
         if config.correction != "m2po":
-            return None
+            return float("inf")
         ids = torch.multinomial(self.b.exp(), 1, generator=generator)
         return second_moment_threshold((self.s - self.b).gather(1, ids))
 
-    def mean(self, config: Config, threshold: float | None) -> Tensor:
+    def mean(self, config: Config, threshold: float) -> Tensor:
         """Expectation of G over the candidates."""
         return self.gradient(expected_logit_gradient(config, self.s, self.t, self.b, threshold))
 

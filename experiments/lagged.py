@@ -1,4 +1,4 @@
-"""Serial (serial.py) with what the studies measure: exact divergences, fresh rollouts, older weights."""
+"""serial.Serial with what the studies measure: exact divergences, fresh rollouts, older weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kernels.head import head_logits
 from losses import Proposal
 from model import flat_parameters as flat
 from model import head_weight, response_hidden
-from experiments.serial import CPU, Serial
+from serial import CPU, Serial
 
 __all__ = ["CPU", "Divergence", "Lagged", "flat"]
 

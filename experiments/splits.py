@@ -1,6 +1,6 @@
 """How to split the GPUs of a box between the roles: `python -m experiments.splits`.
 
-For each pair of models it tries every split of the GPUs into learner ranks, generators and one teacher, drops those that the
+For each pair of models it tries every split of the GPUs into learner ranks, generators and teachers, drops those that the
 estimate of memory.py refuses, and prints the one with the shortest update. Nothing here was measured. The times are predicted
 from peaks and assumed efficiencies:
 
@@ -51,8 +51,9 @@ def write_config(directory, name):
     return str(path)
 
 
-def seconds(config, mean, world, generators, recompute):
-    """(generators, teacher, learner with publish): seconds an update. `mean`: response tokens."""
+def seconds(config, mean, world, recompute):
+    """(generators, teachers, learner with publish): seconds an update. `mean`: response tokens."""
+    generators = config.generators
     count, layers, _, _, keys = model_size(config.student_path)
     teacher_count = model_size(config.teacher_path)[0]
     tokens = config.batch_size * (PROMPT + mean)
@@ -60,7 +61,7 @@ def seconds(config, mean, world, generators, recompute):
     read = 2 * count + slots * 2 * 2 * layers * keys * (PROMPT + mean / 2)
     step = max(read / (BYTES * BANDWIDTH), 2 * count * slots / (FLOPS * MATMUL)) + layers * LAYER + SAMPLING
     generator = config.batch_size * mean / (slots * generators) * step + 2 * count * config.batch_size * PROMPT / (FLOPS * MATMUL * generators)
-    teacher = 2 * teacher_count * tokens / (FLOPS * MATMUL)
+    teacher = 2 * teacher_count * tokens / (FLOPS * MATMUL * config.teachers)
     products = (8 if recompute else 6) * count * tokens / (world * FLOPS * MATMUL)
     gathers = (3 * 2 + 4) * count / LINK * tokens / (world * config.micro_batch_tokens) if world > 1 else 0.0
     learner = max(products, gathers) + 20 * count / (world * BYTES * BANDWIDTH) + 2 * count / PUBLISH
@@ -68,19 +69,20 @@ def seconds(config, mean, world, generators, recompute):
 
 
 def splits(config, mean, gpus):
-    """What fits, the fastest first: (seconds of the slowest role, ranks, generators, config, seconds, GiB, recompute)."""
+    """What fits, the fastest first: (seconds of the slowest role, ranks, config, seconds, GiB, recompute)."""
     found = []
-    for world, slots, tokens in product(range(1, gpus - 1), (64, 32, 16, 8), (16_384, 8192, 4096)):
-        generators = gpus - 1 - world
+    counts = [(world, teachers) for world, teachers in product(range(1, gpus), repeat=2) if world + teachers < gpus and config.batch_size % teachers == 0]
+    for (world, teachers), slots, tokens in product(counts, (64, 32, 16, 8), (16_384, 8192, 4096)):
         tokens = max(tokens, config.max_sequence)
-        choice = replace(config, slots=slots, micro_batch_tokens=tokens)
+        roles = {"teachers": teachers, "generators": gpus - world - teachers}
+        choice = replace(config, slots=slots, micro_batch_tokens=tokens, **roles)
         for recompute in (False, True):
             needed = estimate(choice, world, recompute, 2)
             if max(needed) <= USABLE * MEMORY:
-                times = seconds(choice, mean, world, generators, recompute)
-                found.append((max(times), world, generators, choice, times, [size / 2**30 for size in needed], recompute))
+                times = seconds(choice, mean, world, recompute)
+                found.append((max(times), world, choice, times, [size / 2**30 for size in needed], recompute))
                 break
-    return sorted(found, key=lambda split: (split[0], sum(split[4])))
+    return sorted(found, key=lambda split: (split[0], sum(split[3])))
 
 
 def main():
@@ -88,8 +90,8 @@ def main():
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=256)
     args = parser.parse_args()
-    print("| student, teacher | response tokens: mean, longest | learner ranks, generators | `--slots`, `--micro-batch-tokens` "
-          "| GiB: learner, generator, teacher | seconds an update: learner, generators, teacher |")  # fmt: skip
+    print("| student, teacher | response tokens: mean, longest | learner ranks, generators, teachers | `--slots`, `--micro-batch-tokens` "
+          "| GiB: learner, generator, teacher | seconds an update: learner, generators, teachers |")  # fmt: skip
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         paths = {name: write_config(directory, name) for name in SHAPES}
@@ -101,8 +103,8 @@ def main():
             cells = [f"{student}, {teacher}", f"{mean:,}, {longest:,}"]
             fitting = splits(config, mean, args.gpus)
             if fitting:
-                _, world, generators, choice, (generating, scoring, learning), sizes, recompute = fitting[0]
-                cells += [f"{world}{' (recomputing)' if recompute else ''}, {generators}", f"{choice.slots}, {choice.micro_batch_tokens:,}"]
+                _, world, choice, (generating, scoring, learning), sizes, recompute = fitting[0]
+                cells += [f"{world}{' (recomputing)' if recompute else ''}, {choice.generators}, {choice.teachers}", f"{choice.slots}, {choice.micro_batch_tokens:,}"]
                 cells += [", ".join(f"{size:.0f}" for size in sizes), f"{learning:.1f}, {generating:.1f}, {scoring:.1f}"]
             print("| " + " | ".join(cells + ["none fits"] * (not fitting)) + " |")
 

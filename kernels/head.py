@@ -1,8 +1,8 @@
 """The LM head in chunks of positions: losses and their gradients without logits [T,V].
 
-Letters of shapes: channel.py. A chunk has G of the T positions. Every loss here is a function of the
-log-probabilities s = z[ids] - logsumexp(z) of the candidates, with logits z = scale * h W^T. So its
-gradient with respect to one row of logits needs only c_k = dL/ds_k:
+Letters of shapes: serial.py. A chunk has G of the T positions. Every loss here is a function of
+the log-probabilities s = z[ids] - logsumexp(z) of the candidates, with logits z = scale * h W^T. So
+its gradient with respect to one row of logits needs only c_k = dL/ds_k:
 
     dL/dz_j = sum_{k: ids_k = j} c_k  -  softmax(z)_j * sum_k c_k
 
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import shared
 
-# What a bfloat16 head product is rounded to for the loss; docs/kernels.md compares.
+# What a bfloat16 head product is rounded to; docs/kernels.md compares.
 LOGITS_DTYPE = torch.float32
 
 
@@ -27,12 +27,12 @@ def uses_triton(tensor):
     return tensor.is_cuda and tensor.dtype != torch.float64
 
 
-def head_logits(hidden, weight, scale=1.0, dtype=torch.float32):
+def head_logits(hidden, weight, scale=1.0):
     """scale * h W^T: [G,D], [V,D] -> [G,V].
 
-    Summed in float32 and rounded to `dtype`, or to the dtype of `hidden` where that is wider.
+    Summed in float32 and rounded to LOGITS_DTYPE, or to the dtype of `hidden` where that is wider.
     """
-    kind = torch.promote_types(hidden.dtype, dtype)
+    kind = torch.promote_types(hidden.dtype, LOGITS_DTYPE)
     if hidden.is_cuda and hidden.dtype != kind:
         logits = torch.mm(hidden, weight.t(), out_dtype=kind)
     else:
@@ -40,39 +40,20 @@ def head_logits(hidden, weight, scale=1.0, dtype=torch.float32):
     return logits if scale == 1.0 else logits.mul_(scale)
 
 
-def logit_chunks(hidden, weight, scale, chunk, dtype=torch.float32):
+def logit_chunks(hidden, weight, scale, chunk):
     """Yield (positions, their logits [G,V]). The caller may overwrite the logits.
 
     The caller deletes its logits before it asks for the next, or two chunks would exist.
     """
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        yield part, head_logits(hidden[part], weight, scale, dtype)
+        yield part, head_logits(hidden[part], weight, scale)
 
 
 def gather(logits, ids):
-    """Log-probabilities of ids int64 [G,C], and logsumexp [G]; float32, or as wide as the logits."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """Log-probabilities of ids int64 [G,C], and logsumexp [G]; dtype of the logits."""
     logsumexp = logits.logsumexp(-1)
     return logits.gather(1, ids) - logsumexp[:, None], logsumexp
-
-
-def float_like(tensor, shape):
-    """Uninitialised float32, or float64 beside float64."""
-    return tensor.new_empty(shape, dtype=torch.promote_types(tensor.dtype, torch.float32))
-
-
-@torch.no_grad()
-def candidate_logp(hidden, weight, ids, scale=1.0, chunk=1024):
-    """Log-probabilities of given ids, without gradient.
-
-    hidden [T,D], weight [V,D], ids int64 [T,C] -> [T,C].
-    """
-    logp = float_like(hidden, ids.shape)
-    for part, logits in logit_chunks(hidden, weight.to(hidden.dtype), scale, chunk):
-        logp[part] = gather(logits, ids[part])[0]
-        del logits
-    return logp
 
 
 def loss_and_gradient(loss, logits, ids, t, b, dtype):
@@ -93,7 +74,6 @@ def unfused_loss(loss, logits, ids, t, b, dtype):
     with torch.enable_grad():
         value = loss.value(s.requires_grad_(), t, b)
         (c,) = torch.autograd.grad(value.sum(), s)
-    c = c.contiguous()
     if uses_triton(logits):
         _, _, gradient = shared.fused_loss(shared.given, logits, ids, c, c, dtype, 0, 0)
     else:
@@ -107,11 +87,12 @@ class CandidateLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids, t, b, loss, scale, chunk):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        student_logp = float_like(hidden, ids.shape)
+        student_logp = torch.empty_like(t)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = float_like(weight, weight.shape).zero_()
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=kind)
         compute_weight = weight.to(hidden.dtype)
-        for part, logits in logit_chunks(hidden, compute_weight, scale, chunk, LOGITS_DTYPE):
+        for part, logits in logit_chunks(hidden, compute_weight, scale, chunk):
             value, student_logp[part], g = loss_and_gradient(
                 loss, logits, ids[part], t[part], b[part], hidden.dtype
             )

@@ -1,6 +1,6 @@
 """The Triton kernel: one program a row of logits reads it twice and writes the gradient.
 
-Letters of shapes: channel.py; G rows are the positions of a chunk. kernels/head.py has the
+Letters of shapes: serial.py; G rows are the positions of a chunk. kernels/head.py has the
 mathematics. How much of the second read the L2 cache serves depends on V (docs/kernels.md).
 
 The gradient goes where the logits were. It has the dtype of the next matrix product, so no pass is
@@ -128,38 +128,26 @@ def fused_loss(terms, logits, ids, t, b, dtype, first, first_draw):
     kernel cannot take.
     """
     V, C = logits.shape[1], ids.shape[1]
-    check_logits(logits, dtype)
-    for tensor in (ids, t, b):
-        check_rows(tensor, logits, C)
+    is_known = logits.dtype in (torch.float32, torch.bfloat16) and logits.is_contiguous()
+    has_rows = (len(logits), C) == ids.shape == t.shape == b.shape
+    if not (is_known and dtype.itemsize <= logits.dtype.itemsize and has_rows):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} {logits.dtype}, gradient {dtype}, "
+            f"ids {tuple(ids.shape)}, t {tuple(t.shape)}, b {tuple(b.shape)}: needs contiguous "
+            "logits in float32 or bfloat16, a gradient no wider, and equally many rows"
+        )
+    ids, t, b = (x.contiguous() for x in (ids, t, b))
     student_logp, c = logits.new_empty(2, *ids.shape, dtype=torch.float32)
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     grad = logits.view(dtype)[:, :V]
-    if len(logits):
-        tensors = (logits, grad, ids, t, b, loss, student_logp, c)
-        sizes = (V, C, grad.stride(0), first, first_draw)
-        on_every_row = loss_kernel[(len(logits),)]
-        on_every_row(*tensors, *sizes, terms, **launch_shape(V, C))
+    on_every_row = loss_kernel[(len(logits),)]
+    on_every_row(
+        *(logits, grad, ids, t, b, loss, student_logp, c),
+        *(V, C, grad.stride(0), first, first_draw),
+        terms,
+        **launch_shape(V, C),
+    )
     return loss, student_logp, grad
-
-
-def check_logits(logits, dtype):
-    is_wide_enough = dtype.itemsize <= logits.dtype.itemsize
-    is_known = logits.dtype in (torch.float32, torch.bfloat16) and logits.is_contiguous()
-    if not (is_known and is_wide_enough):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} {logits.dtype}, gradient {dtype}: contiguous rows of "
-            "float32 or bfloat16 are needed"
-        )
-
-
-def check_rows(tensor, logits, C):
-    G = len(logits)
-    is_here = tensor.device == logits.device and tensor.is_contiguous()
-    if not is_here or tensor.shape != (G, C):
-        raise ValueError(
-            f"{tuple(tensor.shape)} on {tensor.device}: "
-            f"needs {G} contiguous rows of {C} columns on {logits.device}"
-        )
 
 
 def launch_shape(vocab, candidates):

@@ -40,8 +40,8 @@ def test_nothing_is_named_in_dev_shm_and_others_open_it_by_path():
     assert len(pickle.dumps(ours)) < 5000  # the paths; no tensor is sent
     assert set(os.listdir("/dev/shm")) == before
     theirs.tokens[3, 5] = 77
-    theirs.to_teacher.put([3])
-    assert ours.to_teacher.get() == 3 and ours.tokens[3, 5] == 77
+    theirs.to_teachers[0].put([3])
+    assert ours.to_teachers[0].get() == 3 and ours.tokens[3, 5] == 77
 
 
 def test_every_field_has_its_own_whole_pages():

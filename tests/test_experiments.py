@@ -75,7 +75,7 @@ def test_the_expectation_is_the_mean_of_what_the_generator_draws_and_the_learner
     loss.m2_threshold = 0.2
     size = (len(s), loss.num_uniforms)
     uniforms = torch.rand(size, dtype=torch.float64, generator=generator)
-    ids, logp = loss.propose(b, uniforms)
+    ids, logp = loss.propose(b.clone(), uniforms)
     _, _, g = unfused_loss(loss, s.clone(), ids, t.gather(1, ids), logp, torch.float32)
     g = g.view(3, draws, -1).double()
     error = (g.mean(1) - exact).norm() / (g.var(1).sum() / draws).sqrt().clamp(min=1e-6 * exact.norm())
@@ -252,7 +252,7 @@ def test_evaluations_are_taken_off_the_clock_of_the_frontier():
 
 
 def test_the_teacher_gets_no_time_off_the_clock():
-    names = [{"ph": "M", "tid": tid, "args": {"name": name}} for tid, name in enumerate(("generator 0", "teacher", "learner"))]
+    names = [{"ph": "M", "tid": tid, "args": {"name": name}} for tid, name in enumerate(("generator 0", "teacher 0", "learner"))]
     spans = [(0, "evaluate", 0, 5), (0, "decode", 5, 10), (0, "evaluate", 10, 14), (1, "score", 9, 11), (1, "score", 13, 20), (2, "update", 0, 20)]
     events = names + [{"ph": "X", "tid": tid, "name": name, "ts": begin * 1e6, "dur": (end - begin) * 1e6} for tid, name, begin, end in spans]
     assert frontier.off_the_clock(events) == [pytest.approx(2.0)]  # of 4 seconds the teacher worked 1 + 1

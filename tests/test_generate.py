@@ -155,21 +155,65 @@ def test_an_id_of_probability_1e_minus_9_is_drawn_as_often_as_it_should_be():
     assert abs(int((ids > 0).sum()) - expected) < 5 * math.sqrt(expected)
 
 
-def test_stratified_candidates_follow_the_sampler_and_the_restricted_sampler():
+@pytest.mark.parametrize("vocab", [40, 256])  # 256: blocks are drawn first
+def test_stratified_candidates_follow_the_sampler_and_the_restricted_sampler(vocab):
     generator = torch.Generator().manual_seed(3)
     rows, k, n = 40_000, 4, 3
-    logits = (torch.randn(1, 40, generator=generator) * 1.5).expand(rows, -1)
+    logits = (torch.randn(1, vocab, generator=generator) * 1.5).repeat(rows, 1)
+    probs = logits[0].double().softmax(-1)
     uniforms = torch.rand(rows, 1 + n, dtype=torch.float64, generator=generator)
     ids, logp = make_loss(Config(loss="stratified_reverse_kl", top_k=k, num_samples=n)).propose(logits, uniforms)
-    probs = logits[0].double().softmax(-1)
     top = probs.topk(k).indices
     tail = probs.scatter(0, top, 0.0)
     assert set(ids[0, 1 : 1 + k].tolist()) == set(top.tolist())
-    assert chi_square_p(torch.bincount(ids[:, 0], minlength=40), probs) > 1e-3
-    assert chi_square_p(torch.bincount(ids[:, 1 + k :].flatten(), minlength=40), tail / tail.sum()) > 1e-3
+    assert chi_square_p(torch.bincount(ids[:, 0], minlength=vocab), probs) > 1e-3
+    assert chi_square_p(torch.bincount(ids[:, 1 + k :].flatten(), minlength=vocab), tail / tail.sum()) > 1e-3
     expected = (tail / tail.sum()).log()[ids[:, 1 + k :]]
     torch.testing.assert_close(logp[:, 1 + k :].double(), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(logp[:, : 1 + k].double(), probs.log()[ids[:, : 1 + k]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("vocab", [200, 256, 4096])
+def test_drawing_inverts_the_cumulative_sum_and_never_gives_an_impossible_id(vocab):
+    """The block's ends included, where rounding could fall to either side."""
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(3, vocab, generator=generator)
+    probs[torch.rand(3, vocab, generator=generator) < 0.5] = 0.0
+    probs[:, :130] = probs[:, -3:] = 0.0  # the first block and the last ids
+    ends = probs.double().cumsum(-1)
+    uniforms = torch.cat([torch.rand(3, 500, dtype=torch.float64, generator=generator), ends / ends[:, -1:]], 1)
+    uniforms = torch.cat([uniforms, torch.zeros(3, 1), torch.full((3, 1), 1 - 2.0**-53)], 1).clamp(max=1 - 2.0**-53).double()
+    ids = draw(probs, uniforms)
+    assert (probs.gather(1, ids) > 0).all()
+    expected = torch.searchsorted(ends, uniforms[:, :500] * ends[:, -1:], right=True)
+    assert torch.equal(ids[:, :500], expected)
+
+
+@pytest.mark.parametrize("loss, passes", [("stratified_reverse_kl", 11), ("sampled_reverse_kl", 5)])
+def test_sampling_passes_over_the_logits_at_most_a_dozen_times(loss, passes):
+    """Tensors of their size that operators read and write; torch.topk counts as one."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    rows, vocab = 6, 4096
+
+    class Count(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            is_view = func in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)
+            is_sparse = func in (torch.ops.aten.scatter_.value, torch.ops.aten.gather.default, torch.ops.aten.index.Tensor)
+            tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+            if not is_view and not is_sparse:
+                self.seen += sum(x.numel() >= rows * vocab for x in tensors)
+            return out
+
+    proposal = make_loss(Config(loss=loss, top_k=28, num_samples=4))
+    logits, uniforms = torch.randn(rows, vocab), torch.rand(rows, proposal.num_uniforms, dtype=torch.float64)
+    with Count() as count:
+        proposal.propose(logits, uniforms)
+    assert count.seen == passes
 
 
 def test_tail_log_mass_is_right_where_one_minus_the_top_mass_would_be_zero():

@@ -70,7 +70,7 @@ def test_every_entry_of_the_gradient_is_exact_up_to_its_own_rounding(config, log
     """Entry by entry, so that one block of one row that a race spoils is seen."""
     hidden, weight, ids, t, b = problem(config, torch.bfloat16, positions=300)
     ids = ids % vocab
-    logits = head_logits(hidden, weight[:vocab].bfloat16(), 1.0, logits_dtype)
+    logits = head_logits(hidden, weight[:vocab].bfloat16(), 1.0).to(logits_dtype)
     z = logits.double().requires_grad_()
     s = z.log_softmax(-1).gather(1, ids)
     (expected,) = torch.autograd.grad(new_loss(config).value(s, t.double(), b.double()).sum(), z)

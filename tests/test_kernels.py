@@ -11,7 +11,7 @@ from conftest import LOSS_CONFIGS, ROOT, label
 
 from config import Config
 from kernels import head, shared
-from kernels.head import candidate_loss, candidate_logp
+from kernels.head import candidate_loss, gather
 from losses import make_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,7 +123,7 @@ def test_the_gradient_is_the_exact_one_of_the_logits_as_rounded(logits_dtype, tr
     monkeypatch.setattr(head, "LOGITS_DTYPE", logits_dtype)
     config = LOSS_CONFIGS[-1]
     hidden, weight, ids, t, b = single(problem(config), torch.bfloat16)
-    logits = head.head_logits(hidden, weight.bfloat16(), 1.0, logits_dtype)
+    logits = head.head_logits(hidden, weight.bfloat16(), 1.0)
     assert logits.dtype == logits_dtype
     z = logits.double().requires_grad_()
     s = z.log_softmax(-1).gather(1, ids)
@@ -137,10 +137,10 @@ def test_the_gradient_is_the_exact_one_of_the_logits_as_rounded(logits_dtype, tr
 def test_log_probabilities_of_the_kernel_and_of_the_gather_are_no_worse_than_torch(triton_path):
     """The learner's second forward pass (M2PO) and the teacher use the gather, the loss the kernel."""
     hidden, weight, ids, t, b = problem(LOSS_CONFIGS[0])
-    exact = candidate_logp(hidden, weight, ids)
-    ours = candidate_logp(hidden.float(), weight.float(), ids, chunk=7)
-    plain = (hidden.float() @ weight.float().t()).log_softmax(-1).gather(1, ids)
+    exact, _ = gather(hidden @ weight.t(), ids)
     logits = head.head_logits(hidden.float(), weight.float())
+    ours, _ = gather(logits, ids)
+    plain = (hidden.float() @ weight.float().t()).log_softmax(-1).gather(1, ids)
     _, fused, _ = head.loss_and_gradient(new_loss(LOSS_CONFIGS[0]), logits, ids, t.float(), b.float(), torch.float32)
     for found in (ours, fused):
         assert (found - exact).norm() <= 1.5 * (plain - exact).norm() + 2e-7 * exact.norm()
@@ -225,21 +225,27 @@ def test_one_chunk_of_logits_at_a_time(triton_path, monkeypatch):
     for on in modes:
         triton_path(on)
         run(config, hidden, weight, ids, t, b, chunk=8)
-        candidate_logp(hidden, weight, ids, chunk=8)
-    assert len(made) == len(modes) * 2 * 3
+    assert len(made) == len(modes) * 3
 
 
 def test_what_a_kernel_cannot_take_is_refused(triton_path):
     logits, ids = torch.zeros(4, 8, device=DEVICE), torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
     x = torch.zeros(4, 2, device=DEVICE)
-    for bad in ((logits.half(), ids), (logits.t(), ids), (logits, ids[:3]), (logits, ids.expand(2, 4, 2).transpose(0, 1)[:, 0].t().t()[:, ::2])):
-        with pytest.raises(ValueError, match="needs 4 contiguous rows|contiguous rows of float32 or bfloat16 are needed"):
-            shared.fused_loss(shared.given, *bad, x, x, torch.float32, 0, 0)
-    with pytest.raises(ValueError, match="gradient torch.float32: contiguous rows of float32 or bfloat16 are needed"):
+    wide = torch.zeros(4, 3, device=DEVICE)
+    cases = [(logits.half(), ids, x, x), (logits.t(), ids, x, x), (logits, ids[:3], x, x), (logits, ids, wide, x), (logits, ids, x, wide)]
+    for bad in cases:
+        with pytest.raises(ValueError, match=r"ids \(\d, \d\), t .*: needs contiguous logits in float32 or bfloat16"):
+            shared.fused_loss(shared.given, *bad, torch.float32, 0, 0)
+    with pytest.raises(ValueError, match=r"logits \(4, 8\) torch.bfloat16, gradient torch.float32, .* a gradient no wider"):
         shared.fused_loss(shared.given, logits.bfloat16(), ids, x, x, torch.float32, 0, 0)
-    with pytest.raises(ValueError, match=r"\(4, 3\) on .*: needs 4 contiguous rows of 2 columns"):
-        t, b = torch.zeros(4, 3, device=DEVICE), torch.zeros(4, 2, device=DEVICE)
-        head.loss_and_gradient(make_loss(LOSS_CONFIGS[1]), logits, ids, t, b, torch.float32)
+
+
+def test_candidates_that_are_no_memory_of_their_own_are_copied(triton_path):
+    logits = torch.randn(4, 8, device=DEVICE)
+    ids, t = torch.tensor([[3, 7]], device=DEVICE).expand(4, 2), torch.randn(2, 4, device=DEVICE).t()
+    found = shared.fused_loss(shared.given, logits.clone(), ids, t, t, torch.float32, 0, 0)
+    expected = shared.fused_loss(shared.given, logits.clone(), ids.contiguous(), t.contiguous(), t.contiguous(), torch.float32, 0, 0)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_every_kernel_compiles_for_sm_80_and_sm_90_and_spills_nothing(tmp_path):

@@ -15,7 +15,7 @@ from checks import load_tokenizer
 from config import Config, parse
 from data import load_prompts
 from model import flat_parameters
-from experiments.serial import Serial
+from serial import Serial
 
 SYNC = ["--max-staleness=0", "--steps=3", "--eval-every=3", "--slots=5"]
 
@@ -33,7 +33,7 @@ def recorded_versions(channel):
 
 def test_the_command_line_prints_the_accuracy_before_and_after_training(pair, tmp_path):
     flags = [*pair, "--steps=2", "--batch-size=8", "--slots=8", "--eval-size=8", "--max-new-tokens=12"]
-    run = subprocess.run([sys.executable, "-m", "experiments.serial", *flags], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=240)
+    run = subprocess.run([sys.executable, str(ROOT / "serial.py"), *flags], capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert run.returncode == 0, run.stderr
     accuracy = r"\d+\.\d%"
     assert re.search(rf"accuracy before training {accuracy}\n", run.stdout) and re.search(rf"accuracy after training {accuracy}\n$", run.stdout)

@@ -99,7 +99,7 @@ def test_a_synchronous_run_has_no_lag_and_writes_everything(sync_run):
     assert {"config.yaml", "metrics.jsonl", "trace.json", "step_3", "step_6"} == {path.name for path in output.iterdir()}
     events = json.loads((output / "trace.json").read_text())
     tracks = {e["args"]["name"] for e in events if e["ph"] == "M"}
-    assert tracks == {"generator 0", "teacher", "learner"} and {e["tid"] for e in events if e["ph"] == "X"} == {0, 1, 2}
+    assert tracks == {"generator 0", "teacher 0", "learner"} and {e["tid"] for e in events if e["ph"] == "X"} == {0, 1, 2}
     assert "accuracy before training" in text and "first prompt:" in text
 
 
@@ -181,7 +181,7 @@ def die_and_collect(process, victim, within=20.0):
 
 
 @pytest.mark.parametrize("victim, message", [
-    ("generator", "generator 0 died: .*SIGKILL"), ("teacher", "teacher died: .*SIGKILL"), ("learner", r"exitcode *: -9 .*"),
+    ("generator", "generator 0 died: .*SIGKILL"), ("teacher", "teacher 0 died: .*SIGKILL"), ("learner", r"exitcode *: -9 .*"),
     ("rank 1", "train.py: error: learner rank 1 died"),
 ])  # fmt: skip
 def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path):
@@ -216,7 +216,7 @@ def test_a_role_that_fails_ends_the_run_with_its_own_traceback(pair, tmp_path):
     settings |= {"num_hidden_layers": layers, "layer_types": settings["layer_types"][:1] * layers}
     (broken / "config.json").write_text(json.dumps(settings))
     out = finish(start(tmp_path / "run", pair[0], f"--teacher={broken}", "--steps=3", ranks=2), expect=1)
-    assert "teacher died" in out and "load_model" in out and "tensors are not in its files" in out
+    assert "teacher 0 died" in out and "load_model" in out and "tensors are not in its files" in out
     assert "in follow" not in out  # the other rank was told: a traceback of its own would name where it waited
 
 
@@ -265,7 +265,7 @@ def waits(roles):
 
 def test_waiting_ends_with_the_name_and_the_reason_when_a_role_is_gone(stub_roles):
     killed = mp.ProcessExitedException("terminated with signal SIGKILL", 1, 77, -9, "SIGKILL")
-    for index, exits, message in ((0, None, "generator 0 died: its own traceback"), (1, killed, "teacher died: .*SIGKILL"), (0, (), "left before the end")):
+    for index, exits, message in ((0, None, "generator 0 died: its own traceback"), (1, killed, "teacher 0 died: .*SIGKILL"), (0, (), "left before the end")):
         raised = mp.ProcessRaisedException("its own traceback", index, 77) if exits is None else exits
         roles = stub_roles(raised)
         roles.check()  # as long as all live, nothing is raised
@@ -381,8 +381,9 @@ def test_on_a_terminal_the_progress_is_one_line_that_is_drawn_again(pair, tmp_pa
     text = run_on_a_terminal(tmp_path / "run", *pair, "--steps=4", "--eval-every=4")
     lines = text.rstrip("\n").split("\n")
     assert "update " not in "".join(line for line in lines if not line.startswith("done"))
-    *_, accuracy, progress, end = lines
-    assert accuracy.startswith("accuracy before training ") and "\r" not in "".join([*lines[:-2], end])
+    *_, accuracy, progress, busy, end = lines
+    assert accuracy.startswith("accuracy before training ") and "\r" not in "".join([*lines[:-3], busy, end])
+    assert busy.startswith("busy: generator ")
     drawn = [part for part in progress.split("\r") if part.strip()]
     counts = [int(re.match(r"(\d+)/4 \[", part).group(1)) for part in drawn]
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 4 and len(drawn) > 2

@@ -1,11 +1,22 @@
-"""On-policy distillation in one process: `python -m experiments.serial` trains the built-in student.
+"""On-policy distillation in one process: `python serial.py` trains the built-in student.
 
-This is the whole algorithm, without the system. The student writes rollouts, the teacher scores
+This is the whole algorithm, before the system. The student writes rollouts, the teacher scores
 them, the learner trains on them, and the new weights go back to the generator. train.py makes the
 same calls, each in a process of its own, so that they overlap. Then rollouts come from older
 weights than those they train. Here the lag is exact: `--max-staleness 8` takes every rollout from
 the weights of 8 updates ago (in the first 8 updates: from the first weights). Options of train.py
-that concern processes, resuming or output have no effect here. Letters of shapes: channel.py.
+that concern processes, resuming or output have no effect here.
+
+Letters of shapes, in all files:
+
+    B  rollouts of an update        R  rows of the rollout table
+    L  longest sequence             M  longest response, or tokens of one response
+    T  response tokens at hand      C  candidates of a token
+    K  top ids among them           N  draws among them
+    S  decode slots                 A  active slots
+    D  hidden size                  V  vocabulary
+    H  key-value heads              E  head size
+    P  parameters
 """
 
 import sys
