@@ -72,6 +72,7 @@ def plan_memory(config: Config, world: int, devices):
             return recompute, text
     raise InputError(
         f"{text}: lower --micro-batch-tokens ({config.micro_batch_tokens}) for learner and "
-        f"teacher, --slots ({config.slots}) for a generator, or raise --nproc-per-node. "
+        f"teacher, --slots ({config.slots}) for a generator, or raise --nproc-per-node or "
+        f"--teacher-gpus ({config.teacher_gpus}). "
         "--checkpoint-activations on or off starts it all the same"
     )

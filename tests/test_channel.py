@@ -203,3 +203,11 @@ def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_p
     merged, apart = (0, "decode", 1.0, pytest.approx(0.9)), (0, "decode", 2.1, pytest.approx(0.1))  # 0.5 ms between them, 100 ms
     assert sorted(spans, key=lambda span: span[2]) == [merged, apart, (1, "score", 5.0, 1.0), (1, "publish", 6.0, 0.5)]
     assert ours.busy[:2].tolist() == pytest.approx([0.9995, 1.5])
+
+
+def test_the_pinned_memory_is_the_whole_mailbox(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *args: calls.append(args)))
+    channel = make()
+    channel.pin()
+    assert calls == [(channel.weights.data_ptr(), channel.weights.nbytes, 0)] and calls[0][0] % 4096 == 0

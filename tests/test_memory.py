@@ -8,7 +8,9 @@ import torch
 from conftest import load
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import checks
 from config import Config, InputError
+from launch import role_devices
 from learner import Learner
 from memory import estimate, model_size, plan_memory
 
@@ -99,6 +101,40 @@ def test_checkpointing_is_switched_on_when_memory_asks_and_what_cannot_fit_is_re
     assert not recompute and "cuda:0: " in text  # one's own risk
     forced = SimpleNamespace(**{**vars(config), "checkpoint_activations": "on"})
     assert plan_memory(forced, 1, [torch.device("cpu")]) == (True, "")
+
+
+def test_a_teacher_on_several_gpus_needs_its_share_of_each(model_dir, gpus):
+    config = Config(student=model_dir(), teacher=model_dir(), dtype="bfloat16", teacher_gpus=2, teachers=2)
+    gpus(1 << 40)
+    devices = [torch.device("cuda", i) for i in (0, 1, 2, 4)]  # teachers on 2 and 3, and on 4 and 5
+    _, text = plan_memory(config, 1, devices)
+    share = estimate(config, 1, False, 2)[2] / 2 / GIB
+    assert f"; cuda:2: {share:.1f} of " in text and f"; cuda:4: {share:.1f} of " in text
+
+
+def test_a_teacher_gets_the_gpus_behind_its_own_and_none_of_its_neighbours(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    names = [str(device) for device in role_devices(Config(generators=3, teachers=2, teacher_gpus=2, batch_size=4), 1)]
+    assert names == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:6"]
+    names = [str(device) for device in role_devices(Config(generators=8, teachers=2, batch_size=4), 1)]
+    assert names == [f"cuda:{i % 8}" for i in range(11)]  # they share
+    with pytest.raises(InputError, match="--teacher-gpus is 3: all roles need 10 GPUs, there are 8: lower it, --teachers"):
+        role_devices(Config(generators=3, teachers=2, teacher_gpus=3, batch_size=4), 1)
+
+
+def test_a_teacher_on_several_gpus_is_placed_by_the_library_on_them_alone(model_dir, gpus, monkeypatch):
+    gpus(1000)
+    asked = {}
+    original = checks.AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(path, device_map, max_memory, **options):
+        asked.update(device_map=device_map, max_memory=max_memory)
+        return original(path, **options)
+
+    monkeypatch.setattr(checks.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    model = checks.load_model(model_dir(), torch.float32, torch.device("cuda", 5), gpus=3)
+    assert asked == {"device_map": "auto", "max_memory": {5: 900, 6: 900, 7: 900}}
+    assert model.device.type == "cpu" and not model.training  # where the library put it, it stays
 
 
 def test_recomputing_layers_changes_no_update(model_dir):

@@ -146,3 +146,27 @@ def test_no_group_reaches_into_the_next_batch_and_arrival_order_scores_what_is_t
     assert ready_rows(waiting, 8, Config(batch_size=9)) == [8]  # the end of the first batch; the groups of this size have two
     assert ready_rows(waiting, 9, Config(batch_size=9)) == [9, 10]
     assert ready_rows({7: 1, 3: 2}, 0, Config(order="arrival")) == [2, 1] and not ready_rows({}, 0, Config(order="arrival"))
+
+
+def test_several_teachers_share_the_tickets_of_every_batch_and_score_them_in_order():
+    config = Config(batch_size=16, teachers=2)
+    for teacher in range(2):
+        waiting = {ticket // 2: ticket for ticket in range(teacher, 48, 2)}  # as `run` keys them
+        turn, groups = 0, []
+        while rows := ready_rows(waiting, turn, config):
+            groups.append(rows)
+            turn += len(rows)
+        assert groups == [[ticket, ticket + 2] for ticket in range(teacher, 48, 4)] and not waiting
+
+
+@pytest.mark.parametrize("mean, longest, most", [(1024, 2048, 0.05), (8192, 16_384, 0.01)])
+def test_rows_of_long_tailed_lengths_are_padded_by_a_twentieth_at_most(mean, longest, most):
+    """So packed sequences would save little: docs/decisions.md."""
+    generator = torch.Generator().manual_seed(0)
+    padded = real = 0
+    for _ in range(10):
+        lengths = (torch.empty(256).exponential_(1 / mean, generator=generator).clamp(1, longest) + 256).int()
+        for batch in row_batches(SimpleNamespace(length=lengths), range(256), 16_896):
+            padded += len(batch) * int(lengths[batch].max())
+            real += int(lengths[batch].sum())
+    assert 1 - real / padded < most

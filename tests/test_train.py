@@ -13,6 +13,7 @@ import sys
 import termios
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,6 +150,20 @@ def test_two_generators_in_arrival_order_train_to_the_end_with_lag(pair, tmp_pat
     records = metrics(tmp_path / "run")
     assert len(records) == 12 and max(r["lag_max"] for r in records) > 0
     assert not any("eval_accuracy" in r for r in records)
+
+
+def test_two_teachers_score_like_one(sync_run, pair, tmp_path):
+    """In batch order also every bit of the groups that share a forward pass is fixed, so two runs are equal."""
+    runs = []
+    for name in ("one", "two"):
+        finish(start(tmp_path / name, *pair, *SYNC, "--teachers=2"))
+        runs.append(metrics(tmp_path / name))
+    assert comparable(runs[0]) == comparable(runs[1])
+    for ours, one in zip(runs[0], metrics(sync_run[0]), strict=True):
+        for name in ("loss", "reverse_kl", "grad_norm", "teacher_cache_hit_rate"):
+            assert ours[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    names = {e["args"]["name"] for e in json.loads((tmp_path / "one" / "trace.json").read_text()) if e["ph"] == "M"}
+    assert names == {"generator 0", "teacher 0", "teacher 1", "learner"}
 
 
 def test_batch_order_never_exceeds_max_staleness_also_when_refreshed_at_batch_boundaries(pair, tmp_path):
@@ -442,3 +457,18 @@ def test_only_a_terminal_gets_a_bar(out, err, tmp_path, monkeypatch):
     log = Log(Config(output_dir=str(tmp_path)), SimpleNamespace(busy=torch.zeros(3)))
     assert log.bar.disable == (not (out and err))
     log.close()
+
+
+def test_a_run_says_how_busy_its_roles_were_and_what_an_even_split_would_give(tmp_path):
+    """8 GPUs: 5 generators half busy, 1 teacher always, 2 ranks a quarter. 4 processes' work for 8: twice as fast."""
+    config = Config(output_dir=str(tmp_path), generators=5)
+    channel = SimpleNamespace(busy=torch.tensor([1.0] * 7))
+    log = Log(config, channel)
+    log.last = log.began + 10.0
+    channel.busy = torch.tensor([1.0 + 5.0] * 5 + [1.0 + 10.0] + [1.0 + 2.5])
+    busy = "busy: generator 50%, teacher 100%, learner 25%"
+    assert log.bottleneck(ranks=2) == f"{busy}; an even split, up to 2.0 times as fast: generator 5.0, teacher 2.0, learner 1.0"
+    log.config = replace(config, max_staleness=0)  # they take turns: another split says nothing
+    assert log.bottleneck(ranks=2) == busy
+    log.config, channel.busy, log.busy_before = replace(config, generators=1), torch.tensor([6.0, 11.0, 3.5]), torch.ones(3)
+    assert log.bottleneck(ranks=1) == busy
