@@ -73,6 +73,7 @@ class Config:
     max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", RATE)
     micro_batch_tokens: int = option(8192, "padded tokens of a forward pass")
     checkpoint_activations: str = option("auto", "recompute layers; auto: if memory asks", SWITCH)
+    compile: bool = option(False, "torch.compile of the layers of learner and teacher")
     head_chunk: int = option(1024, "positions whose logits exist at once")
     seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
     generators: int = option(1, "generation processes")

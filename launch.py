@@ -49,7 +49,6 @@ def set_up_process(config, device, num_roles):
     """Threads and precision of a role's process."""
     share = len(os.sched_getaffinity(0)) // num_roles
     torch.set_num_threads(config.cpu_threads or max(1, share))
-    torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape
     faulthandler.register(signal.SIGUSR1)  # prints where every thread is
     if device.type == "cuda":

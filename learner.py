@@ -26,13 +26,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from channel import LENGTH, Channel
 from config import Config
 from kernels.head import candidate_loss
 from losses import make_loss
-from model import head_weight, response_hidden, row_batches
+from model import compile_layers, head_weight, layers_of, response_hidden, row_batches
 
 # Metrics that are summed over positions, in the order that Learner.backward returns.
 SUMMED = ("loss", "reverse_kl", "drift_kl", "support_mass_student", "support_mass_teacher")
@@ -70,10 +69,6 @@ class Student(nn.Module):
         return total, s, ids, t, b
 
 
-def layers_of(model):
-    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-
-
 def shard(student: Student, world: int):
     """Split parameters, gradients and optimiser state over the ranks (FSDP2, `fully_shard`).
 
@@ -106,6 +101,8 @@ class Learner:
         self.loss = self.student.loss
         for layer in layers_of(self.model) if self.recompute else ():
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if self.config.compile:
+            compile_layers(self.model)
         if self.world > 1:
             shard(self.student, self.world)
         self.parameters = list(self.model.parameters())

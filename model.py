@@ -7,6 +7,7 @@ Letters of shapes: serial.py. `checks.load_model` loads a model and makes sure t
 import torch
 from torch.nn.utils import vector_to_parameters
 from transformers import AutoConfig, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from config import Config, InputError
 
@@ -64,6 +65,16 @@ def row_batches(table, rows, budget: int):
             batches.append([row])
             longest = length
     return batches
+
+
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def compile_layers(model):
+    """Fuse what is elementwise in a layer. Batches of another size do not compile it again."""
+    for layer in layers_of(model):
+        layer.compile(dynamic=True)
 
 
 def stop_ids(path: str, tokenizer):

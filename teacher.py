@@ -25,7 +25,8 @@ from config import Config
 from kernels.head import gather, logit_chunks
 from log import Timeline
 from losses import make_loss
-from model import compute_dtype, head_weight, response_hidden, row_batches, shared_vocabulary
+from model import compile_layers, compute_dtype, head_weight, response_hidden, row_batches
+from model import shared_vocabulary
 
 
 class TopKCache:
@@ -168,6 +169,8 @@ def run(config: Config, channel: Channel, device: torch.device, index: int, next
     """
     dtype = compute_dtype(config, device)
     model = load_model(config.teacher_path, dtype, device, gpus=config.teacher_gpus)
+    if config.compile:
+        compile_layers(model)
     teacher = Teacher(model, config, shared_vocabulary(config))
     timeline = Timeline(config, channel, config.generators + index, f"teacher {index}")
     next_turn = next_ticket // config.teachers
@@ -183,6 +186,6 @@ def run(config: Config, channel: Channel, device: torch.device, index: int, next
         with timeline.span("score"):
             teacher.score(channel, rows)
         next_turn += len(rows)
-        channel.to_learner.put(rows)
         channel.cache_stats[index] = teacher.cache.stats()
+        channel.to_learner.put(rows)
     timeline.flush()

@@ -57,8 +57,7 @@ class Run:
         self.learner, self.channel = learner, channel
         head = "Triton kernels" if learner.device.type == "cuda" else "plain torch"
         print(f"{channel.weights.shape[1]:,} parameters; {config.loss}, head in {head}")
-        places = ", ".join(map(str, devices))
-        print(f"devices: {places} (learners, generators, teachers)", flush=True)
+        print(f"learners, generators, teachers on {', '.join(map(str, devices))}", flush=True)
         start_output(config, self.checkpoint)
         self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
         self.tickets = Tickets(config, channel, self.prompts, learner.version, trained_ahead)
@@ -100,7 +99,7 @@ class Run:
         gain = ""
         if len(self.accuracies) > 1:
             gain = f", accuracy {self.accuracies[0]:.1%} -> {self.accuracies[-1]:.1%}"
-        where = newest_checkpoint(self.config.output) or self.config.output
+        where = newest_checkpoint(self.config.output) or "no checkpoint"
         print(f"{end} after update {self.learner.version}{gain}: {where}", flush=True)
 
     def main_loop(self):
@@ -112,9 +111,14 @@ class Run:
             while learner.version < config.steps:
                 rows = self.wait_for_rows()
                 metrics = self.train_on(rows) | before
-                metrics["publish_seconds"] = self.publish()
+                with self.timeline.span("publish"):
+                    metrics["publish_seconds"] = learner.publish(self.channel)
                 self.tickets.issue(learner.version)
-                self.evaluate_and_log(metrics)
+                try:
+                    if self.is_due(config.eval_every):
+                        metrics |= self.evaluate("eval_accuracy")
+                finally:  # the update was made, whoever died since
+                    self.log.write(learner.version, metrics)
                 if self.is_due(config.save_every):
                     self.save()
                 before = {}
@@ -145,17 +149,6 @@ class Run:
             metrics = self.learner.update(self.channel, rows)
         self.tickets.trained(rows)
         return metrics
-
-    def publish(self):
-        with self.timeline.span("publish"):
-            return self.learner.publish(self.channel)
-
-    def evaluate_and_log(self, metrics: dict[str, float]):
-        try:
-            if self.is_due(self.config.eval_every):
-                metrics |= self.evaluate("eval_accuracy")
-        finally:  # the update was made, whoever died since
-            self.log.write(self.learner.version, metrics)
 
     def evaluate(self, name: str):
         """Greedy accuracy of the published weights. We wait, so that they stay these weights."""

@@ -1,5 +1,6 @@
 """Claims about several learner ranks: sharded over 2 and 4 of them, updates, checkpoints and mailbox are those of one."""
 
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import forkserver
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 import fork_server
 from channel import Channel
 from config import Config
-from learner import Learner, layers_of, whole
+from learner import Learner, whole
+from model import layers_of
 
 # 28 padded tokens hold one or two rollouts: the ranks have different numbers of micro-batches. Every loss; tied and untied.
 SMALL = dict(max_prompt_tokens=16, max_new_tokens=MAX_NEW, micro_batch_tokens=28, max_grad_norm=1e9)
@@ -135,3 +137,26 @@ def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(world, 
     assert len(continued) == 2
     for metrics in (*continued, alone.update(table, ROWS[:7])):
         assert_same_metrics(metrics, third)
+
+
+def compiled_rank(rank, world, out, path, fields):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/compiled", rank=rank, world_size=world, timeout=timedelta(minutes=5))
+    config = replace(CASES[-1][1], compile=True)
+    learner = new_learner(path, config, rank=rank, world=world, recompute=True)
+    torch.save(train(learner, SimpleNamespace(**fields)), out / f"compiled_{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_no_update_alone_or_sharded_and_recomputed(of_one, places, model_dir):
+    table, _, expected = of_one[-1]
+    path = model_dir("qwen3", seed=2)
+    found = [train(new_learner(path, replace(CASES[-1][1], compile=True)), table)]
+    mp.start_processes(compiled_rank, (2, places, path, vars(table)), nprocs=2, start_method="forkserver")
+    found += [torch.load(places / f"compiled_{rank}") for rank in range(2)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # something was compiled
+    for updates in found:
+        for (metrics, gradient), (metrics_of_one, gradient_of_one) in zip(updates, expected, strict=True):
+            assert_same_metrics(metrics, metrics_of_one)
+            torch.testing.assert_close(gradient, gradient_of_one, rtol=1e-3, atol=1e-5 * float(gradient_of_one.abs().max()))

@@ -153,16 +153,11 @@ def test_two_generators_in_arrival_order_train_to_the_end_with_lag(pair, tmp_pat
 
 
 def test_two_teachers_score_like_one(sync_run, pair, tmp_path):
-    """In batch order also every bit of the groups that share a forward pass is fixed, so two runs are equal."""
-    runs = []
-    for name in ("one", "two"):
-        finish(start(tmp_path / name, *pair, *SYNC, "--teachers=2"))
-        runs.append(metrics(tmp_path / name))
-    assert comparable(runs[0]) == comparable(runs[1])
-    for ours, one in zip(runs[0], metrics(sync_run[0]), strict=True):
+    finish(start(tmp_path / "run", *pair, *SYNC, "--teachers=2"))
+    for ours, one in zip(metrics(tmp_path / "run"), metrics(sync_run[0]), strict=True):
         for name in ("loss", "reverse_kl", "grad_norm", "teacher_cache_hit_rate"):
             assert ours[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-    names = {e["args"]["name"] for e in json.loads((tmp_path / "one" / "trace.json").read_text()) if e["ph"] == "M"}
+    names = {e["args"]["name"] for e in json.loads((tmp_path / "run" / "trace.json").read_text()) if e["ph"] == "M"}
     assert names == {"generator 0", "teacher 0", "teacher 1", "learner"}
 
 
@@ -463,6 +458,7 @@ def test_a_run_says_how_busy_its_roles_were_and_what_an_even_split_would_give(tm
     """8 GPUs: 5 generators half busy, 1 teacher always, 2 ranks a quarter. 4 processes' work for 8: twice as fast."""
     config = Config(output_dir=str(tmp_path), generators=5)
     channel = SimpleNamespace(busy=torch.tensor([1.0] * 7))
+    (tmp_path / "metrics.jsonl").touch()
     log = Log(config, channel)
     log.last = log.began + 10.0
     channel.busy = torch.tensor([1.0 + 5.0] * 5 + [1.0 + 10.0] + [1.0 + 2.5])
