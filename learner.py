@@ -121,8 +121,8 @@ class Learner:
         """
         tokens = int((table.length[rows] - table.prompt_len[rows]).sum())
         batches = self.micro_batches(table, rows)
-        if self.loss.needs_log_ratios:
-            self.loss.use_log_ratios(self.log_ratios(table, batches))
+        if self.loss.needs_preview:
+            self.loss.use_preview(self.preview(table, batches))
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         for batch in batches:
@@ -161,12 +161,12 @@ class Learner:
         return torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
 
     @torch.no_grad()
-    def log_ratios(self, table, batches):
-        """s - b of every sample of the whole update, over all ranks: one more forward pass."""
+    def preview(self, table, batches):
+        """loss.preview of the whole update, over all ranks: one more forward pass."""
         parts = [torch.zeros(0)]
         for rows in batches:
-            _, s, _, _, b = self.student(table, rows)
-            parts.append((s - b).flatten().cpu())
+            _, s, _, t, b = self.student(table, rows)
+            parts.append(self.loss.preview(s, t, b).flatten().cpu())
         return torch.cat(from_every_rank(torch.cat(parts), self.world))
 
     def step(self):

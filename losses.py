@@ -23,21 +23,16 @@ loss.
 To add a loss, write a class and name it in LOSSES. Left out: generalised JSD, rewards.
 """
 
-from math import inf
-
 import torch
 
 from kernels.forward_kl import forward_kl
-from kernels.sampled_reverse_kl import sampled_reverse_kl
+from kernels.sampled_reverse_kl import BASELINE_DRAWS, sampled_reverse_kl
 from kernels.sparse_reverse_kl import sparse_reverse_kl
 
-PPO_CLIP = 0.2  # Schulman et al. 2017, arXiv 1707.06347
-DECOUPLED_CAP = 5.0  # AReaL, arXiv 2505.24298: samples with a larger behaviour weight are dropped
 BLOCK = 128  # ids that `draw` sums first; divides most models' vocabularies
-M2_BUDGET = 0.04  # M2PO, arXiv 2510.01161: largest mean square of the log ratios that are kept
 
 SIGNALS = ("current", "rollout")
-CORRECTIONS = ("is", "none", "ppo", "decoupled", "m2po")
+CORRECTIONS = ("is", "none", "ppo", "decoupled", "m2po", "m2po_areal", "tis", "icepop")
 
 
 # ---- candidates: how a generator draws them ---------------------------------------------------
@@ -121,13 +116,12 @@ class Greedy(Proposal):
 class Loss(Proposal):
     """Base class. A loss says its candidates in __init__ and its value in `value`."""
 
-    needs_log_ratios = False  # True: the learner calls `use_log_ratios` before each update
+    needs_preview = False  # True: `use_preview` first gets `preview` of the whole update
     triton_terms = None  # `value` and its derivative for the fused kernel (kernels/shared.py)
 
     def __init_subclass__(cls):
         """Who overrides the formula alone has no Triton terms."""
-        changed = vars(cls).keys() & {"value", "terms"}
-        if changed and "triton_terms" not in vars(cls):
+        if "value" in vars(cls) and "triton_terms" not in vars(cls):
             cls.triton_terms = None
 
     def value(self, s, t, b):
@@ -191,44 +185,48 @@ class SparseReverseKL(Loss):
         return (s.exp() * (s - t)).sum(-1)
 
 
-class SampledReverseKL(Loss):
-    """-(1/N) sum_i sg[w_i A_i] s_i over N draws from the sampler: score-function reverse KL.
+def less_others(x):
+    """Draws [T,N], each less the mean of the others: the leave-one-out baseline.
 
-    `signal` "current": A = t - s, recomputed with the current student (AsyncOPD). "rollout": A =
-    t - b, what stale reinforcement learning does. `correction` chooses w, see
-    `importance_weight`. With "current" and "is" the mean over the draws is the exact gradient of
-    the reverse KL at any lag.
+    Fewer than BASELINE_DRAWS stay as they are: the mean of a few would add more noise than it
+    takes away (docs/staleness.md).
+    """
+    count = x.shape[-1]
+    if count < BASELINE_DRAWS.value:
+        return x
+    return (x - x.mean(-1, keepdim=True)) * (count / (count - 1))
+
+
+class SampledReverseKL(Loss):
+    """(1/N) sum_i sg[w_i (D_i - c_i)] s_i over N draws from the sampler: score-function reverse KL.
+
+    w = e^(s - b) and D = s - t, recomputed with the current student (AsyncOPD). The baseline c_i is
+    the mean of D over the other draws, 0 for a few draws (`less_others`). It takes away noise that
+    all draws have in common. There is no weight in it, which one large ratio could spoil. The mean
+    over the draws is the exact gradient of the reverse KL at any lag. Other signals and corrections
+    are in experiments/baselines.py.
     """
 
     triton_terms = sampled_reverse_kl
 
     def __init__(self, config):
         super().__init__(draws=config.num_samples)
-        self.signal = config.signal
-        self.correction = config.correction
-        self.needs_log_ratios = config.correction == "m2po"
-        self.m2_threshold = inf
-        if (self.signal, self.correction) != ("current", "is"):
-            self.triton_terms = None
-
-    def use_log_ratios(self, log_ratios):
-        """M2PO: one threshold for all samples of the update."""
-        self.m2_threshold = second_moment_threshold(log_ratios)
 
     def value(self, s, t, b):
-        advantage = (t - (s if self.signal == "current" else b)).detach()
-        weight = importance_weight(s.detach(), b, advantage, self.correction, self.m2_threshold)
-        return -(weight * advantage * s).mean(-1)
+        weight = (s - b).exp()
+        return ((weight * less_others(s - t)).detach() * s).mean(-1)
 
 
 class StratifiedReverseKL(Loss):
-    """sum_top sg[e^s (s - t)] s + (1/N) sum_tail sg[w (s - t)] s, with w = e^(s - b).
+    """sum_top sg[e^s (D - c)] s + (1/N) sum_tail sg[w_i (D_i - c_i)] s_i, with D = s - t.
 
-    The sampler's top K are summed exactly. The N draws come from the sampler restricted to the
-    rest, and b is the density of that restricted sampler. The gradient is unbiased at any lag,
-    and only the tail is random: the sum-and-sample estimator of Liu et al. 2019 (arXiv
-    1810.04777) with importance weights. Both strata have score-function form. The +1 of sparse
-    reverse KL sums to zero over the whole vocabulary, so both leave it out.
+    w = e^(s - b). The sampler's top K are summed exactly. The N draws come from the sampler
+    restricted to the rest, and b is the density of that restricted sampler. The gradient is unbiased
+    at any lag, and only the tail is random: the sum-and-sample estimator of Liu et al. 2019 (arXiv
+    1810.04777) with importance weights. The baseline c_i is the mean of D over the other draws, and
+    c over all of them: what is subtracted from every id of the vocabulary adds nothing to the
+    gradient. Both strata have score-function form. The +1 of sparse reverse KL is such a number,
+    so both leave it out.
     """
 
     triton_terms = sampled_reverse_kl
@@ -236,22 +234,20 @@ class StratifiedReverseKL(Loss):
     def __init__(self, config):
         super().__init__(top=config.top_k, tail=config.num_samples)
 
-    def terms(self, s, t, b):
-        """Terms whose sum over the top, and mean over the tail, is the reverse KL: [T,K], [T,N]."""
-        top, tail = self.top, self.tail
-        weight = (s[:, tail] - b[:, tail]).exp()
-        exact = s[:, top].exp() * (s[:, top] - t[:, top])
-        return exact, weight * (s[:, tail] - t[:, tail])
-
     def value(self, s, t, b):
-        exact, sampled = self.terms(s.detach(), t, b)
+        d = (s - t).detach()
+        alone = less_others(d[:, self.tail])
+        c = (d[:, self.tail] - alone).mean(-1, keepdim=True)
+        exact = s[:, self.top].detach().exp() * (d[:, self.top] - c)
+        sampled = (s - b)[:, self.tail].detach().exp() * alone
         return (exact * s[:, self.top]).sum(-1) + (sampled * s[:, self.tail]).mean(-1)
 
     @torch.no_grad()
     def reverse_kl(self, s, t, b):
         """sum_top e^s (s - t) + mean_tail w (s - t), [T]."""
-        exact, sampled = self.terms(s, t, b)
-        return exact.sum(-1) + sampled.mean(-1)
+        exact = s.exp() * (s - t)
+        sampled = (s - b).exp() * (s - t)
+        return exact[:, self.top].sum(-1) + sampled[:, self.tail].mean(-1)
 
 
 LOSSES = {
@@ -263,49 +259,9 @@ LOSSES = {
 
 
 def make_loss(config):
-    """The loss that `config` names."""
+    """The loss that `config` names. What the paper compares with is in experiments/baselines.py."""
+    if (config.signal, config.correction) != ("current", "is"):
+        from experiments.baselines import Corrected
+
+        return Corrected(config)
     return LOSSES[config.loss](config)
-
-
-# ---- what stale samples are multiplied by -----------------------------------------------------
-
-
-def importance_weight(student_logp, behavior_logp, advantage, correction, m2_threshold=inf):
-    """The weight w of every sample, judged on its own. [T,N] each -> [T,N]; no gradient passes.
-
-    With r = e^(s - b):
-      none       1
-      is         r, unbiased
-      ppo        r, but 0 where the clipped surrogate is flat:
-                 A >= 0 and r > 1.2, or A < 0 and r < 0.8
-      decoupled  r, but 0 where r > 5. This is AReaL's behaviour weight e^(prox - b). Its proximal
-                 policy is the one that the update starts from. An update is one optimiser step
-                 here, so prox = s and the clipped ratio s / prox is one.
-      m2po       r, but 0 where (s - b)^2 is above `m2_threshold`, see `second_moment_threshold`
-    """
-    log_ratio = student_logp - behavior_logp
-    if correction == "none":
-        return torch.ones_like(log_ratio)
-    ratio = log_ratio.exp()
-    dropped = {
-        "is": ratio < 0,
-        "ppo": torch.where(advantage >= 0, ratio > 1 + PPO_CLIP, ratio < 1 - PPO_CLIP),
-        "decoupled": ratio > DECOUPLED_CAP,
-        "m2po": log_ratio.square() > m2_threshold,
-    }
-    return ratio.masked_fill(dropped[correction], 0.0)
-
-
-def second_moment_threshold(log_ratio, budget=M2_BUDGET):
-    """M2PO's bound: the largest (s - b)^2 that is kept.
-
-    The mean over what is kept stays within `budget`. `log_ratio`: every sample of the update, any
-    shape. The largest squares are dropped first, so the mean of the kept ones falls
-    monotonically: one sort and one cumulative mean give the answer. inf: all are kept. -1: none.
-    """
-    moment = log_ratio.double().square().flatten().sort().values
-    count = torch.arange(1, len(moment) + 1, device=moment.device)
-    kept = int((moment.cumsum(0) / count <= budget).sum())
-    if kept == len(moment):
-        return float("inf")
-    return float(moment[kept - 1]) if kept else -1.0

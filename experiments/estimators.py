@@ -27,16 +27,20 @@ from torch import Tensor
 from checks import load_model
 from config import Config
 from experiments import study
+from experiments.baselines import second_moment_bound
 from experiments.lagged import CPU, Lagged
 from experiments.staleness import BASE, LAGS, LOSSES, task
-from losses import Loss, make_loss, second_moment_threshold
+from kernels.sampled_reverse_kl import BASELINE_DRAWS
+from losses import Loss, make_loss
 from model import flatten_parameters
 
 TRAINING = "stratified 28+4"  # the loss of the run whose snapshots are looked at
 GROUPS = [range(first, first + 128) for first in (0, 128, 256, 384)]  # training prompts
 BATCHES = (1_000, 10_000, 100_000, 1_000_000)  # tokens
 RESULTS = study.RESULTS / "estimators.csv"
-ESTIMATORS = [name for name, fields in LOSSES.items() if fields["loss"] in ("sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl")]
+# What one draw does tells what N of them do, where they have no baseline in common.
+ESTIMATORS = [name for name, fields in LOSSES.items() if fields["loss"] in ("sparse_reverse_kl", "plain_sampled") or "signal" in fields
+              or fields["loss"] == "stratified_reverse_kl" and fields["num_samples"] < BASELINE_DRAWS.value]  # fmt: skip
 KINDS = {"estimator": str, "seed": int, "update": int, "lag": int, "draws": int}
 COLUMNS = ("seed", "update", "lag", "draws", "drift_kl", "estimator", "candidates", "norm", "bias", "scatter", "cosine", "variance")
 
@@ -61,7 +65,7 @@ def in_columns(loss: Loss, columns: slice, x: Tensor) -> Tensor:
 
 
 def derivatives(
-    config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float = float("inf")
+    config: Config, s: Tensor, t: Tensor, b: Tensor, m2_bound: float = float("inf")
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a loss does to the log-probability of every id, from [P,V]: three tables [P,V].
 
@@ -69,9 +73,9 @@ def derivatives(
     density it is drawn from.
     """
     nothing = torch.zeros_like(s)
-    if config.loss == "sampled_reverse_kl":
+    if config.loss in ("sampled_reverse_kl", "plain_sampled"):
         loss = make_loss(replace(config, num_samples=1))
-        loss.m2_threshold = m2_threshold
+        loss.m2_bound = m2_bound
         c = derivative(loss, each_alone(s), each_alone(t), each_alone(b))
         return nothing, c.view_as(s), b.exp()
     if config.loss not in ("sparse_reverse_kl", "stratified_reverse_kl"):
@@ -96,12 +100,12 @@ def through_softmax(u: Tensor, s: Tensor) -> Tensor:
     return u - s.exp() * u.sum(-1, keepdim=True)
 
 
-def expected_logit_gradient(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_threshold: float = float("inf")) -> Tensor:
+def expected_logit_gradient(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_bound: float = float("inf")) -> Tensor:
     """Mean of the loss's logit gradient over the candidates that the sampler draws, exactly: log-probabilities [P,V] -> [P,V].
 
     Draws do not interact in any of these losses (M2PO: given its threshold), so N of them have the mean of one.
     """
-    exact, c, density = derivatives(config, s, t, b, m2_threshold)
+    exact, c, density = derivatives(config, s, t, b, m2_bound)
     return through_softmax(exact + density * c, s)
 
 
@@ -158,10 +162,12 @@ class Snapshot:
 
     def threshold(self, config: Config, generator: torch.Generator) -> float:
         """M2PO's, of one draw of the sampler at each position."""
-        if config.correction != "m2po":
+        loss = make_loss(config)
+        if not loss.needs_preview:
             return float("inf")
         ids = torch.multinomial(self.b.exp(), 1, generator=generator)
-        return second_moment_threshold((self.s - self.b).gather(1, ids))
+        squares = loss.preview(*(x.gather(1, ids) for x in (self.s, self.t, self.b)))
+        return second_moment_bound(squares, is_capped=config.correction == "m2po")
 
     def mean(self, config: Config, threshold: float) -> Tensor:
         """Expectation of G over the candidates."""
@@ -235,7 +241,7 @@ def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
 
 def candidates(config: Config) -> int:
     """Ids a position that the teacher scores for the loss."""
-    sizes = {"sampled_reverse_kl": config.num_samples, "sparse_reverse_kl": config.top_k, "stratified_reverse_kl": config.top_k + config.num_samples}
+    sizes = {"sampled_reverse_kl": config.num_samples, "plain_sampled": config.num_samples, "sparse_reverse_kl": config.top_k, "stratified_reverse_kl": config.top_k + config.num_samples}
     return sizes[config.loss]
 
 

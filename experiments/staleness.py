@@ -20,7 +20,7 @@ from assets.task import running_sums
 from checks import load_tokenizer
 from config import Config
 from data import Prompt
-from experiments import study
+from experiments import baselines, study  # noqa: F401  baselines names its losses in LOSSES of losses.py
 from experiments.lagged import Lagged
 
 VOCAB = 173
@@ -40,7 +40,14 @@ def task() -> tuple[list[Prompt], list[Prompt]]:
 
 
 def sampled(signal: str, correction: str, samples: int) -> dict:
+    """Sampled reverse KL without a baseline."""
+    if (signal, correction) == ("current", "is"):
+        return {"loss": "plain_sampled", "num_samples": samples}
     return {"loss": "sampled_reverse_kl", "signal": signal, "correction": correction, "num_samples": samples}
+
+
+def stratified(top_k: int, samples: int, loss: str = "stratified_reverse_kl") -> dict:
+    return {"loss": loss, "top_k": top_k, "num_samples": samples}
 
 
 LOSSES = {
@@ -55,6 +62,9 @@ LOSSES = {
     "rollout signal + PPO clip": sampled("rollout", "ppo", 1),
     "decoupled": sampled("rollout", "decoupled", 1),
     "M2PO": sampled("rollout", "m2po", 1),
+    "M2PO (AReaL)": sampled("rollout", "m2po_areal", 1),
+    "current signal + TIS": sampled("current", "tis", 1),
+    "current signal + IcePop": sampled("current", "icepop", 1),
     "current signal, N=16": sampled("current", "none", 16),
     "current signal + IS, N=4": sampled("current", "is", 4),
     "current signal + IS, N=16": sampled("current", "is", 16),
@@ -63,9 +73,16 @@ LOSSES = {
     "sparse K=16": {"loss": "sparse_reverse_kl", "top_k": 16},
     "sparse K=32": {"loss": "sparse_reverse_kl", "top_k": 32},
     "sparse K=64": {"loss": "sparse_reverse_kl", "top_k": 64},
-    "stratified 12+4": {"loss": "stratified_reverse_kl", "top_k": 12, "num_samples": 4},
-    "stratified 28+4": {"loss": "stratified_reverse_kl", "top_k": 28, "num_samples": 4},
-    "stratified 60+4": {"loss": "stratified_reverse_kl", "top_k": 60, "num_samples": 4},
+    "stratified 12+4": stratified(12, 4),
+    "stratified 28+4": stratified(28, 4),
+    "stratified 60+4": stratified(60, 4),
+    "stratified 16+16": stratified(16, 16),
+    "stratified 16+16, no baseline": stratified(16, 16, "plain_stratified"),
+    "stratified 8+8": stratified(8, 8),
+    "stratified 8+8, no baseline": stratified(8, 8, "plain_stratified"),
+    "sampled N=32": {"loss": "sampled_reverse_kl", "num_samples": 32},
+    "top 31 + emitted (EMA-PG)": {"loss": "top_k_and_emitted", "top_k": 31},
+    "4 draws, top-28 baseline (vOPD)": {"loss": "top_k_baseline", "top_k": 28, "num_samples": 4},
 }
 STRONG = ("forward KL 16", "dense reverse KL", "rollout signal", "rollout signal + PPO clip", "current signal", "current signal + IS",
           "current signal + IS, N=16", "stratified 12+4")  # fmt: skip
@@ -74,7 +91,7 @@ QUICK = ("forward KL 16", "rollout signal", "current signal + IS, N=16", "strati
 
 def canonical(loss: str, lag: int) -> str:
     """The loss whose run stands for this one: without lag b = s up to rounding, so signal and correction make no difference."""
-    if lag or loss not in LOSSES or LOSSES[loss]["loss"] != "sampled_reverse_kl":
+    if lag or loss not in LOSSES or not ("signal" in LOSSES[loss] or LOSSES[loss]["loss"] == "plain_sampled"):
         return loss
     return next((name for name, fields in LOSSES.items() if fields == sampled("current", "is", LOSSES[loss]["num_samples"])), loss)
 

@@ -1,21 +1,28 @@
 """Sampled and stratified reverse KL as the fused kernel computes them.
 
-    loss   sum_top sg[e^s (s - t)] s  +  (1/N) sum_draws sg[e^(s - b) (s - t)] s
+    loss   sum_top sg[e^s (D - c)] s  +  (1/N) sum_draws sg[e^(s - b) (D - c_i)] s,    D = s - t
     c_k    what sg[...] holds, with 1/N at the draws
 
-losses.StratifiedReverseKL has the top K as exact columns, and draws from the rest.
-losses.SampledReverseKL has draws only. The corrections that the paper compares with have no kernel.
-They go through gather, plain torch and scatter.
+The baseline c_i is the mean of D over the other draws, and c the mean over all, both from
+BASELINE_DRAWS draws on. losses.StratifiedReverseKL has the top K as exact columns, and draws from
+the rest.
+losses.SampledReverseKL has draws only.
 """
 
 import triton
 import triton.language as tl
 
+BASELINE_DRAWS = tl.constexpr(8)  # fewer draws have no baseline
+
 
 @triton.jit
 def sampled_reverse_kl(s, t, b, k, first_draw, C):
     """(terms of the loss, c = dL/ds) of the candidates in columns k: float32, one each."""
-    exact = tl.exp(s)
-    drawn = tl.exp(s - b) / (C - first_draw)
-    c = tl.where(k < first_draw, exact, drawn) * (s - t)
+    count = C - first_draw
+    d = s - t
+    drawn = tl.exp(s - b) / count
+    if count >= BASELINE_DRAWS:
+        d -= tl.sum(tl.where((k >= first_draw) & (k < C), d, 0.0), 0) / count
+        drawn = tl.exp(s - b) / (count - 1)
+    c = tl.where(k < first_draw, tl.exp(s), drawn) * d
     return c * s, c

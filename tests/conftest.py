@@ -24,7 +24,7 @@ from channel import STOP, write_rollout  # noqa: E402
 from checks import load_model  # noqa: E402
 from config import Config  # noqa: E402
 from generate import Generator  # noqa: E402
-from losses import Greedy, Proposal, make_loss  # noqa: E402
+from losses import CORRECTIONS, Greedy, Proposal, make_loss  # noqa: E402
 from model import head_weight  # noqa: E402
 
 torch.set_num_threads(1)
@@ -118,7 +118,7 @@ LOSS_CONFIGS = [
         Config(loss="sampled_reverse_kl", num_samples=n, signal=signal, correction=correction)
         for n in (1, 4)
         for signal in ("current", "rollout")
-        for correction in ("is", "none", "ppo", "decoupled", "m2po")
+        for correction in CORRECTIONS
     ],
     Config(loss="stratified_reverse_kl", top_k=5, num_samples=3),
 ]

@@ -36,7 +36,7 @@ def problem(config, dtype, positions=N):
 
 def new_loss(config):
     loss = make_loss(config)
-    loss.m2_threshold = 0.02
+    loss.m2_bound = 0.02
     return loss
 
 

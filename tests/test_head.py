@@ -23,7 +23,7 @@ def problem(config, dtype, rows=N, seed=0):
 
 def new_loss(config):
     loss = make_loss(config)
-    loss.m2_threshold = 0.02
+    loss.m2_bound = 0.02
     return loss
 
 

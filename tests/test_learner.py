@@ -11,10 +11,12 @@ from test_teacher import MAX_NEW, full_logp, scored_table
 
 from channel import Channel
 from config import Config
+from experiments import baselines
+from experiments.baselines import Corrected, second_moment_bound
 from kernels.head import candidate_loss
 from learner import Learner
 from log import newest_checkpoint
-from losses import LOSSES, SampledReverseKL, make_loss, second_moment_threshold
+from losses import make_loss
 from model import flatten_parameters, head_weight
 
 ROWS = list(range(8))
@@ -128,22 +130,22 @@ def test_lag_is_measured_per_token(model_dir):
     assert metrics["lag_max"] == 3 and metrics["lag_mean"] == pytest.approx(expected)
 
 
-def test_m2po_has_one_threshold_for_the_whole_update(model_dir, monkeypatch):
-    config = config_for("sampled_reverse_kl", num_samples=3, correction="m2po", max_prompt_tokens=16, max_new_tokens=MAX_NEW)
+def test_m2po_has_one_bound_for_the_whole_update(model_dir, monkeypatch):
+    config = config_for("sampled_reverse_kl", num_samples=3, correction="m2po_areal", max_prompt_tokens=16, max_new_tokens=MAX_NEW)
     table = stale_table(model_dir, config)
     computed, used = [], []
 
-    class Spy(SampledReverseKL):
-        def use_log_ratios(self, log_ratios):
-            super().use_log_ratios(log_ratios)
-            used.clear()  # of the pass that asks for the ratios
-            computed.append(self.m2_threshold)
+    class Spy(Corrected):
+        def use_preview(self, squares):
+            super().use_preview(squares)
+            used.clear()  # of the pass that asks for the squares
+            computed.append(self.m2_bound)
 
         def value(self, *args):
-            used.append(self.m2_threshold)
+            used.append(self.m2_bound)
             return super().value(*args)
 
-    monkeypatch.setitem(LOSSES, "sampled_reverse_kl", Spy)
+    monkeypatch.setattr(baselines, "Corrected", Spy)
     micro_batches = []
     for budget in (8192, 28):
         computed.clear()
@@ -162,7 +164,8 @@ def test_m2po_has_one_threshold_for_the_whole_update(model_dir, monkeypatch):
         count = int(table.length[row] - table.prompt_len[row])
         s = full_logp(model_dir(seed=2), table, row).gather(1, table.candidate_ids[row, :count].long())
         log_ratio.append((s - table.behavior_logp[row, :count]).flatten())
-    assert seen_whole == pytest.approx(seen_pieces, rel=1e-4) == pytest.approx(second_moment_threshold(torch.cat(log_ratio)), rel=1e-3)
+    bound = second_moment_bound(torch.cat(log_ratio).square(), is_capped=False)
+    assert seen_whole == pytest.approx(seen_pieces, rel=1e-4) == pytest.approx(bound, rel=1e-3)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_no_parameter(model_dir):

@@ -1,0 +1,153 @@
+"""What reverse KL is compared with: corrections of stale samples, and other estimators. `train.py` reaches the corrections.
+
+`--signal` and `--correction` of `sampled_reverse_kl` choose a `Corrected` loss. The other classes have no flag: the studies
+name them. All of them are sampled reverse KL in the sense of losses.py, whose letters and tables s, t, b they use.
+
+The corrections, with r = e^(s - b), judge every sample on its own. No gradient passes through the weight w:
+
+    none        1
+    is          r, unbiased with the current signal
+    ppo         r, but 0 where the clipped surrogate is flat: A >= 0 and r > 1.2, or A < 0 and r < 0.8 (arXiv 1707.06347)
+    decoupled   r, but 0 where r > 5. This is AReaL's behaviour weight e^(prox - b) (arXiv 2505.24298). Its proximal policy is
+                the one that the update starts from. An update is one optimiser step here, so prox = s and s / prox is one
+    m2po        r, but 0 where the sample moves away from the sampler (A >= 0 and r > 1, or A < 0 and r < 1) and (s - b)^2 is
+                above a bound, as in the release of M2PO (arXiv 2510.01161, github.com/Infini-AI-Lab/M2PO). The bound is the
+                largest v for which the mean of min((s - b)^2, v) over such samples of the update is within 0.04. Left out:
+                the release never clips ratios within 0.7 to 1.5
+    m2po_areal  r, but 0 where (s - b)^2 is above a bound, as AReaL reads M2PO: the largest squares of all samples are
+                dropped until the mean of the others is within 0.04
+    tis         min(r, 2): truncated importance sampling
+    icepop      r, but 0 outside of 0.2 to 5: a gate on both sides (IcePop)
+"""
+
+from math import inf
+
+import torch
+
+from losses import LOSSES, SampledReverseKL, StratifiedReverseKL
+
+PPO_CLIP = 0.2
+DECOUPLED_CAP = 5.0
+M2_BUDGET = 0.04
+TRUNCATION = 2.0
+GATE = (0.2, 5.0)
+
+
+def moves_away(log_ratio, advantage, clip=0.0):
+    """Where PPO's clipped surrogate is flat: the ratio is beyond 1 + clip or 1 - clip, and the advantage pushes it further."""
+    ratio = log_ratio.exp()
+    return torch.where(advantage >= 0, ratio > 1 + clip, ratio < 1 - clip)
+
+
+def importance_weight(log_ratio, advantage, correction, bound=inf):
+    """The weight w of every sample: s - b and A, [T,N] each -> [T,N]. `bound`: M2PO's, of (s - b)^2."""
+    ratio = log_ratio.exp()
+    if correction == "none":
+        return torch.ones_like(ratio)
+    if correction == "tis":
+        return ratio.clamp(max=TRUNCATION)
+    dropped = {
+        "is": ratio < 0,
+        "ppo": moves_away(log_ratio, advantage, PPO_CLIP),
+        "decoupled": ratio > DECOUPLED_CAP,
+        "m2po": moves_away(log_ratio, advantage) & (log_ratio.square() > bound),
+        "m2po_areal": log_ratio.square() > bound,
+        "icepop": (ratio < GATE[0]) | (ratio > GATE[1]),
+    }
+    return ratio.masked_fill(dropped[correction], 0.0)
+
+
+def second_moment_bound(squares, is_capped, budget=M2_BUDGET):
+    """M2PO's bound on (s - b)^2 from the squares of an update, any shape. inf: all are within it. -1: none is.
+
+    With `is_capped` (the release) it is the largest square v with mean(min(squares, v)) <= budget. Else (AReaL) the mean of
+    the squares up to v must be within it. Both means rise with v, so one sort and one cumulative sum give the answer.
+    """
+    moment = squares.double().flatten().sort().values
+    count = torch.arange(1, len(moment) + 1, device=moment.device)
+    total = moment.cumsum(0)
+    mean = (total + moment * (len(moment) - count)) / len(moment) if is_capped else total / count
+    kept = int((mean <= budget).sum())
+    if kept == len(moment):
+        return inf
+    return float(moment[kept - 1]) if kept else -1.0
+
+
+class Corrected(SampledReverseKL):
+    """-(1/N) sum_i sg[w_i A_i] s_i, without a baseline. `signal` "rollout": A = t - b, what stale reinforcement learning does."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.signal, self.correction = config.signal, config.correction
+        self.needs_preview = config.correction.startswith("m2po")
+        self.m2_bound = inf
+
+    def advantage(self, s, t, b):
+        return (t - (s if self.signal == "current" else b)).detach()
+
+    def preview(self, s, t, b):
+        log_ratio = s - b
+        if self.correction == "m2po":
+            log_ratio = log_ratio[moves_away(log_ratio, self.advantage(s, t, b))]
+        return log_ratio.double().square()
+
+    def use_preview(self, squares):
+        self.m2_bound = second_moment_bound(squares, is_capped=self.correction == "m2po")
+
+    def value(self, s, t, b):
+        advantage = self.advantage(s, t, b)
+        weight = importance_weight((s - b).detach(), advantage, self.correction, self.m2_bound)
+        return -(weight * advantage * s).mean(-1)
+
+
+class PlainSampled(SampledReverseKL):
+    """Sampled reverse KL without a baseline: the surrogate of AsyncOPD."""
+
+    def value(self, s, t, b):
+        return ((s - b).exp().detach() * (s - t).detach() * s).mean(-1)
+
+
+class PlainStratified(StratifiedReverseKL):
+    """Stratified reverse KL without a baseline: the default until November 2026."""
+
+    def value(self, s, t, b):
+        d = (s - t).detach()
+        exact, weight = s[:, self.top].detach().exp(), (s - b)[:, self.tail].detach().exp()
+        return (exact * d[:, self.top] * s[:, self.top]).sum(-1) + (weight * d[:, self.tail] * s[:, self.tail]).mean(-1)
+
+
+class TopKAndEmitted(SampledReverseKL):
+    """The top K exactly, and the emitted token where it is none of them: EMA-PG's top-k KL (arXiv 2602.04417) with weights.
+
+    The emitted token comes from the whole sampler. So the tail's term is 0 for most tokens and large for the others.
+    """
+
+    def __init__(self, config):
+        super(SampledReverseKL, self).__init__(top=config.top_k)
+
+    def value(self, s, t, b):
+        d, weight = (s - t).detach(), (s - b).detach().exp()
+        top, emitted = s.detach()[:, self.top], s.detach()[:, :1]
+        is_outside = (emitted != top).all(-1)  # equal ids have equal log-probabilities
+        sampled = torch.where(is_outside, weight[:, 0] * d[:, 0] * s[:, 0], 0.0)
+        return (top.exp() * d[:, self.top] * s[:, self.top]).sum(-1) + sampled
+
+
+class TopKBaseline(SampledReverseKL):
+    """N draws less the reverse KL of the sampler's top K as a baseline: vOPD (arXiv 2605.07865) with importance weights."""
+
+    def __init__(self, config):
+        super(SampledReverseKL, self).__init__(draws=config.num_samples, top=config.top_k)
+
+    def value(self, s, t, b):
+        d, weight = (s - t).detach(), (s - b).detach().exp()
+        baseline = (s.detach()[:, self.top].exp() * d[:, self.top]).sum(-1, keepdim=True)
+        return (weight * (d - baseline) * s)[:, self.draws].mean(-1)
+
+
+LOSSES |= {
+    "plain_sampled": PlainSampled,
+    "plain_stratified": PlainStratified,
+    "top_k_and_emitted": TopKAndEmitted,
+    "top_k_baseline": TopKBaseline,
+}
