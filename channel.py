@@ -125,11 +125,10 @@ class Channel:
         check_memory(size, config)
         memory = os.memfd_create("rollout_table")
         os.posix_fallocate(memory, 0, size)
-        pipes = [os.pipe() for _ in range(2 + config.teachers)]
-        for read_end, _ in pipes:  # a full table fits, though the kernel fills its pages badly
-            fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, 2**18)
-        fds = (memory, *(read_end for read_end, _ in pipes))
-        paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in fds]
+        pipes = [os.pipe()[0] for _ in range(2 + config.teachers)]
+        for pipe in pipes:  # a full table fits, though the kernel fills its pages badly
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2**18)
+        paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in (memory, *pipes)]
         channel = cls(config, num_parameters, dtype, paths)
         channel.watched = fork_server.torchrun or channel.watched
         return channel

@@ -34,7 +34,10 @@ from losses import make_loss
 from model import compile_layers, head_weight, layers_of, response_hidden, row_batches
 
 # Metrics that are summed over positions, in the order that Learner.backward returns.
-SUMMED = ("loss", "reverse_kl", "drift_kl", "support_mass_student", "support_mass_teacher")
+SUMMED = (
+    *("loss", "reverse_kl", "drift_kl", "drift_k3"),
+    *("support_mass_student", "support_mass_teacher"),
+)
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -152,9 +155,11 @@ class Learner:
         total, s, ids, t, b = self.student(table, rows)
         # Sharding averages over the ranks. One denominator for all asks for a sum.
         (total * (self.world / tokens)).backward()
+        drift = b[:, 0] - s[:, 0]
         summed = (
             self.loss.reverse_kl(s, t, b),
-            b[:, 0] - s[:, 0],  # k1 estimate of KL(sampler || student)
+            drift,  # k1 estimate of KL(sampler || student)
+            (-drift).expm1() + drift,  # k3 estimate: no term is negative
             self.loss.support_probs(ids, s),
             self.loss.support_probs(ids, t),
         )

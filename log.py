@@ -113,6 +113,7 @@ class Log:
         self.started = self.last - before
         self.began = self.last
         self.busy = self.busy_before = channel.busy.clone()
+        self.first, self.warned = None, set()
         self.accuracy = ""  # on a terminal the last one stays
         self.bar = tqdm(
             total=config.steps,
@@ -135,7 +136,22 @@ class Log:
         if torch.cuda.is_available():
             record["learner_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.file.write(json.dumps(record) + "\n")
+        self.warn(record)
         self.show(record)
+
+    def warn(self, record):
+        """Say once what asks for attention; docs/metrics.md says what to do about it."""
+        self.first = self.first or record
+        mass, is_sparse = "support_mass_student", self.config.loss == "sparse_reverse_kl"
+        signs = {
+            "drift_k3 > 0.02 without lag": not record["lag_max"] and record["drift_k3"] > 0.02,
+            "support_mass_student has halved": is_sparse and 2 * record[mass] < self.first[mass],
+            "truncated_fraction is above 0.9": record["truncated_fraction"] > 0.9,
+        }
+        for sign, is_due in signs.items():
+            if is_due and sign not in self.warned:
+                tqdm.write(f"warning: {sign}")
+                self.warned.add(sign)
 
     def close(self):
         self.file.close()

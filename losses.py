@@ -221,12 +221,12 @@ class StratifiedReverseKL(Loss):
     """sum_top sg[e^s (D - c)] s + (1/N) sum_tail sg[w_i (D_i - c_i)] s_i, with D = s - t.
 
     w = e^(s - b). The sampler's top K are summed exactly. The N draws come from the sampler
-    restricted to the rest, and b is the density of that restricted sampler. The gradient is unbiased
-    at any lag, and only the tail is random: the sum-and-sample estimator of Liu et al. 2019 (arXiv
-    1810.04777) with importance weights. The baseline c_i is the mean of D over the other draws, and
-    c over all of them: what is subtracted from every id of the vocabulary adds nothing to the
-    gradient. Both strata have score-function form. The +1 of sparse reverse KL is such a number,
-    so both leave it out.
+    restricted to the rest, and b is the density of that restricted sampler. The gradient is
+    unbiased at any lag, and only the tail is random: the sum-and-sample estimator of Liu et al.
+    2019 (arXiv 1810.04777) with importance weights. The baseline c_i is the mean of D over the
+    other draws, and c over all of them: what is subtracted from every id of the vocabulary adds
+    nothing to the gradient. Both strata have score-function form. The +1 of sparse reverse KL is
+    such a number, so both leave it out.
     """
 
     triton_terms = sampled_reverse_kl
@@ -236,8 +236,9 @@ class StratifiedReverseKL(Loss):
 
     def value(self, s, t, b):
         d = (s - t).detach()
-        alone = less_others(d[:, self.tail])
-        c = (d[:, self.tail] - alone).mean(-1, keepdim=True)
+        drawn = d[:, self.tail]
+        alone = less_others(drawn)
+        c = (drawn - alone).mean(-1, keepdim=True)
         exact = s[:, self.top].detach().exp() * (d[:, self.top] - c)
         sampled = (s - b)[:, self.tail].detach().exp() * alone
         return (exact * s[:, self.top]).sum(-1) + (sampled * s[:, self.tail]).mean(-1)
@@ -245,8 +246,9 @@ class StratifiedReverseKL(Loss):
     @torch.no_grad()
     def reverse_kl(self, s, t, b):
         """sum_top e^s (s - t) + mean_tail w (s - t), [T]."""
-        exact = s.exp() * (s - t)
-        sampled = (s - b).exp() * (s - t)
+        d = s - t
+        exact = s.exp() * d
+        sampled = (s - b).exp() * d
         return exact[:, self.top].sum(-1) + sampled[:, self.tail].mean(-1)
 
 

@@ -387,8 +387,9 @@ def run_on_a_terminal(*flags, width=200):
     return written.decode().replace("\r\n", "\n")
 
 
-def test_on_a_terminal_the_progress_is_one_line_that_is_drawn_again(pair, tmp_path):
-    text = run_on_a_terminal(tmp_path / "run", *pair, "--steps=4", "--eval-every=4")
+def test_on_a_terminal_the_progress_is_one_line_that_is_drawn_again(tmp_path):
+    """With the built-in pair, whose responses end, so that no warning stands between."""
+    text = run_on_a_terminal(tmp_path / "run", "--steps=4", "--eval-every=4", "--max-new-tokens=40")
     lines = text.rstrip("\n").split("\n")
     assert "update " not in "".join(line for line in lines if not line.startswith("done"))
     *_, accuracy, progress, busy, end = lines
@@ -468,3 +469,19 @@ def test_a_run_says_how_busy_its_roles_were_and_what_an_even_split_would_give(tm
     assert log.bottleneck(ranks=2) == busy
     log.config, channel.busy, log.busy_before = replace(config, generators=1), torch.tensor([6.0, 11.0, 3.5]), torch.ones(3)
     assert log.bottleneck(ranks=1) == busy
+
+
+def test_each_warning_is_given_once_and_only_when_it_is_due(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").touch()
+    fine = dict(lag_max=0, drift_k3=0.01, support_mass_student=0.9, truncated_fraction=0.5)
+    bad = dict(lag_max=0, drift_k3=0.03, support_mass_student=0.4, truncated_fraction=0.95)
+    for loss, lag, expected in (("sparse_reverse_kl", 0, 3), ("stratified_reverse_kl", 0, 2), ("sparse_reverse_kl", 2, 2)):
+        said = []
+        monkeypatch.setattr("log.tqdm.write", said.append)
+        log = Log(Config(output_dir=str(tmp_path), loss=loss), SimpleNamespace(busy=torch.zeros(3)))
+        log.warn(fine)
+        assert not said
+        for _ in range(2):
+            log.warn(bad | {"lag_max": lag})
+        assert len(said) == len(set(said)) == expected and all(text.startswith("warning: ") for text in said)
+        log.close()
