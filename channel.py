@@ -33,7 +33,7 @@ from torch import Tensor
 import fork_server
 from checks import check_memory
 from config import Config
-from data import TicketOrder
+from data import prompt_of
 
 STOP, LENGTH = 1, 2  # `finish`: the last token is a stop token / the response was cut
 PAGE = 4096
@@ -51,7 +51,7 @@ class RowQueue:
     """Row numbers in a pipe, for any number of writers and readers.
 
     The kernel makes reads and writes of up to 4,096 bytes atomic. So there is no lock that a killed
-    process could hold for ever, and readers see the rows of one `put` together.
+    process could hold for ever, and readers see up to 1,024 rows of one `put` together.
     """
 
     def __init__(self, path: str):
@@ -142,7 +142,8 @@ class Channel:
 
     def pin(self):
         """Lock the mailbox into memory, so that a GPU copies it at the speed of the bus."""
-        torch.cuda.cudart().cudaHostRegister(self.weights.data_ptr(), self.weights.nbytes, 0)
+        memory = (self.weights.data_ptr(), self.weights.nbytes)
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(*memory, 0))
 
     def publish(self, parts, version: int):
         """Rank 0: write the student's parameters, then raise the version.
@@ -251,7 +252,6 @@ class Tickets:
         `trained_ahead`: tickets that were trained before an earlier one was (arrival order).
         """
         self.config, self.channel, self.prompts = config, channel, prompts
-        self.order = TicketOrder(len(prompts), config.samples_per_prompt, config.seed)
         self.free_rows = list(range(config.table_rows))
         self.scored = {}  # ticket -> row, in order of arrival
         self.trained_ahead = set(trained_ahead)
@@ -270,7 +270,7 @@ class Tickets:
 
     def fill_row(self, ticket):
         row = self.free_rows.pop()
-        ids = self.prompts[self.order(ticket)].ids
+        ids = self.prompts[prompt_of(ticket, len(self.prompts), self.config)].ids
         self.channel.tokens[row, : len(ids)] = torch.tensor(ids, dtype=i32)
         self.channel.prompt_len[row] = len(ids)
         self.channel.ticket[row] = ticket

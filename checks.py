@@ -191,7 +191,7 @@ def check_forward(model, path, attention):
     hidden = last_hidden(model, ids)[0]
     logits = model(input_ids=ids, use_cache=False).logits[0]
     require(
-        agree(logits, head_logits(hidden, head_weight(model))),
+        agree(logits, head_logits(hidden, head_weight(model).to(hidden))),
         f"{path}: its logits are not hidden @ W^T (a bias, scale or soft-cap follows the head): "
         "such a model is not supported",
     )
@@ -216,8 +216,8 @@ def last_through_slots(model, ids):
 
 def agree(a, b):
     tolerance = 0.05 if a.dtype == torch.bfloat16 else 1e-3
-    largest = float(a.abs().max())
-    return torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * largest)
+    a, b = a.float(), b.to(a.device, torch.float32)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
 
 
 # ---- prompt files -----------------------------------------------------------------------------

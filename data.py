@@ -51,9 +51,10 @@ def load_prompts(config: Config, tokenizer):
         train, held_out = task.load(config, tokenizer)
     if config.eval_prompts:
         held_out = read_jsonl(config.eval_prompts, tokenizer, *limits)
-        all_answered = all(prompt.answer is not None for prompt in held_out)
-        needs = f"{config.eval_prompts}: every evaluation prompt needs an `answer`"
-        checks.require(all_answered, needs)
+        checks.require(
+            all(prompt.answer is not None for prompt in held_out),
+            f"{config.eval_prompts}: every evaluation prompt needs an `answer`",
+        )
     seen = {prompt.text for prompt in held_out}
     train = [prompt for prompt in train if prompt.text not in seen]
     checks.require(train, f"{config.prompts}: all are evaluation prompts, none is left to train on")
@@ -69,17 +70,10 @@ def hold_out(config, prompts):
     return [answered[texts[i]] for i in order[:count]]
 
 
-@dataclass
-class TicketOrder:
-    """Ticket n's prompt. `samples_per_prompt` tickets share one; every epoch has its own order."""
-
-    num_prompts: int
-    samples_per_prompt: int
-    seed: int
-
-    def __call__(self, ticket: int):
-        epoch, index = divmod(ticket // self.samples_per_prompt, self.num_prompts)
-        return int(permutation(self.num_prompts, self.seed * 1_000_003 + epoch)[index])
+def prompt_of(ticket: int, num_prompts: int, config: Config):
+    """Index of a ticket's prompt. `samples_per_prompt` tickets share it; epochs differ in order."""
+    epoch, index = divmod(ticket // config.samples_per_prompt, num_prompts)
+    return int(permutation(num_prompts, config.seed * 1_000_003 + epoch)[index])
 
 
 @lru_cache(maxsize=1)

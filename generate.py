@@ -94,9 +94,10 @@ class Generator:
             self.index[slot] = 0
         waiting = [slot for slot in range(first, len(self.active)) if self.prefill_len(slot)]
         waiting.sort(key=self.prefill_len)
-        count = self.config.micro_batch_tokens // self.config.max_prompt_tokens
-        for start in range(0, len(waiting), count):
-            self.prefill(waiting[start : start + count])
+        while waiting:  # longest first, as many as fit the token budget at that width
+            count = max(1, self.config.micro_batch_tokens // self.prefill_len(waiting[-1]))
+            self.prefill(waiting[-count:])
+            del waiting[-count:]
 
     def prefill_len(self, slot):
         return len(self.active[slot].prompt_ids) - 1

@@ -82,8 +82,10 @@ def broadcast(value=None):
         except RuntimeError as error:
             if dist.get_rank() == 0:
                 raise
-            reason = str(error).splitlines()[0]
-            sys.exit(f"train.py: rank {dist.get_rank()} leaves, rank 0 does not answer: {reason}")
+            sys.exit(
+                f"train.py: rank {dist.get_rank()} leaves, rank 0 does not answer: "
+                f"{str(error).splitlines()[0]}"
+            )
     return box[0]
 
 

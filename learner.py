@@ -35,8 +35,12 @@ from model import compile_layers, head_weight, layers_of, response_hidden, row_b
 
 # Metrics that are summed over positions, in the order that Learner.backward returns.
 SUMMED = (
-    *("loss", "reverse_kl", "drift_kl", "drift_k3"),
-    *("support_mass_student", "support_mass_teacher"),
+    "loss",
+    "reverse_kl",
+    "drift_kl",
+    "drift_k3",
+    "support_mass_student",
+    "support_mass_teacher",
 )
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -102,10 +106,9 @@ class Learner:
         self.model.requires_grad_(True)
         self.student = Student(self.model, self.config, self.vocab, self.dtype)
         self.loss = self.student.loss
+        compile_layers(self.model, self.config.compile)  # before `checkpoint`, which hides them
         for layer in layers_of(self.model) if self.recompute else ():
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if self.config.compile:
-            compile_layers(self.model)
         if self.world > 1:
             shard(self.student, self.world)
         self.parameters = list(self.model.parameters())
@@ -133,8 +136,7 @@ class Learner:
         if self.world > 1:
             dist.all_reduce(sums)
         metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
-        metrics |= self.step()
-        metrics |= self.describe(table, rows)
+        metrics |= self.step() | self.describe(table, rows)
         self.version += 1
         return metrics
 
@@ -167,7 +169,7 @@ class Learner:
 
     @torch.no_grad()
     def preview(self, table, batches):
-        """loss.preview of the whole update, over all ranks: one more forward pass."""
+        """loss.preview of the whole update, over all ranks: one more pass, its gradient unused."""
         parts = [torch.zeros(0)]
         for rows in batches:
             _, s, _, t, b = self.student(table, rows)
@@ -180,8 +182,7 @@ class Learner:
         lr = self.config.lr * min(1.0, warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        norm = float(whole(norm))
+        norm = float(whole(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         if not norm < float("inf"):
             raise FloatingPointError(
                 f"update {self.version + 1}: gradient norm is {norm}: "

@@ -19,9 +19,8 @@ from config import Config
 
 
 def newest_checkpoint(output: Path):
-    complete = (path.parent for path in output.glob("step_*/training_state.pt"))
-    numbered = (path for path in complete if path.name.removeprefix("step_").isdigit())
-    return max(numbered, key=step_of, default=None)
+    found = [path.parent for path in output.glob("step_*/training_state.pt")]
+    return max((path for path in found if path.name[5:].isdigit()), key=step_of, default=None)
 
 
 def step_of(checkpoint):
@@ -171,12 +170,11 @@ class Log:
         shares = self.shares(self.busy_before, self.last - self.began)
         text = ", ".join(f"{role} {share:.0%}" for role, share in zip(ROLES, shares))
         counts = (self.config.generators, self.config.teachers, ranks)
-        if self.config.max_staleness and sum(counts) > 3:  # else there is nothing to split
-            work = [share * count for share, count in zip(shares, counts)]
+        work = [share * count for share, count in zip(shares, counts)]
+        if self.config.max_staleness and sum(counts) > 3 and max(shares) > 0.5:  # worth a word
             scale = sum(counts) / sum(work)
             even = ", ".join(f"{role} {scale * part:.1f}" for role, part in zip(ROLES, work))
-            gain = scale * max(shares)
-            text += f"; an even split, up to {gain:.1f} times as fast: {even}"
+            text += f"; an even split, up to {scale * max(shares):.1f} times as fast: {even}"
         return f"busy: {text}"
 
     def cache_metrics(self):

@@ -65,7 +65,8 @@ def find(weights, target):
     """
     ends = weights.cumsum(-1, dtype=torch.float64)
     inside = target.clamp(min=0.0).minimum(ends[..., -1:] * (1 - 1e-15))
-    return torch.searchsorted(ends, inside, right=True)
+    # NaN is beyond all ends.
+    return torch.searchsorted(ends, inside, right=True).clamp_(max=ends.shape[-1] - 1)
 
 
 class Proposal:

@@ -28,7 +28,7 @@ def model_size(path):
 
 
 def estimate(config, world, recompute, size):
-    """Bytes of a learner rank, of a generator and of the teacher. `size`: of a value, bytes."""
+    """Bytes a GPU of a learner rank, a generator and a teacher. `size`: of a value, bytes."""
     count, layers, width, saved, keys = model_size(config.student_path)
     teacher_count, _, _, teacher_saved, _ = model_size(config.teacher_path)
     vocab = shared_vocabulary(config)
@@ -40,7 +40,9 @@ def estimate(config, world, recompute, size):
     learner = max(learner + 6 * vocab * width + logits, 4 * count)  # every rank loads it whole
     slots = min(config.slots, config.table_rows)
     cache = slots * (2 * size * layers * keys * config.max_sequence + 12 * vocab)
-    teacher = size * (teacher_count + teacher_saved * config.micro_batch_tokens)
+    teacher = size * (
+        teacher_count / config.teacher_gpus + teacher_saved * config.micro_batch_tokens
+    )
     return learner, size * count + cache, teacher + 2 * logits
 
 
@@ -57,7 +59,7 @@ def plan_memory(config: Config, world: int, devices):
     for recompute in (False, True) if choice == "auto" else (choice == "on",):
         learner, generator, teacher = estimate(config, world, recompute, size)
         sizes = [learner] * world + [generator] * config.generators
-        sizes += [teacher / config.teacher_gpus] * config.teachers  # on the first GPU of each
+        sizes += [teacher] * config.teachers  # on the first GPU of each
         text = (
             f"estimated memory, GiB: learner {learner / 2**30:.1f}, "
             f"generator {generator / 2**30:.1f}, teacher {teacher / 2**30:.1f}"

@@ -169,8 +169,7 @@ def run(config: Config, channel: Channel, device: torch.device, index: int, next
     """
     dtype = compute_dtype(config, device)
     model = load_model(config.teacher_path, dtype, device, gpus=config.teacher_gpus)
-    if config.compile:
-        compile_layers(model)
+    compile_layers(model, config.compile)
     teacher = Teacher(model, config, shared_vocabulary(config))
     timeline = Timeline(config, channel, config.generators + index, f"teacher {index}")
     next_turn = next_ticket // config.teachers

@@ -48,15 +48,19 @@ class Run:
             )
         for note in notes:
             print(f"note: {note}")
-        print(f"first prompt: {self.prompts[0].text!r}")
-        print(f"{len(self.prompts)} prompts to train on, {len(self.held_out)} to evaluate on")
+        print(
+            f"first prompt: {self.prompts[0].text!r}\n"
+            f"{len(self.prompts)} prompts to train on, {len(self.held_out)} to evaluate on"
+        )
 
     def start(self, learner: Learner, channel: Channel, devices, pids, trained_ahead):
         """Set up the output directory and start the roles. `devices`, `pids`: see Roles."""
         config = self.config
         self.learner, self.channel = learner, channel
-        head = "Triton kernels" if learner.device.type == "cuda" else "plain torch"
-        print(f"{channel.weights.shape[1]:,} parameters; {config.loss}, head in {head}")
+        print(
+            f"{channel.weights.shape[1]:,} parameters; {config.loss}, "
+            f"head in {'Triton' if learner.device.type == 'cuda' else 'plain torch'}"
+        )
         print(f"learners, generators, teachers on {', '.join(map(str, devices))}", flush=True)
         start_output(config, self.checkpoint)
         self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
@@ -172,9 +176,9 @@ class Run:
     def save(self):
         if self.saved_version < self.learner.version:
             broadcast("save")  # instead of rows
+            ahead = sorted(self.tickets.trained_ahead)
             with self.timeline.span("save"):
-                trained_ahead = sorted(self.tickets.trained_ahead)
-                self.learner.save(self.config.output, self.tokenizer, trained_ahead)
+                self.learner.save(self.config.output, self.tokenizer, ahead)
             self.saved_version = self.learner.version
 
 
@@ -194,8 +198,7 @@ def run_rank(config: Config, rank: int, world: int):
     if rank > 0:
         follow(learner, broadcast())
         return
-    num_parameters = sum(p.numel() for p in learner.parameters)
-    channel = broadcast(Channel.create(config, num_parameters, dtype))
+    channel = broadcast(Channel.create(config, sum(p.numel() for p in learner.parameters), dtype))
     if device.type == "cuda":
         channel.pin()
     if memory:

@@ -104,6 +104,8 @@ def smaller(metric: str, a: str, b: str, lags=(8, 32), times: float = 1.0) -> li
 
 SAMPLED = ("current signal + IS, N=16", "current signal + IS, N=32", "current signal + IS, N=64")
 STRATIFIED, SPARSE = ("stratified 12+4", "stratified 28+4", "stratified 60+4"), ("sparse K=16", "sparse K=32", "sparse K=64")
+LAGS = (0, 2, 8, 32)
+NEAR = {"metric": "reverse_kl", "margin": 1 / 1.05, "ratio": True}
 PIPELINES = [*((loss, "batch") for loss in frontier.LOSSES), ("stratified 28+4", "arrival")]
 CLAIMS = [
     # the paper's
@@ -153,6 +155,21 @@ CLAIMS = [
     Claim("The rollout's signal survives lag where the noise is small: with the ratio and 256 draws lag costs at most 5 points",
           with_and_without_lag("rollout signal + IS, N=256", starts=("weak",))),
     Claim("... while with 16 draws it costs more than 5", with_and_without_lag("rollout signal + IS, N=16", starts=("weak",), worse=True)),
+    Claim("How M2PO is read decides: bounding only samples that move away from the sampler (its release) is more than 5 points better than dropping the "
+          "largest squares of all (AReaL)", at_lags("M2PO", "M2PO (AReaL)", (2, 8, 32), margin=0.05)),
+    Claim("Truncating or gating the recomputed signal's ratio (TIS, IcePop) does not improve over the bare ratio: it is at most 5 points better",
+          [c for method in ("TIS", "IcePop") for c in at_lags("current signal + IS", f"current signal + {method}", (2, 8, 32), margin=-0.05)]),
+    Claim("Of 32 candidates, 16 may be drawn: 16+16 ends with at most a tenth more reverse KL than 28+4",
+          at_lags("stratified 16+16", "stratified 28+4", LAGS, metric="reverse_kl", margin=1 / 1.1, ratio=True)),
+    Claim("The leave-one-out baseline does no harm: reverse KL is at most a twentieth higher with it",
+          [c for size in ("16+16", "8+8") for c in at_lags(f"stratified {size}", f"stratified {size}, no baseline", LAGS, **NEAR)]
+          + at_lags("sampled N=32", "current signal + IS, N=32", LAGS, **NEAR)),
+    Claim("... and where candidates are few it helps: 8+8 ends with the smaller reverse KL",
+          at_lags("stratified 8+8", "stratified 8+8, no baseline", LAGS, metric="reverse_kl", margin=1.0, ratio=True)),
+    Claim("Draws from the rest beat the emitted token: 28+4 ends with the smaller reverse KL than the top 31 and the emitted token (EMA-PG)",
+          at_lags("stratified 28+4", "top 31 + emitted (EMA-PG)", LAGS, metric="reverse_kl", margin=1.0, ratio=True)),
+    Claim("... and exact terms beat a baseline from the same top 28: 28+4 ends with the smaller reverse KL than 4 draws with it (vOPD)",
+          at_lags("stratified 28+4", "4 draws, top-28 baseline (vOPD)", LAGS, metric="reverse_kl", margin=1.0, ratio=True)),
 ]
 
 

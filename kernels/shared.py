@@ -141,12 +141,9 @@ def fused_loss(terms, logits, ids, t, b, dtype, first, first_draw):
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     grad = logits.view(dtype)[:, :V]
     on_every_row = loss_kernel[(len(logits),)]
-    on_every_row(
-        *(logits, grad, ids, t, b, loss, student_logp, c),
-        *(V, C, grad.stride(0), first, first_draw),
-        terms,
-        **launch_shape(V, C),
-    )
+    outputs = (loss, student_logp, c)
+    sizes = (V, C, grad.stride(0), first, first_draw)
+    on_every_row(logits, grad, ids, t, b, *outputs, *sizes, terms, **launch_shape(V, C))
     return loss, student_logp, grad
 
 

@@ -207,7 +207,8 @@ def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_p
 
 def test_the_pinned_memory_is_the_whole_mailbox(monkeypatch):
     calls = []
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *args: calls.append(args)))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *args: calls.append(args) or "code"))
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: calls.append(code))
     channel = make()
     channel.pin()
-    assert calls == [(channel.weights.data_ptr(), channel.weights.nbytes, 0)] and calls[0][0] % 4096 == 0
+    assert calls == [(channel.weights.data_ptr(), channel.weights.nbytes, 0), "code"] and calls[0][0] % 4096 == 0

@@ -13,7 +13,7 @@ import yaml
 from assets.task import ADDENDS, build_tokenizer, running_sums
 from checks import check_models, check_output, load_tokenizer
 from config import Config, InputError, parse
-from data import TicketOrder, is_correct, load_prompts, read_jsonl
+from data import is_correct, load_prompts, prompt_of, read_jsonl
 from log import newest_checkpoint, start_output
 from losses import LOSSES, StratifiedReverseKL
 from model import shared_vocabulary, stop_ids
@@ -44,6 +44,7 @@ def refused(*argv):
         (["--order", "random"], "Invalid value for '--order': 'random' is not one of 'batch', 'arrival'."),
         (["--loss", "forward_kl", "--correction", "ppo"], "--signal and --correction belong to sampled_reverse_kl"),
         (["--batch-size", "9000"], "18000 rollouts in flight, the limit is 16384: lower --batch-size"),
+        (["--teachers", "3"], "--batch-size is 64, --teachers is 3: each teacher must get equally many"),
         (["--max-new-tokens", "9000"], "--micro-batch-tokens is 8192, one sequence may have 9064: raise it"),
         (["--config", "/nowhere.yaml"], "No such file"),
     ],
@@ -214,13 +215,15 @@ def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
 
 
 def test_each_epoch_visits_every_prompt_samples_per_prompt_times_in_its_own_order():
-    order = TicketOrder(10, 3, seed=1)
+    def order(ticket, seed=1):
+        return prompt_of(ticket, 10, Config(samples_per_prompt=3, seed=seed))
+
     epochs = [[order(n) for n in range(epoch * 30, epoch * 30 + 30)] for epoch in range(2)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(list(range(10)) * 3)
         assert all(len(set(epoch[i : i + 3])) == 1 for i in range(0, 30, 3))
-    assert epochs[0] != epochs[1] and [TicketOrder(10, 3, seed=1)(n) for n in range(30)] == epochs[0]
-    assert [TicketOrder(10, 3, seed=2)(n) for n in range(30)] != epochs[0]
+    assert epochs[0] != epochs[1] and [order(n) for n in range(30)] == epochs[0]
+    assert [order(n, seed=2) for n in range(30)] != epochs[0]
 
 
 @pytest.mark.parametrize(

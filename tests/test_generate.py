@@ -16,7 +16,7 @@ from config import Config, InputError
 from data import Prompt
 from experiments.sample import main
 from generate import Sampler
-from losses import LOSSES, draw, make_loss
+from losses import LOSSES, draw, find, make_loss
 from model import flatten_parameters
 
 
@@ -187,6 +187,22 @@ def test_drawing_inverts_the_cumulative_sum_and_never_gives_an_impossible_id(voc
     assert (probs.gather(1, ids) > 0).all()
     expected = torch.searchsorted(ends, uniforms[:, :500] * ends[:, -1:], right=True)
     assert torch.equal(ids[:, :500], expected)
+
+
+def test_no_entry_of_width_0_is_found_whatever_rounding_does_to_the_target():
+    weights = torch.tensor([[0.0, 0.0, 1.0, 0.0, 2.0, 0.0]])
+    target = torch.tensor([[-1e-17, 0.0, 1.0, 3.0, 3.0 + 1e-15]], dtype=torch.float64)
+    assert find(weights, target).tolist() == [[2, 2, 4, 4, 4]]
+    assert 0 <= int(find(torch.full((1, 4), float("nan")), target).max()) < 4  # the learner says what is wrong
+
+
+def test_blocks_are_summed_in_float64():
+    """A tail below float32's resolution of the sum is drawn as often as it should be."""
+    probs = torch.full((1, 4 * 128), 1e-9)
+    probs[0, 0] = 1.0
+    beyond = 1.0 + 1e-9 * 400.5  # falls into id 401
+    total = float(probs.double().sum())
+    assert draw(probs, torch.tensor([[beyond / total]], dtype=torch.float64)).item() in (400, 401)
 
 
 @pytest.mark.parametrize("loss, passes", [("stratified_reverse_kl", 11), ("sampled_reverse_kl", 5)])

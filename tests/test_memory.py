@@ -103,13 +103,15 @@ def test_checkpointing_is_switched_on_when_memory_asks_and_what_cannot_fit_is_re
     assert plan_memory(forced, 1, [torch.device("cpu")]) == (True, "")
 
 
-def test_a_teacher_on_several_gpus_needs_its_share_of_each(model_dir, gpus):
-    config = Config(student=model_dir(), teacher=model_dir(), dtype="bfloat16", teacher_gpus=2, teachers=2)
+def test_a_teacher_on_several_gpus_holds_its_share_of_the_parameters_on_each(model_dir, gpus, monkeypatch):
+    one, two = (estimate(Config(student=model_dir(), teacher=model_dir(), teacher_gpus=n), 1, False, 2)[2] for n in (1, 2))
+    assert one - two == pytest.approx(2 * model_size(model_dir())[0] / 2)  # its activations are as large on every GPU
+    monkeypatch.setattr("memory.estimate", lambda *args: (GIB, 2 * GIB, 3 * GIB))
     gpus(1 << 40)
     devices = [torch.device("cuda", i) for i in (0, 1, 2, 4)]  # teachers on 2 and 3, and on 4 and 5
-    _, text = plan_memory(config, 1, devices)
-    share = estimate(config, 1, False, 2)[2] / 2 / GIB
-    assert f"; cuda:2: {share:.1f} of " in text and f"; cuda:4: {share:.1f} of " in text
+    _, text = plan_memory(Config(dtype="bfloat16", teacher_gpus=2, teachers=2), 1, devices)
+    for device, needed in ((0, 1), (1, 2), (2, 3), (4, 3)):
+        assert f"; cuda:{device}: {needed}.0 of " in text
 
 
 def test_a_teacher_gets_the_gpus_behind_its_own_and_none_of_its_neighbours(monkeypatch):
@@ -135,6 +137,25 @@ def test_a_teacher_on_several_gpus_is_placed_by_the_library_on_them_alone(model_
     model = checks.load_model(model_dir(), torch.float32, torch.device("cuda", 5), gpus=3)
     assert asked == {"device_map": "auto", "max_memory": {5: 900, 6: 900, 7: 900}}
     assert model.device.type == "cpu" and not model.training  # where the library put it, it stays
+
+
+def test_the_head_of_a_model_on_several_gpus_is_checked_where_its_hidden_states_are(model_dir, monkeypatch):
+    """The library moves logits back to the first GPU, hidden states stay on the last. `meta` stands for another device."""
+    model = load(model_dir())
+    moved, original = [], checks.head_weight
+
+    class Elsewhere:
+        def __init__(self, weight):
+            self.weight = weight
+
+        def to(self, hidden):
+            moved.append(hidden.device)
+            return self.weight
+
+    monkeypatch.setattr(checks, "head_weight", lambda model: Elsewhere(original(model)))
+    checks.check_forward(model, "path", None)
+    assert moved == [torch.device("cpu")]
+    assert checks.agree(torch.ones(3), torch.ones(3, dtype=torch.bfloat16)) and not checks.agree(torch.ones(3), torch.zeros(3))
 
 
 def test_recomputing_layers_changes_no_update(model_dir):

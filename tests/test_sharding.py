@@ -139,24 +139,30 @@ def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(world, 
         assert_same_metrics(metrics, third)
 
 
-def compiled_rank(rank, world, out, path, fields):
+def compiled_rank(rank, world, out, path, fields, recompute):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/compiled", rank=rank, world_size=world, timeout=timedelta(minutes=5))
+    dist.init_process_group("gloo", init_method=f"file://{out}/compiled{recompute}", rank=rank, world_size=world, timeout=timedelta(minutes=5))
     config = replace(CASES[-1][1], compile=True)
-    learner = new_learner(path, config, rank=rank, world=world, recompute=True)
-    torch.save(train(learner, SimpleNamespace(**fields)), out / f"compiled_{rank}")
+    learner = new_learner(path, config, rank=rank, world=world, recompute=recompute)
+    found = train(learner, SimpleNamespace(**fields))
+    torch.save((found, torch._dynamo.utils.counters["stats"]["unique_graphs"]), out / f"compiled_{recompute}_{rank}")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_compiled_layers_change_no_update_alone_or_sharded_and_recomputed(of_one, places, model_dir):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_change_no_update_alone_or_sharded(recompute, of_one, places, model_dir):
+    """And every rank has compiled something."""
     table, _, expected = of_one[-1]
     path = model_dir("qwen3", seed=2)
-    found = [train(new_learner(path, replace(CASES[-1][1], compile=True)), table)]
-    mp.start_processes(compiled_rank, (2, places, path, vars(table)), nprocs=2, start_method="forkserver")
-    found += [torch.load(places / f"compiled_{rank}") for rank in range(2)]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # something was compiled
-    for updates in found:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    alone = train(new_learner(path, replace(CASES[-1][1], compile=True), recompute=recompute), table)
+    found = [(alone, torch._dynamo.utils.counters["stats"]["unique_graphs"])]
+    mp.start_processes(compiled_rank, (2, places, path, vars(table), recompute), nprocs=2, start_method="forkserver")
+    found += [torch.load(places / f"compiled_{recompute}_{rank}") for rank in range(2)]
+    for updates, graphs in found:
+        assert graphs > 0
         for (metrics, gradient), (metrics_of_one, gradient_of_one) in zip(updates, expected, strict=True):
             assert_same_metrics(metrics, metrics_of_one)
             torch.testing.assert_close(gradient, gradient_of_one, rtol=1e-3, atol=1e-5 * float(gradient_of_one.abs().max()))

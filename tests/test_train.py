@@ -157,8 +157,11 @@ def test_two_teachers_score_like_one(sync_run, pair, tmp_path):
     for ours, one in zip(metrics(tmp_path / "run"), metrics(sync_run[0]), strict=True):
         for name in ("loss", "reverse_kl", "grad_norm", "teacher_cache_hit_rate"):
             assert ours[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-    names = {e["args"]["name"] for e in json.loads((tmp_path / "run" / "trace.json").read_text()) if e["ph"] == "M"}
-    assert names == {"generator 0", "teacher 0", "teacher 1", "learner"}
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())
+    names = {e["args"]["name"]: e["tid"] for e in events if e["ph"] == "M"}
+    assert names == {"generator 0": 0, "teacher 0": 1, "teacher 1": 2, "learner": 3}
+    for name, span in (("teacher 0", "score"), ("teacher 1", "score"), ("learner", "update")):
+        assert any(e["name"] == span and e["tid"] == names[name] for e in events if e["ph"] == "X")
 
 
 def test_batch_order_never_exceeds_max_staleness_also_when_refreshed_at_batch_boundaries(pair, tmp_path):
@@ -485,3 +488,17 @@ def test_each_warning_is_given_once_and_only_when_it_is_due(tmp_path, monkeypatc
             log.warn(bad | {"lag_max": lag})
         assert len(said) == len(set(said)) == expected and all(text.startswith("warning: ") for text in said)
         log.close()
+
+
+def test_the_caches_of_all_teachers_are_one_number():
+    log = SimpleNamespace(channel=SimpleNamespace(cache_stats=torch.tensor([[1, 3, 100, 5], [2, 2, 50, 0]])))
+    expected = {"teacher_cache_hit_rate": 3 / 8, "teacher_cache_bytes": 150, "teacher_cache_evictions": 5}
+    assert Log.cache_metrics(log) == expected
+
+
+def test_a_roles_process_does_not_use_cudnns_attention():
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    code = "import torch, launch; from config import Config; launch.set_up_process(Config(), torch.device('cpu'), 1)"
+    code += "; print(torch.backends.cuda.cudnn_sdp_enabled())"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
