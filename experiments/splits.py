@@ -33,20 +33,24 @@ LAYER, SAMPLING = 30e-6, 1e-3
 LINK, PUBLISH = 2e11, 5e9
 PROMPT = 512
 VOCAB = 151_936
-SHAPES = {  # hidden, layers, MLP, query heads, key-value heads, tied: the models' own config.json
-    "0.6B": (1024, 28, 3072, 16, 8, True),
-    "1.7B": (2048, 28, 6144, 16, 8, True),
-    "8B": (4096, 36, 12288, 32, 8, False),
-    "32B": (5120, 64, 25600, 64, 8, False),
+SHAPES = {  # hidden, layers, MLP, query heads, key-value heads, size of a head, tied: the models' own config.json
+    "0.5B": (896, 24, 4864, 14, 2, 64, True),  # Qwen2.5; the others are Qwen3
+    "1.5B": (1536, 28, 8960, 12, 2, 128, True),  # Qwen2.5
+    "0.6B": (1024, 28, 3072, 16, 8, 128, True),
+    "1.7B": (2048, 28, 6144, 16, 8, 128, True),
+    "4B": (2560, 36, 9728, 32, 8, 128, True),
+    "8B": (4096, 36, 12288, 32, 8, 128, False),
+    "32B": (5120, 64, 25600, 64, 8, 128, False),
 }
+PAIRS = [f"{student},{teacher},{lengths}" for student, teacher in (("0.6B", "8B"), ("1.7B", "8B"), ("8B", "32B")) for lengths in ("1024,2048", "8192,16384")]
 
 
 def write_config(directory, name):
-    hidden, layers, mlp, heads, groups, tied = SHAPES[name]
+    hidden, layers, mlp, heads, groups, head, tied = SHAPES[name]
     path = Path(directory) / name
     Qwen3Config(
         vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=mlp, num_attention_heads=heads,
-        num_key_value_heads=groups, head_dim=128, tie_word_embeddings=tied, max_position_embeddings=40_960,
+        num_key_value_heads=groups, head_dim=head, tie_word_embeddings=tied, max_position_embeddings=40_960,
     ).save_pretrained(path)  # fmt: skip
     return str(path)
 
@@ -89,13 +93,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--pairs", nargs="+", default=PAIRS, metavar="PAIR", help="student,teacher,mean,longest response: 0.6B,8B,1024,2048")
     args = parser.parse_args()
     print("| student, teacher | response tokens: mean, longest | learner ranks, generators, teachers | `--slots`, `--micro-batch-tokens` "
           "| GiB: learner, generator, teacher | seconds an update: learner, generators, teachers |")  # fmt: skip
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as directory:
         paths = {name: write_config(directory, name) for name in SHAPES}
-        for (student, teacher), (mean, longest) in product((("0.6B", "8B"), ("1.7B", "8B"), ("8B", "32B")), ((1024, 2048), (8192, 16_384))):
+        for student, teacher, *lengths in (pair.split(",") for pair in args.pairs):
+            mean, longest = map(int, lengths)
             config = Config(
                 student=paths[student], teacher=paths[teacher], max_prompt_tokens=PROMPT, max_new_tokens=longest,
                 batch_size=args.batch_size, micro_batch_tokens=PROMPT + longest,
