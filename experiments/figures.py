@@ -29,6 +29,7 @@ STYLE = {
     "rollout signal + PPO clip": ("#D16BB0", "D"),
     "decoupled": ("#3A2F8F", "X"),
     "M2PO": ("#00807A", "*"),
+    "M2PO (AReaL)": ("#7DB8B3", "*"),
     # the current signal: orange without the ratio, blue with it, darker with more draws
     "current signal": ("#D98300", "^"),
     "current signal, N=16": ("#D49500", "<"),
@@ -39,6 +40,7 @@ STYLE = {
     "sparse K=32": ("#7A1F8C", "*"),
     "stratified 12+4": ("#2BA87F", "D"),
     "stratified 28+4": ("#00593F", "P"),
+    "stratified 16+16": ("#A6B727", "P"),
     "stratified 28+4, arrival order": ("#68AB2D", "P"),
 }
 ONE_SAMPLE = (
@@ -49,6 +51,7 @@ ONE_SAMPLE = (
     "rollout signal + PPO clip",
     "decoupled",
     "M2PO",
+    "M2PO (AReaL)",
 )
 CANDIDATES = (
     "forward KL 16",
@@ -60,6 +63,7 @@ CANDIDATES = (
     "sparse K=32",
     "stratified 12+4",
     "stratified 28+4",
+    "stratified 16+16",
 )
 ESTIMATORS = (
     "rollout signal",

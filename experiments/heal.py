@@ -126,7 +126,7 @@ def main():
     parser.add_argument("--batch-size", type=at_least(1), default=16, help="rollouts per update")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--out", type=Path, default=RUNS / "heal", help="directory for everything")
-    parser.add_argument("--flags", default="", help="further flags of train.py")
+    parser.add_argument("--flags", default="", help="further flags of train.py: --flags=\"--save-every=20 --seed=1\"")
     args = parser.parse_args()
     out = args.out
     if not (out / "prompts.jsonl").exists():
