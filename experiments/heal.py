@@ -138,7 +138,7 @@ def main():
         sys.executable, str(ROOT / "train.py"), f"--student={out}/student", f"--teacher={out}/teacher", f"--prompts={out}/prompts.jsonl",
         f"--output-dir={out}/run", f"--steps={args.steps}", f"--batch-size={args.batch_size}", f"--slots={args.batch_size}", f"--lr={args.lr}",
         "--max-prompt-tokens=64", f"--max-new-tokens={NEW_TOKENS}", "--micro-batch-tokens=1024", "--head-chunk=256", "--eval-every=0",
-        "--top-k=16", "--num-samples=16", "--teacher-cache-mb=0", "--save-every=0", *args.flags.split(),
+        "--top-k=16", "--num-samples=16", "--teacher-cache-mb=0", "--save-every=20", *args.flags.split(),
     ]  # fmt: skip
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True)
