@@ -26,7 +26,7 @@ ABOUT = """Asynchronous on-policy distillation.
 
 torchrun starts the learner ranks: torchrun --standalone --nproc-per-node=N -- train.py [OPTIONS]
 
-At the end a run says which role was busiest, and how to split its processes better.
+At the end a run says how busy its roles were, and on GPUs how to split them better.
 """
 
 
@@ -55,7 +55,7 @@ class Config:
     max_new_tokens: int = option(40, "longest response, tokens, stop token included")
     loss: str = option("stratified_reverse_kl", f"one of {', '.join(LOSSES)}")
     top_k: int = option(28, "top ids a position; sampled_reverse_kl has none")
-    num_samples: int = option(4, "draws a position; sampled_reverse_kl wants 16 or more")
+    num_samples: int = option(4, "draws a position, from 8 on with a baseline")
     signal: str = option("current", "sampled_reverse_kl: source of the advantage", SIGNALS)
     correction: str = option("is", "sampled_reverse_kl: weight of stale samples", CORRECTIONS)
     temperature: float = option(1.0, "softmax temperature of sampling and loss", TEMPERATURE)
@@ -77,7 +77,7 @@ class Config:
     head_chunk: int = option(1024, "positions whose logits exist at once")
     seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
     generators: int = option(1, "generation processes")
-    teachers: int = option(1, "teacher processes")
+    teachers: int = option(1, "teacher processes; --batch-size is a multiple")
     teacher_gpus: int = option(1, "GPUs that each teacher is spread over")
     slots: int = option(64, "sequences that a generator decodes at once")
     teacher_cache_mb: int = option(64, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
@@ -99,12 +99,12 @@ class Config:
         if self.loss != "sampled_reverse_kl" and not is_default:
             raise InputError(
                 "--signal and --correction belong to sampled_reverse_kl; "
-                f"--loss is {self.loss}: leave them out"
+                f"--loss is {self.loss}: leave them out, or change --loss"
             )
         if self.batch_size % self.teachers:
             raise InputError(
                 f"--batch-size is {self.batch_size}, --teachers is {self.teachers}: "
-                "each teacher must get equally many rollouts of a batch"
+                "take a multiple of --teachers, so that all score equally many"
             )
         if self.table_rows > MAX_ROWS:
             raise InputError(

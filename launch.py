@@ -38,8 +38,8 @@ def role_devices(config, world):
     needed = first + config.teachers * config.teacher_gpus
     if config.teacher_gpus > 1 and needed > gpus:
         raise InputError(
-            f"--teacher-gpus is {config.teacher_gpus}: all roles need {needed} GPUs, there are "
-            f"{gpus}: lower it, --teachers, --generators or --nproc-per-node"
+            f"--teacher-gpus is {config.teacher_gpus}: then no GPU is shared and the roles need "
+            f"{needed}, there are {gpus}: lower it, --teachers, --generators or --nproc-per-node"
         )
     places = [*range(first), *range(first, needed, config.teacher_gpus)]
     return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in places]
@@ -155,7 +155,10 @@ class Roles:
         """Raise RoleDied if a learner rank is gone, or goes within `timeout` seconds."""
         gone = select.select(self.ranks, [], [], timeout)[0]
         if gone:
-            raise RoleDied(f"learner rank {self.ranks[gone[0]]} died: torchrun says how")
+            raise RoleDied(
+                f"learner rank {self.ranks[gone[0]]} died: torchrun says how. --resume continues "
+                "from the newest step_N; published_N has the last weights, for --student"
+            )
 
     def stop(self):
         """Ask every role to leave its loop, then insist."""

@@ -171,10 +171,10 @@ class Log:
         text = ", ".join(f"{role} {share:.0%}" for role, share in zip(ROLES, shares))
         counts = (self.config.generators, self.config.teachers, ranks)
         work = [share * count for share, count in zip(shares, counts)]
-        if self.config.max_staleness and sum(counts) > 3 and max(shares) > 0.5:  # worth a word
+        if self.config.max_staleness and torch.cuda.is_available() and max(shares) > 0.5:
             scale = sum(counts) / sum(work)
-            even = ", ".join(f"{role} {scale * part:.1f}" for role, part in zip(ROLES, work))
-            text += f"; an even split, up to {scale * max(shares):.1f} times as fast: {even}"
+            even = ", ".join(f"{scale * part:.1f} {role}s" for role, part in zip(ROLES, work))
+            text += f"; {even} would be equally busy, up to {scale * max(shares):.1f} times as fast"
         return f"busy: {text}"
 
     def cache_metrics(self):

@@ -16,7 +16,7 @@ normalised over the whole vocabulary, at the temperature of the sampler:
 A loss returns one value per position [T]. The learner divides their sum by the response tokens of
 the whole update. Nothing is clamped. No padding enters, because positions come from lengths.
 
-The reverse-KL losses that draw candidates have the form -sg[w A] s, where sg stops the gradient.
+The reverse-KL losses that draw candidates have the form sg[w D] s, where sg stops the gradient.
 Its gradient is right and its value means nothing, so every run reports `reverse_kl` beside the
 loss.
 
@@ -199,13 +199,13 @@ def less_others(x):
 
 
 class SampledReverseKL(Loss):
-    """(1/N) sum_i sg[w_i (D_i - c_i)] s_i over N draws from the sampler: score-function reverse KL.
+    """(1/N) sum_i sg[w_i (D_i - m_i)] s_i over N draws from the sampler: score-function reverse KL.
 
-    w = e^(s - b) and D = s - t, recomputed with the current student (AsyncOPD). The baseline c_i is
+    w = e^(s - b) and D = s - t, recomputed with the current student (AsyncOPD). The baseline m_i is
     the mean of D over the other draws, 0 for a few draws (`less_others`). It takes away noise that
-    all draws have in common. There is no weight in it, which one large ratio could spoil. The mean
-    over the draws is the exact gradient of the reverse KL at any lag. Other signals and corrections
-    are in experiments/baselines.py.
+    all draws have in common. The baseline itself is not weighted: one large ratio would spoil it.
+    The expectation over the draws is the exact gradient of the reverse KL at any lag. Other signals
+    and corrections are in experiments/baselines.py.
     """
 
     triton_terms = sampled_reverse_kl
@@ -219,15 +219,15 @@ class SampledReverseKL(Loss):
 
 
 class StratifiedReverseKL(Loss):
-    """sum_top sg[e^s (D - c)] s + (1/N) sum_tail sg[w_i (D_i - c_i)] s_i, with D = s - t.
+    """sum_top sg[e^s (D - m)] s + (1/N) sum_tail sg[w_i (D_i - m_i)] s_i, with D = s - t.
 
     w = e^(s - b). The sampler's top K are summed exactly. The N draws come from the sampler
     restricted to the rest, and b is the density of that restricted sampler. The gradient is
     unbiased at any lag, and only the tail is random: the sum-and-sample estimator of Liu et al.
-    2019 (arXiv 1810.04777) with importance weights. The baseline c_i is the mean of D over the
-    other draws, and c over all of them: what is subtracted from every id of the vocabulary adds
-    nothing to the gradient. Both strata have score-function form. The +1 of sparse reverse KL is
-    such a number, so both leave it out.
+    2019 (arXiv 1810.04777) with importance weights. The baseline m_i is the mean of D over the
+    other draws, and m over all of them, both 0 for a few draws. A number that is subtracted from
+    the D of every id adds nothing to the gradient. The +1 in the derivative of e^s (s - t) is such
+    a number, so both strata leave it out (score-function form).
     """
 
     triton_terms = sampled_reverse_kl
@@ -239,8 +239,8 @@ class StratifiedReverseKL(Loss):
         d = (s - t).detach()
         drawn = d[:, self.tail]
         alone = less_others(drawn)
-        c = (drawn - alone).mean(-1, keepdim=True)
-        exact = s[:, self.top].detach().exp() * (d[:, self.top] - c)
+        m = (drawn - alone).mean(-1, keepdim=True)
+        exact = s[:, self.top].detach().exp() * (d[:, self.top] - m)
         sampled = (s - b)[:, self.tail].detach().exp() * alone
         return (exact * s[:, self.top]).sum(-1) + (sampled * s[:, self.tail]).mean(-1)
 
@@ -262,9 +262,11 @@ LOSSES = {
 
 
 def make_loss(config):
-    """The loss that `config` names. What the paper compares with is in experiments/baselines.py."""
+    """The loss that `config` names. Other signals and corrections: experiments/baselines.py."""
     if (config.signal, config.correction) != ("current", "is"):
-        from experiments.baselines import Corrected
-
-        return Corrected(config)
+        return baselines.Corrected(config)
     return LOSSES[config.loss](config)
+
+
+# What the losses are compared with. It names its own losses in LOSSES, so it comes last.
+from experiments import baselines  # noqa: E402

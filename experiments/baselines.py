@@ -1,7 +1,7 @@
-"""What reverse KL is compared with: corrections of stale samples, and other estimators. `train.py` reaches the corrections.
+"""What the losses are compared with: corrections of stale samples, and other estimators of reverse KL.
 
-`--signal` and `--correction` of `sampled_reverse_kl` choose a `Corrected` loss. The other classes have no flag: the studies
-name them. All of them are sampled reverse KL in the sense of losses.py, whose letters and tables s, t, b they use.
+`--signal` and `--correction` of `sampled_reverse_kl` choose a `Corrected` loss, which has no baseline. The other classes have names
+for `--loss` at the end of the file. Letters and tables s, t, b: losses.py. A is the advantage, t - s or t - b.
 
 The corrections, with r = e^(s - b), judge every sample on its own. No gradient passes through the weight w:
 
@@ -9,22 +9,22 @@ The corrections, with r = e^(s - b), judge every sample on its own. No gradient 
     is          r, unbiased with the current signal
     ppo         r, but 0 where the clipped surrogate is flat: A >= 0 and r > 1.2, or A < 0 and r < 0.8 (arXiv 1707.06347)
     decoupled   r, but 0 where r > 5. This is AReaL's behaviour weight e^(prox - b) (arXiv 2505.24298). Its proximal policy is
-                the one that the update starts from. An update is one optimiser step here, so prox = s and s / prox is one
-    m2po        r, but 0 where the sample moves away from the sampler (A >= 0 and r > 1, or A < 0 and r < 1) and (s - b)^2 is
-                above a bound, as in the release of M2PO (arXiv 2510.01161, github.com/Infini-AI-Lab/M2PO). The bound is the
-                largest v for which the mean of min((s - b)^2, v) over such samples of the update is within 0.04. Left out:
-                the release never clips ratios within 0.7 to 1.5
+                the one that the update starts from. An update is one optimiser step here, so prox = s and e^(s - prox) is one
+    m2po        as in the release of M2PO (arXiv 2510.01161, github.com/Infini-AI-Lab/M2PO): r, but 0 where the update pushes a
+                sample further from the sampler (A >= 0 and r > 1, or A < 0 and r < 1) and its (s - b)^2 is above a bound. If
+                all such squares were cut at the bound, their mean over the update would be within 0.04. The release also
+                keeps every ratio within 0.7 to 1.5; we do not
     m2po_areal  r, but 0 where (s - b)^2 is above a bound, as AReaL reads M2PO: the largest squares of all samples are
                 dropped until the mean of the others is within 0.04
-    tis         min(r, 2): truncated importance sampling
-    icepop      r, but 0 outside of 0.2 to 5: a gate on both sides (IcePop)
+    tis         min(r, 2): truncated importance sampling, as verl and others offer it
+    icepop      r, but 0 outside of 0.2 to 5: a gate on both sides (IcePop; prime-rl uses these limits)
 """
 
 from math import inf
 
 import torch
 
-from losses import LOSSES, SampledReverseKL, StratifiedReverseKL
+from losses import LOSSES, Loss, SampledReverseKL, StratifiedReverseKL
 
 PPO_CLIP = 0.2
 DECOUPLED_CAP = 5.0
@@ -34,7 +34,7 @@ GATE = (0.2, 5.0)
 
 
 def moves_away(log_ratio, advantage, clip=0.0):
-    """Where PPO's clipped surrogate is flat: the ratio is beyond 1 + clip or 1 - clip, and the advantage pushes it further."""
+    """Where PPO's clipped surrogate is flat: the ratio is beyond 1 + clip or 1 - clip, and the advantage pushes it on."""
     ratio = log_ratio.exp()
     return torch.where(advantage >= 0, ratio > 1 + clip, ratio < 1 - clip)
 
@@ -116,14 +116,14 @@ class PlainStratified(StratifiedReverseKL):
         return (exact * d[:, self.top] * s[:, self.top]).sum(-1) + (weight * d[:, self.tail] * s[:, self.tail]).mean(-1)
 
 
-class TopKAndEmitted(SampledReverseKL):
+class TopKAndEmitted(Loss):
     """The top K exactly, and the emitted token where it is none of them: EMA-PG's top-k KL (arXiv 2602.04417) with weights.
 
     The emitted token comes from the whole sampler. So the tail's term is 0 for most tokens and large for the others.
     """
 
     def __init__(self, config):
-        super(SampledReverseKL, self).__init__(top=config.top_k)
+        Loss.__init__(self, top=config.top_k)
 
     def value(self, s, t, b):
         d, weight = (s - t).detach(), (s - b).detach().exp()
@@ -133,11 +133,11 @@ class TopKAndEmitted(SampledReverseKL):
         return (top.exp() * d[:, self.top] * s[:, self.top]).sum(-1) + sampled
 
 
-class TopKBaseline(SampledReverseKL):
+class TopKBaseline(Loss):
     """N draws less the reverse KL of the sampler's top K as a baseline: vOPD (arXiv 2605.07865) with importance weights."""
 
     def __init__(self, config):
-        super(SampledReverseKL, self).__init__(draws=config.num_samples, top=config.top_k)
+        Loss.__init__(self, draws=config.num_samples, top=config.top_k)
 
     def value(self, s, t, b):
         d, weight = (s - t).detach(), (s - b).detach().exp()

@@ -20,7 +20,7 @@ from experiments import study
 RESULTS = study.RESULTS / "frontier.csv"
 LOSSES = {
     "stratified 28+4": ["--loss=stratified_reverse_kl", "--top-k=28", "--num-samples=4"],
-    "current signal + IS, N=32": ["--loss=sampled_reverse_kl", "--num-samples=32"],
+    "current signal + IS, N=32": ["--loss=plain_sampled", "--num-samples=32"],
     "forward KL 32": ["--loss=forward_kl", "--top-k=32"],
 }
 STALENESS = (0, 1, 2, 4, 8)

@@ -27,7 +27,6 @@ from channel import Rollout
 from checks import load_model, load_tokenizer
 from config import Config
 from data import read_jsonl
-from experiments import baselines  # noqa: F401  it names its losses
 from experiments.heal import CPU, NEW_TOKENS
 from experiments.study import RESULTS, RUNS, at_least
 from generate import Generator

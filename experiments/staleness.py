@@ -20,7 +20,7 @@ from assets.task import running_sums
 from checks import load_tokenizer
 from config import Config
 from data import Prompt
-from experiments import baselines, study  # noqa: F401  baselines names its losses in LOSSES of losses.py
+from experiments import study
 from experiments.lagged import Lagged
 
 VOCAB = 173

@@ -1,11 +1,11 @@
 """Sampled and stratified reverse KL as the fused kernel computes them.
 
-    loss   sum_top sg[e^s (D - c)] s  +  (1/N) sum_draws sg[e^(s - b) (D - c_i)] s,    D = s - t
+    loss   sum_top sg[e^s (D - m)] s  +  (1/N) sum_draws sg[e^(s - b) (D - m_i)] s,    D = s - t
     c_k    what sg[...] holds, with 1/N at the draws
 
-The baseline c_i is the mean of D over the other draws, and c the mean over all, both from
-BASELINE_DRAWS draws on. losses.StratifiedReverseKL has the top K as exact columns, and draws from
-the rest.
+The baseline m_i is the mean of D over the other draws, and m the mean over all. With fewer than
+BASELINE_DRAWS draws they are 0. losses.StratifiedReverseKL has the top K as exact columns, and
+draws from the rest.
 losses.SampledReverseKL has draws only.
 """
 

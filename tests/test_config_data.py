@@ -44,7 +44,7 @@ def refused(*argv):
         (["--order", "random"], "Invalid value for '--order': 'random' is not one of 'batch', 'arrival'."),
         (["--loss", "forward_kl", "--correction", "ppo"], "--signal and --correction belong to sampled_reverse_kl"),
         (["--batch-size", "9000"], "18000 rollouts in flight, the limit is 16384: lower --batch-size"),
-        (["--teachers", "3"], "--batch-size is 64, --teachers is 3: each teacher must get equally many"),
+        (["--teachers", "3"], "--batch-size is 64, --teachers is 3: take a multiple of --teachers"),
         (["--max-new-tokens", "9000"], "--micro-batch-tokens is 8192, one sequence may have 9064: raise it"),
         (["--config", "/nowhere.yaml"], "No such file"),
     ],

@@ -120,7 +120,7 @@ def test_a_teacher_gets_the_gpus_behind_its_own_and_none_of_its_neighbours(monke
     assert names == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:6"]
     names = [str(device) for device in role_devices(Config(generators=8, teachers=2, batch_size=4), 1)]
     assert names == [f"cuda:{i % 8}" for i in range(11)]  # they share
-    with pytest.raises(InputError, match="--teacher-gpus is 3: all roles need 10 GPUs, there are 8: lower it, --teachers"):
+    with pytest.raises(InputError, match="--teacher-gpus is 3: then no GPU is shared and the roles need 10, there are 8: lower it, --teachers"):
         role_devices(Config(generators=3, teachers=2, teacher_gpus=3, batch_size=4), 1)
 
 
