@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from config import parse
@@ -23,6 +24,7 @@ def test_every_recipe_is_a_command_line_that_the_settings_accept(monkeypatch):
         assert config.num_candidates == 33 and config.batch_size == 256
 
 
+@pytest.mark.slow
 def test_the_table_of_the_recipes_is_what_the_estimator_prints():
     (pairs,) = re.findall(r"experiments\.splits --pairs ([^`]*)`", TEXT)
     run = subprocess.run([sys.executable, "-m", "experiments.splits", "--pairs", *pairs.split()], cwd=ROOT, capture_output=True, text=True, check=True)
