@@ -1,6 +1,6 @@
 """The KV cache of the decode slots, and the attention function that owns it.
 
-Letters of shapes: channel.py. In addition, X is the number of positions attended to.
+Letters of shapes: serial.py. In addition, X is the number of positions attended to.
 
 In every layer transformers calls `slot_attention` (AttentionInterface), with the `slot_step` that
 the generator gave to the model's forward. A step knows what to write and what may be seen.

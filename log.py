@@ -112,7 +112,8 @@ class Log:
         self.started = self.last - before
         self.began = self.last
         self.busy = self.busy_before = channel.busy.clone()
-        self.first, self.warned = None, set()
+        self.first = None
+        self.warned = set()
         self.accuracy = ""  # on a terminal the last one stays
         self.bar = tqdm(
             total=config.steps,

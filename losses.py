@@ -190,7 +190,7 @@ def less_others(x):
     """Draws [T,N], each less the mean of the others: the leave-one-out baseline.
 
     Fewer than BASELINE_DRAWS stay as they are: the mean of a few would add more noise than it
-    takes away (docs/staleness.md).
+    takes away (docs/decisions.md).
     """
     count = x.shape[-1]
     if count < BASELINE_DRAWS.value:

@@ -78,7 +78,8 @@ class Corrected(SampledReverseKL):
 
     def __init__(self, config):
         super().__init__(config)
-        self.signal, self.correction = config.signal, config.correction
+        self.signal = config.signal
+        self.correction = config.correction
         self.needs_preview = config.correction.startswith("m2po")
         self.m2_bound = inf
 
@@ -112,7 +113,8 @@ class PlainStratified(StratifiedReverseKL):
 
     def value(self, s, t, b):
         d = (s - t).detach()
-        exact, weight = s[:, self.top].detach().exp(), (s - b)[:, self.tail].detach().exp()
+        exact = s[:, self.top].detach().exp()
+        weight = (s - b)[:, self.tail].detach().exp()
         return (exact * d[:, self.top] * s[:, self.top]).sum(-1) + (weight * d[:, self.tail] * s[:, self.tail]).mean(-1)
 
 
@@ -126,8 +128,10 @@ class TopKAndEmitted(Loss):
         Loss.__init__(self, top=config.top_k)
 
     def value(self, s, t, b):
-        d, weight = (s - t).detach(), (s - b).detach().exp()
-        top, emitted = s.detach()[:, self.top], s.detach()[:, :1]
+        d = (s - t).detach()
+        weight = (s - b).detach().exp()
+        top = s.detach()[:, self.top]
+        emitted = s.detach()[:, :1]
         is_outside = (emitted != top).all(-1)  # equal ids have equal log-probabilities
         sampled = torch.where(is_outside, weight[:, 0] * d[:, 0] * s[:, 0], 0.0)
         return (top.exp() * d[:, self.top] * s[:, self.top]).sum(-1) + sampled
@@ -140,7 +144,8 @@ class TopKBaseline(Loss):
         Loss.__init__(self, draws=config.num_samples, top=config.top_k)
 
     def value(self, s, t, b):
-        d, weight = (s - t).detach(), (s - b).detach().exp()
+        d = (s - t).detach()
+        weight = (s - b).detach().exp()
         baseline = (s.detach()[:, self.top].exp() * d[:, self.top]).sum(-1, keepdim=True)
         return (weight * (d - baseline) * s)[:, self.draws].mean(-1)
 

@@ -5,8 +5,7 @@
 
 The baseline m_i is the mean of D over the other draws, and m the mean over all. With fewer than
 BASELINE_DRAWS draws they are 0. losses.StratifiedReverseKL has the top K as exact columns, and
-draws from the rest.
-losses.SampledReverseKL has draws only.
+draws from the rest. losses.SampledReverseKL has draws only.
 """
 
 import triton
