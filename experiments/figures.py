@@ -16,7 +16,6 @@ from pathlib import Path
 from experiments.run_figure import Span, draw_run, draw_timeline, keep_window, label_ends, plt
 
 RESULTS = Path(__file__).parent / "results"
-SEEDS = 5  # the marker of a point of fewer is hollow
 STYLE = {
     # nothing is drawn: black and grey
     "forward KL 16": ("#000000", "o"),
@@ -42,6 +41,9 @@ STYLE = {
     "stratified 28+4": ("#00593F", "P"),
     "stratified 16+16": ("#A6B727", "P"),
     "stratified 28+4, arrival order": ("#68AB2D", "P"),
+    # on the real model (real_curves.py)
+    "32 draws": ("#0B2A66", "s"),
+    "32 draws, rollout signal, no ratio": ("#A50F15", "v"),
 }
 ONE_SAMPLE = (
     "rollout signal",
@@ -92,8 +94,11 @@ Cells = dict[tuple, dict[int, float]]  # cell of a study -> seed -> value
 # ---- lines ------------------------------------------------------------------------------------
 
 
-def spread(axis, groups: dict[int, list[float]], name: str, shift: float):
-    """A line through the means of groups {x: [a value per seed]}, with bars to the extremes."""
+def spread(axis, groups: dict[int, list[float]], name: str, shift: float, seeds: int):
+    """A line through the means of groups {x: [a value per seed]}, with bars to the extremes.
+
+    The marker of a group of fewer than `seeds` is hollow.
+    """
     colour, marker = STYLE[name]
     look = {"color": colour, "marker": marker, "clip_on": False}
     places = [x + shift for x in groups]
@@ -103,7 +108,7 @@ def spread(axis, groups: dict[int, list[float]], name: str, shift: float):
     axis.errorbar(places, means, (below, above), fmt="none", ecolor=colour, elinewidth=1, capsize=2)
     line = "--" if "arrival" in name else "-"
     axis.plot(places, means, line, linewidth=1.3, markersize=5, label=name, **look)
-    hollow = [i for i, group in enumerate(groups.values()) if len(group) < SEEDS]
+    hollow = [i for i, group in enumerate(groups.values()) if len(group) < seeds]
     for i in hollow:
         axis.plot(places[i], means[i], markersize=6, markerfacecolor="white", zorder=3, **look)
 
@@ -114,10 +119,11 @@ def over(axis, values: Cells, cells: dict[str, list[tuple]], ticks: list):
     A cell that the study does not have is left out. Lines stand side by side.
     """
     axis.set(xticks=range(len(ticks)), xticklabels=ticks)
+    seeds = max(map(len, values.values()))
     for i, (name, places) in enumerate(cells.items()):
         groups = {x: list(values[cell].values()) for x, cell in enumerate(places) if cell in values}
         if groups:
-            spread(axis, groups, name, shift=0.03 * (i - len(cells) / 2))
+            spread(axis, groups, name, 0.03 * (i - len(cells) / 2), seeds)
 
 
 # ---- figures ----------------------------------------------------------------------------------
@@ -181,6 +187,21 @@ def draw_frontier(tables: dict[str, Cells], out: Path):
     figure.savefig(out)
 
 
+def draw_real_curves(values: Cells, out: Path):
+    """Held-out reverse KL of a real model against updates, a panel for every lag."""
+    lags = sorted({cell[1] for cell in values})
+    updates = sorted({cell[2] for cell in values})
+    figure, axes = plt.subplots(1, len(lags), figsize=(10, 4), sharey=True)
+    figure.subplots_adjust(wspace=0.75)
+    for axis, lag in zip(axes, lags):
+        names = dict.fromkeys(cell[0] for cell in values if cell[1] == lag)
+        over(axis, values, {name: [(name, lag, u) for u in updates] for name in names}, updates)
+        axis.set(title=f"lag {lag}", xlabel="updates", yscale="log")
+        label_ends(axis)
+    axes[0].set(ylabel="reverse KL, nats a token")
+    figure.savefig(out)
+
+
 def draw_timelines(path: Path, out: Path):
     """Draw a panel for every run of the CSV."""
     runs = {}
@@ -201,7 +222,8 @@ def draw_timelines(path: Path, out: Path):
 
 
 def draw_study(results: Path):
-    from experiments import estimators, frontier, staleness  # import torch, which a run's does not
+    # These import torch, which the picture of a run does without.
+    from experiments import estimators, frontier, real_curves, staleness
     from experiments.claims import cells
 
     lines = staleness.read(results / "staleness.csv")
@@ -217,6 +239,9 @@ def draw_study(results: Path):
     lines = frontier.read(results / "frontier.csv")
     tables = {key: cells("frontier", lines, key) for key in FRONTIER}
     draw_frontier(tables, results / "frontier.png")
+    lines = real_curves.read(results / "real_curves.csv")
+    values = cells("real_curves", lines, "reverse_kl")
+    draw_real_curves(values, results / "real_curves.png")
     draw_timelines(results / "timelines.csv", results / "timelines.png")
 
 

@@ -95,20 +95,30 @@ def prepare(out: Path):
     (out / "prompts.jsonl").write_text("".join(lines[24:]))
 
 
+def respond(student: Path, prompts) -> list[Rollout]:
+    """One sampled response of a model to each prompt."""
+    model = load_model(str(student), torch.float32, CPU, attention="kv_slots")
+    stops = stop_ids(str(student), load_tokenizer("--student", str(student)))
+    config = Config(max_prompt_tokens=64, max_new_tokens=NEW_TOKENS)
+    generator = Generator(model, Proposal(), config, stops, len(head_weight(model)), slots=12)
+    return generator.generate([Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)])
+
+
+def response_logits(model, rollout: Rollout) -> torch.Tensor:
+    """At every position of the response: [T,V]."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    span = predicting_positions(len(rollout.prompt_ids), ids.shape[1])
+    return head_logits(last_hidden(model, ids)[0, span], head_weight(model))
+
+
+@torch.no_grad()
 def reverse_kl_of_prompts(student: Path, teacher: Path, prompts, show: int = 2):
     """[(tokens, mean exact KL(student || teacher), nats a token)] of one sampled response to each prompt; prints the first."""
     tokenizer = load_tokenizer("--student", str(student))
-    config = Config(max_prompt_tokens=64, max_new_tokens=NEW_TOKENS)
-    model = load_model(str(student), torch.float32, CPU, attention="kv_slots")
-    generator = Generator(model, Proposal(), config, stop_ids(str(student), tokenizer), len(head_weight(model)), slots=12)
-    rollouts = generator.generate([Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)])
     models = [load_model(str(path), torch.float32, CPU) for path in (student, teacher)]
     found = []
-    for number, (prompt, rollout) in enumerate(zip(prompts, rollouts)):
-        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        span = predicting_positions(len(rollout.prompt_ids), ids.shape[1])
-        with torch.no_grad():
-            s, t = (head_logits(last_hidden(model, ids)[0, span], head_weight(model)).log_softmax(-1) for model in models)
+    for number, rollout in enumerate(respond(student, prompts)):
+        s, t = (response_logits(model, rollout).log_softmax(-1) for model in models)
         found.append((len(s), float((s.exp() * (s - t)).sum(-1).mean())))
         if number < show:
             print(f"  {questions()[number]!r}: {tokenizer.decode(rollout.response_ids, skip_special_tokens=True)!r}")

@@ -1,38 +1,47 @@
-"""Estimators of reverse KL on a real model: bias and variance of the gradient with respect to the logits.
+"""Estimators of reverse KL on a real model: bias and variance of the gradient, and the mass that the top ids hold.
 
-    python -m experiments.heal && python -m experiments.real_model
+    python -m experiments.real_model
 
-It takes the healed student of experiments/heal.py as the current weights, and as sampler the student of `lag` updates ago, from the
-checkpoints of that run. The sampler writes one response to each held-out prompt. At every position the exact gradient is known
-(V = 49,152). Each estimator draws its candidates `--draws` times there, through the project's own `propose` and `value`.
+The task is that of experiments/heal.py: SmolLM2 without six of its layers learns from the whole model. After 40 updates of
+synchronous training the student of `lag` updates ago is the sampler; at lag 40 that is the damaged model. It writes one response
+to each held-out prompt. There the exact gradient is known, and each estimator draws candidates through the project's own
+`propose` and `value`. The gradient is looked at in three spaces:
 
-    bias      |mean over the draws - exact|^2     for the sparse loss, which draws nothing; 0 by theory for the others
-    variance  |one gradient - exact|^2, mean over the draws, less the bias
+    logits      [V] at a position
+    hidden      [D], the last hidden state at a position
+    parameters  all of them, summed over a response: J^T g, carried through the model and folded by random signs (`Pullback`)
 
-Both are sums over positions, divided by the sum of |exact|^2. In a batch of M positions the variance counts 1/M, the bias in full. The
-standard error is over prompts (jackknife). Under lag single weights may be so large that they decide the sum: then read the median over
-prompts. The first table says how much of the sampler's mass its top K hold.
+For each space and estimator, in units of the exact gradient's square:
+
+    bias      of sparse top-K, which draws nothing: of the sum over all responses in `parameters`, position by position elsewhere
+    variance  over the candidates: mean |one gradient - exact|^2, summed over positions (or over responses)
+
+The line "prompts and prefixes" is what responses scatter around their mean, per token: the noise that no estimator removes.
+Standard errors are over prompts (jackknife). Under lag single weights may be so large that they decide the sum: then read the
+median over prompts.
 """
 
 import argparse
 import csv
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from channel import Rollout
 from checks import load_model, load_tokenizer
 from config import Config
 from data import read_jsonl
-from experiments.heal import CPU, NEW_TOKENS
+from experiments import heal
+from experiments.heal import CPU, NEW_TOKENS, respond, response_logits
+from experiments.lagged import Lagged
 from experiments.study import RESULTS, RUNS, at_least
-from generate import Generator
-from kernels.head import gather, head_logits
-from losses import Proposal, make_loss
-from model import head_weight, last_hidden, predicting_positions, stop_ids
+from kernels.head import gather
+from losses import Loss, make_loss
+from model import head_weight
 
 ESTIMATORS = {
     "32 draws, no baseline": {"loss": "plain_sampled", "num_samples": 32},
@@ -45,100 +54,188 @@ ESTIMATORS = {
     "top 31 + emitted (EMA-PG)": {"loss": "top_k_and_emitted", "top_k": 31},
     "sparse K=32": {"loss": "sparse_reverse_kl", "top_k": 32},
 }
-COLUMNS = ("lag", "drift_kl", "estimator", "bias", "bias_error", "variance", "variance_error", "variance_median")
+PREFIXES = "prompts and prefixes"
+COLUMNS = ("lag", "drift_kl", "space", "estimator", "bias", "bias_error", "variance", "variance_error", "variance_median")
 MASSES = (1, 4, 16, 28, 32, 64)
+UPDATES, LAGS = 40, (0, 1, 8, 40)
+FOLDED = 65536  # numbers that a gradient of all parameters is folded into
+
+
+def snapshots(models: Path) -> dict[int, Path]:
+    """The student of each of LAGS updates before the last, by lag; trained once, 7 minutes."""
+    directories = {lag: models / "snapshots" / f"step_{UPDATES - lag}" for lag in LAGS}
+    if not all((path / "config.json").exists() for path in directories.values()):
+        student, teacher = str(models / "student"), str(models / "teacher")
+        config = Config(student=student, teacher=teacher, batch_size=16, slots=16, lr=2e-4, max_prompt_tokens=64, max_new_tokens=NEW_TOKENS,
+                        micro_batch_tokens=1024, head_chunk=256)  # fmt: skip
+        prompts = read_jsonl(str(models / "prompts.jsonl"), load_tokenizer("--student", student), 64)
+        lagged = Lagged(config, 0, prompts, [])
+        for step in range(UPDATES + 1):
+            if UPDATES - step in LAGS:
+                lagged.save(directories[UPDATES - step])
+            if step < UPDATES:
+                print(f"update {step + 1} of {UPDATES}: reverse KL {lagged.update()['reverse_kl']:.3f}", flush=True)
+    return directories
 
 
 @dataclass
-class Positions:
-    """Of one prompt: logits of the current student, and what student, teacher and sampler say of every id, [P,V] each."""
+class Response:
+    """One response, and what current student, teacher and sampler say of every id at its positions, [T,V] each."""
 
-    z: torch.Tensor
-    s: torch.Tensor
-    t: torch.Tensor
-    b: torch.Tensor
+    rollout: Rollout
+    z: Tensor  # logits of the current student
+    s: Tensor
+    t: Tensor
+    b: Tensor
+
+    def exact(self) -> Tensor:
+        """dKL(student || teacher)/dz."""
+        p, d = self.s.exp(), self.s - self.t
+        return p * (d - (p * d).sum(-1, keepdim=True))
 
 
 @torch.no_grad()
-def positions(sampler_dir: Path, student, teacher, prompts) -> list[Positions]:
-    tokenizer = load_tokenizer("--student", str(sampler_dir))
-    sampler = load_model(str(sampler_dir), torch.float32, CPU, attention="kv_slots")
-    config = Config(max_prompt_tokens=64, max_new_tokens=NEW_TOKENS)
-    generator = Generator(sampler, Proposal(), config, stop_ids(str(sampler_dir), tokenizer), len(head_weight(sampler)), slots=12)
-    rollouts = generator.generate([Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)])
-    behavior, found = load_model(str(sampler_dir), torch.float32, CPU), []
-    for rollout in rollouts:
-        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        span = predicting_positions(len(rollout.prompt_ids), ids.shape[1])
-        z, *others = (head_logits(last_hidden(model, ids)[0, span], head_weight(model)) for model in (student, teacher, behavior))
-        found.append(Positions(z, z.log_softmax(-1), *(x.log_softmax(-1) for x in others)))
+def responses(sampler_dir: Path, student, teacher, prompts) -> list[Response]:
+    sampler, found = load_model(str(sampler_dir), torch.float32, CPU), []
+    for rollout in respond(sampler_dir, prompts):
+        z, t, b = (response_logits(model, rollout) for model in (student, teacher, sampler))
+        found.append(Response(rollout, z, *(x.log_softmax(-1) for x in (z, t, b))))
     return found
 
 
-def logit_gradient(loss, p: Positions, uniforms):
-    """The gradient of one draw of the candidates: [P,V]."""
-    ids, behavior = loss.propose(p.b.clone(), uniforms)
-    s, _ = gather(p.z, ids)
+def logit_gradient(loss: Loss, r: Response, generator: torch.Generator) -> Tensor:
+    """The gradient of one draw of the candidates: [T,V]."""
+    uniforms = torch.rand(len(r.s), loss.num_uniforms, dtype=torch.float64, generator=generator)
+    ids, behavior = loss.propose(r.b.clone(), uniforms)
+    s, _ = gather(r.z, ids)
     s.requires_grad_()
-    (c,) = torch.autograd.grad(loss.value(s, p.t.gather(1, ids), behavior).sum(), s)
-    return (-c.sum(-1, keepdim=True) * p.s.exp()).scatter_add_(1, ids, c)
+    (c,) = torch.autograd.grad(loss.value(s, r.t.gather(1, ids), behavior).sum(), s)
+    return (-c.sum(-1, keepdim=True) * r.s.exp()).scatter_add_(1, ids, c)
 
 
-def squares(config, p: Positions, draws: int, generator) -> tuple[float, float, float]:
-    """(bias, variance, |exact|^2), each summed over the positions of one prompt."""
-    loss, d = make_loss(config), p.s - p.t
-    exact = p.s.exp() * (d - (p.s.exp() * d).sum(-1, keepdim=True))
-    total = float(exact.square().sum())
-    shape = (len(p.s), loss.num_uniforms)
-    if config.loss == "sparse_reverse_kl":
-        return float((logit_gradient(loss, p, torch.rand(shape, dtype=torch.float64)) - exact).square().sum()), 0.0, total
-    errors = (logit_gradient(loss, p, torch.rand(shape, dtype=torch.float64, generator=generator)) - exact for _ in range(draws))
-    return 0.0, sum(float(error.square().sum()) for error in errors) / draws, total
+class Pullback:
+    """J^T g of logit gradients g [T,V] of one response: the gradient with respect to all parameters, folded to [FOLDED].
+
+    Entries get random signs, always the same, and those that are FOLDED apart are added. The inner product of two folded gradients
+    is then, on average over the signs, that of the gradients; its relative error is about 1 / sqrt(FOLDED), 0.4 %.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.parameters = list(model.parameters())
+        count = sum(p.numel() for p in self.parameters)
+        self.signs = torch.randint(0, 2, (count,), dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def of(self, rollout: Rollout):
+        """The function g -> J^T g of one response."""
+        z = response_logits(self.model, rollout)
+
+        def pull(g: Tensor) -> Tensor:
+            parts = torch.autograd.grad(z, self.parameters, g, retain_graph=True)
+            flat = torch.cat([part.flatten() for part in parts]).mul_(self.signs)
+            return pad(flat, (0, -len(flat) % FOLDED)).view(-1, FOLDED).sum(0)
+
+        return pull
+
+
+def square(x: Tensor) -> float:
+    return float(x.square().sum())
 
 
 def ratio(parts, wholes):
     """(sum of parts / sum of wholes, its standard error over prompts by the jackknife)."""
     n, a, b = len(parts), sum(parts), sum(wholes)
-    left_out = [(a - x) / (b - y) for x, y in zip(parts, wholes)]
-    mean = sum(left_out) / n
-    return a / b, ((n - 1) / n * sum((x - mean) ** 2 for x in left_out)) ** 0.5
+    return a / b, jackknife([(a - x) / (b - y) for x, y in zip(parts, wholes)]) if n > 1 else 0.0
 
 
-def print_masses(found: list[Positions]):
-    top = torch.cat([p.b.exp().topk(max(MASSES)).values for p in found]).cumsum(-1)
+def jackknife(left_out) -> float:
+    """Standard error of a statistic from its values without one prompt each."""
+    return (statistics.pvariance(left_out) * (len(left_out) - 1)) ** 0.5
+
+
+def bias_of_sum(errors: Tensor, exact: Tensor):
+    """(|sum of errors|^2 / |sum of exact|^2, its standard error), of gradients [prompts, FOLDED]."""
+    error, whole = errors.sum(0), exact.sum(0)
+    left_out = [square(error - e) / square(whole - g) for e, g in zip(errors, exact)]
+    return square(error) / square(whole), jackknife(left_out)
+
+
+def measure(name: str, found: list[Response], head: Tensor, pulls, folded: Tensor, draws: int):
+    """Columns of the CSV from `space` on, one dict a space. `pulls` and `folded`: J^T of every response, and its exact gradient."""
+    loss, generator = make_loss(Config(**ESTIMATORS[name])), torch.Generator().manual_seed(0)
+    draws = 1 if name.startswith("sparse") else draws
+    squares, wholes, errors = {"logits": [], "hidden": []}, {"logits": [], "hidden": []}, []
+    for r, pull in zip(found, pulls):
+        exact = r.exact()
+        drawn = [logit_gradient(loss, r, generator) - exact for _ in range(draws)]
+        for space, to_space in (("logits", lambda g: g), ("hidden", lambda g: g @ head)):
+            squares[space].append(statistics.mean(square(to_space(error)) for error in drawn))
+            wholes[space].append(square(to_space(exact)))
+        errors.append(pull(drawn[0]))
+    squares["parameters"], wholes["parameters"] = [square(e) for e in errors], [square(g) for g in folded]
+    for space in squares:
+        each = ratio(squares[space], wholes[space])
+        if name.startswith("sparse"):
+            bias = bias_of_sum(torch.stack(errors), folded) if space == "parameters" else each
+            yield space, name, *bias, 0.0, 0.0, 0.0
+        else:
+            yield space, name, 0.0, 0.0, *each, statistics.median(x / y for x, y in zip(squares[space], wholes[space]))
+
+
+def prefix_noise(found: list[Response], folded: Tensor):
+    """The line of PREFIXES: the variance of a response's gradient, less its length times the mean per token."""
+    lengths = torch.tensor([[float(len(r.s))] for r in found])
+    rest = folded - lengths * (folded.sum(0) / lengths.sum())
+    parts = [square(x) * len(found) / (len(found) - 1) for x in rest]
+    wholes = [square(g) for g in folded]
+    return "parameters", PREFIXES, 0.0, 0.0, *ratio(parts, wholes), statistics.median(x / y for x, y in zip(parts, wholes))
+
+
+def print_masses(found: list[Response]):
+    top = torch.cat([r.b.exp().topk(max(MASSES)).values for r in found]).cumsum(-1)
     print("mass of the sampler's top K: mean, and quantiles over positions of 5, 50, 95 %")
     for k in MASSES:
         mass = top[:, k - 1]
         print(f"  K = {k:2d}: {mass.mean():.3f}; " + ", ".join(f"{mass.quantile(q):.3f}" for q in (0.05, 0.5, 0.95)))
 
 
+def print_drift(found: list[Response]):
+    """The exact drift, and how well three estimates from the same positions know it."""
+    exact = torch.cat([(r.b.exp() * (r.b - r.s)).sum(-1) for r in found])
+    emitted = torch.cat([(r.b - r.s).gather(1, torch.tensor(r.rollout.response_ids)[:, None])[:, 0] for r in found])
+    for name, d in (("exact", exact), ("drift_kl", emitted), ("drift_k3", (-emitted).expm1() + emitted)):
+        print(f"  {name:8s} {d.mean():9.2e} +- {d.std() / len(d) ** 0.5:.1e} nats")
+
+
 def main():
     parser = argparse.ArgumentParser("python -m experiments.real_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heal", type=Path, default=RUNS / "heal", help="the --out of experiments.heal")
-    parser.add_argument("--draws", type=at_least(1), default=4, help="times that every estimator draws at a position")
+    parser.add_argument("--heal", type=Path, default=RUNS / "heal", help="the --out of experiments.heal; what is not there is made")
+    parser.add_argument("--draws", type=at_least(1), default=4, help="times that every estimator draws at a position; once for `parameters`")
     parser.add_argument("--out", type=Path, default=RESULTS / "real_model.csv")
     args = parser.parse_args()
-    steps = {int(path.name[5:]): path for path in (args.heal / "run").glob("step_*")} | {0: args.heal / "student"}
-    if len(steps) < 2:
-        sys.exit(f"real_model: error: no checkpoints in {args.heal}/run: run python -m experiments.heal first")
-    newest = max(steps)
-    prompts = read_jsonl(str(args.heal / "held_out.jsonl"), load_tokenizer("--student", str(steps[newest])), 64)
-    student, teacher = (load_model(str(path), torch.float32, CPU) for path in (steps[newest], args.heal / "teacher"))
-    lines = []
-    for step in sorted(steps, reverse=True):
-        found = positions(steps[step], student, teacher, prompts)
-        drift = torch.cat([(p.b.exp() * (p.b - p.s)).sum(-1) for p in found]).mean()
-        print(f"lag {newest - step} updates, {drift:.2g} nats; {sum(len(p.s) for p in found)} positions of {len(found)} prompts")
-        if step == newest:
+    if not (args.heal / "prompts.jsonl").exists():
+        heal.prepare(args.heal)
+    steps = snapshots(args.heal)
+    prompts = read_jsonl(str(args.heal / "held_out.jsonl"), load_tokenizer("--student", str(steps[0])), 64)
+    student, teacher = (load_model(str(path), torch.float32, CPU) for path in (steps[0], args.heal / "teacher"))
+    pullback, lines = Pullback(student.requires_grad_(True)), []
+    for lag, sampler in steps.items():
+        found = responses(sampler, student, teacher, prompts)
+        print(f"lag {lag} updates; {sum(len(r.s) for r in found)} positions of {len(found)} prompts")
+        print_drift(found)
+        if lag == 0:
             print_masses(found)
-        for name, fields in ESTIMATORS.items():
-            generator = torch.Generator().manual_seed(0)
-            columns = list(zip(*(squares(Config(**fields), p, args.draws, generator) for p in found)))
-            bias, variance = (ratio(column, columns[2]) for column in columns[:2])
-            median = statistics.median(part / whole for _, part, whole in zip(*columns))
-            lines.append(dict(zip(COLUMNS, (newest - step, float(drift), name, *bias, *variance, median))))
-            text = f"bias {bias[0]:.3f} +- {bias[1]:.3f}   variance {variance[0]:.3g} +- {variance[1]:.2g}, median {median:.3g}"
-            print(f"  {name:30s} {text}", flush=True)
+        drift = float(torch.cat([(r.b.exp() * (r.b - r.s)).sum(-1) for r in found]).mean())
+        pulls = [pullback.of(r.rollout) for r in found]
+        folded = torch.stack([pull(r.exact()) for r, pull in zip(found, pulls)])
+        rows = [prefix_noise(found, folded)]
+        for name in ESTIMATORS:
+            rows += measure(name, found, head_weight(student).detach(), pulls, folded, args.draws)
+        for row in rows:
+            lines.append(dict(zip(COLUMNS, (lag, drift, *row))))
+            space, name, bias, bias_error, variance, error, median = row
+            text = f"bias {bias:.3f} +- {bias_error:.3f}   variance {variance:.3g} +- {error:.2g}, median {median:.3g}"
+            print(f"  {space:10s} {name:30s} {text}", flush=True)
     with open(args.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

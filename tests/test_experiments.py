@@ -12,9 +12,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import claims, frontier, staleness
+from channel import Rollout
+from checks import load_model
+from experiments import claims, frontier, heal, real_model, staleness
 from experiments.estimators import ESTIMATORS, Snapshot, Spread, dense_logit_gradient, derivatives, expected_logit_gradient, measure, of_different_groups
-from experiments.lagged import Lagged, flat
+from experiments.lagged import CPU, Lagged, flat
 from experiments.staleness import BASE, LAGS, LOSSES, STRONG, Job, canonical, grid, make, run, summary, task
 from experiments.study import results
 from kernels.head import unfused_loss
@@ -348,3 +350,77 @@ def test_the_readmes_table_of_splits_is_what_the_command_prints(capsys, monkeypa
     readme = (ROOT / "README.md").read_text()
     rows = [line for line in capsys.readouterr().out.splitlines()[2:] if "none fits" not in line]
     assert len(rows) == 5 and all(row in readme for row in rows)
+
+
+# ---- a real model's estimators: closed forms on small tables -----------------------------------
+
+
+def responses(count=6):
+    """Responses of different lengths from random policies, as experiments/real_model.py finds them."""
+    tables = policies(0.5, positions=5 * count)
+    s, t, b = ([x[5 * i : 5 * i + 3 + i % 3] for i in range(count)] for x in tables)
+    return [real_model.Response(None, *parts) for parts in zip(s, s, t, b)]
+
+
+def flat_pull(g):
+    return g.flatten()[:100]
+
+
+def measured(name, fields, monkeypatch, draws=400):
+    monkeypatch.setitem(real_model.ESTIMATORS, name, fields)
+    found = responses()
+    folded = torch.stack([flat_pull(r.exact()) for r in found])
+    head = torch.eye(40, dtype=torch.float64)[:, :20]
+    columns = ("space", "name", "bias", "bias_error", "variance", "variance_error", "median")
+    rows = real_model.measure(name, found, head, [flat_pull] * len(found), folded, draws)
+    return found, {row[0]: dict(zip(columns, row)) for row in rows}
+
+
+@pytest.mark.parametrize("name", ["current signal + IS, N=4", "stratified 12+4"])
+def test_the_measured_variance_of_a_logit_gradient_is_the_closed_form(name, monkeypatch):
+    fields = {**LOSSES[name], "top_k": 8}
+    found, rows = measured(name, fields, monkeypatch)
+    config, claimed = replace(BASE, **fields), 0.0
+    for r in found:
+        _, c, density = derivatives(config, r.s, r.t, r.b)
+        claimed += float(Spread(r.s, c, density).total.sum()) / config.num_samples
+    claimed /= sum(real_model.square(r.exact()) for r in found)
+    assert rows["logits"]["variance"] == pytest.approx(claimed, rel=0.05)
+    assert rows["hidden"]["variance"] < 1.5 * rows["logits"]["variance"] and rows["logits"]["bias"] == 0
+
+
+def test_the_measured_bias_of_sparse_is_the_closed_form_and_it_has_no_variance(monkeypatch):
+    fields = {"loss": "sparse_reverse_kl", "top_k": 8}
+    found, rows = measured("sparse K=8", fields, monkeypatch, draws=1)
+    errors = [expected_logit_gradient(replace(BASE, **fields), r.s, r.t, r.b) - r.exact() for r in found]
+    wholes = [real_model.square(r.exact()) for r in found]
+    assert rows["logits"]["bias"] == pytest.approx(sum(map(real_model.square, errors)) / sum(wholes))
+    error, exact = (sum(flat_pull(x) for x in xs) for xs in (errors, [r.exact() for r in found]))
+    assert rows["parameters"]["bias"] == pytest.approx(real_model.square(error) / real_model.square(exact))
+    assert all(row["variance"] == 0 for row in rows.values())
+
+
+def test_prefix_noise_is_the_sample_variance_of_gradients_per_token():
+    found, generator = responses(), torch.Generator().manual_seed(0)
+    mean, lengths = torch.randn(100, generator=generator), torch.tensor([[len(r.s)] for r in found])
+    assert real_model.prefix_noise(found, lengths * mean)[4] == pytest.approx(0, abs=1e-9)
+    folded = torch.randn(len(found), 100, generator=generator)
+    for r in found:  # of one length
+        r.s = r.s[:3]
+    claimed = folded.var(0).sum() / folded.square().sum(1).mean()
+    assert real_model.prefix_noise(found, folded)[4] == pytest.approx(float(claimed), rel=1e-5)
+
+
+def test_folding_keeps_inner_products_of_gradients(monkeypatch):
+    monkeypatch.setattr(real_model, "FOLDED", 4096)
+    student = load_model(BASE.student_path, torch.float32, CPU).requires_grad_(True)
+    ids = task()[0][0].ids
+    rollout = Rollout(ids, candidate_ids=torch.tensor(ids[:12])[:, None])
+    pullback = real_model.Pullback(student)
+    pull = pullback.of(rollout)
+    g = torch.randn(2, 12, 173, generator=torch.Generator().manual_seed(0))
+    folded = torch.stack([pull(x) for x in g])
+    z = heal.response_logits(student, rollout)
+    whole = [torch.cat([p.flatten() for p in torch.autograd.grad(z, pullback.parameters, x, retain_graph=True)]) for x in g]
+    exact = torch.stack(whole) @ torch.stack(whole).T
+    torch.testing.assert_close(folded @ folded.T, exact, rtol=0, atol=0.05 * float(exact.diag().max()))
