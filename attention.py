@@ -125,6 +125,8 @@ def slot_attention(module, query, key, value, attention_mask, scaling, **kwargs)
                 f"{type(module).__name__} wants attention with {name}, "
                 "which the KV slots do not have"
             )
+    if "slot_step" not in kwargs:
+        raise InputError(f"{type(module).__name__} does not pass on what the KV slots need")
     step, window = kwargs["slot_step"], kwargs.get("sliding_window")
     return step.attend(module.layer_idx, query, key, value, scaling, window), None
 

@@ -8,21 +8,18 @@ Left out: quantised models, adapters, teacher and student with different tokeniz
 """
 
 import json
-import os
 import re
-import zipfile
 from pathlib import Path
 
 import torch
 import transformers
 import yaml
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attention import Decode, KVCache, Prefill
-from config import InputError
+from config import InputError, refusal
 from kernels.head import head_logits
-from log import newest_checkpoint, step_of
+from log import checkpoints, step_of
 from losses import make_loss
 from model import head_weight, last_hidden, shared_vocabulary, stop_ids, text_config
 
@@ -77,33 +74,14 @@ def check_path(flag, path):
         f"{flag} {path}: no model there (config.json is missing in {place.absolute()}): "
         "give a model directory or a hub id such as org/name",
     )
-    if not any(place.glob("pytorch_model*.bin")):
-        check_weight_files(flag, place)
-
-
-def check_weight_files(flag, place):
-    """Safetensors files must be there and as long as their headers say."""
-    file = place / "model.safetensors"
-    index = place / "model.safetensors.index.json"
-    try:
-        shards = [file]
-        if index.is_file() and not file.is_file():
-            shards = {place / name for name in json.loads(index.read_text())["weight_map"].values()}
-        for file in shards:
-            safe_open(file, "pt")
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{flag} {file}: weights missing or damaged: {error}: fetch or save the model again"
-        ) from None
 
 
 def load_tokenizer(flag, path):
     check_path(flag, path)
-    try:
+    with refusal(f"{flag} {path}: its config.json cannot be used"):
+        text_config(path)
+    with refusal(f"{flag} {path}: no tokenizer there"):
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{flag} {path}: no tokenizer there: {reason}") from None
 
 
 def check_models(config):
@@ -117,16 +95,14 @@ def check_models(config):
         f"--teacher {config.teacher_path} and --student {config.student_path} have different "
         f"tokenizers ({len(teacher)} and {len(student)} tokens): choose two models of one family",
     )
+    check_config(config)
     check_top_k(config)
     ours = stop_ids(config.student_path, student)
     theirs = stop_ids(config.teacher_path, teacher)
-    notes = vocabulary_notes(config)
-    if ours != theirs:
-        notes.append(
-            f"student stops at {sorted(ours)}, teacher at {sorted(theirs)}: "
-            "the student's are used, watch truncated_fraction"
-        )
-    return notes
+    if ours == theirs:
+        return []
+    fix = "the student's are used, watch truncated_fraction"
+    return [f"student stops at {sorted(ours)}, teacher at {sorted(theirs)}: {fix}"]
 
 
 def check_top_k(config):
@@ -140,30 +116,27 @@ def check_top_k(config):
     )
 
 
-def vocabulary_notes(config):
-    paths = (config.student_path, config.teacher_path)
-    student, teacher = map(text_config, paths)
-    notes = []
-    if student.vocab_size != teacher.vocab_size:
-        notes.append(
-            f"student head has {student.vocab_size} rows, teacher {teacher.vocab_size}: "
-            f"both are cut to the first {shared_vocabulary(config)} ids"
+def check_config(config):
+    for path in (config.student_path, config.teacher_path):
+        settings = text_config(path)
+        positions = getattr(settings, "max_position_embeddings", None) or config.max_sequence
+        require(
+            config.max_sequence <= positions,
+            f"{path} was made for {positions} positions, a sequence may have "
+            f"{config.max_sequence}: lower --max-prompt-tokens or --max-new-tokens",
         )
-    for path, settings in zip(paths, (student, teacher)):
-        positions = getattr(settings, "max_position_embeddings", config.max_sequence)
-        if config.max_sequence > positions:
-            notes.append(
-                f"{path} was made for {positions} positions, "
-                f"a sequence may have {config.max_sequence}"
-            )
-    return notes
+        require(
+            not getattr(settings, "quantization_config", None),
+            f"{path}: its weights are quantised: such a model is not supported",
+        )
 
 
-def load_model(path, dtype, device, attention=None, gpus=1):
+def load_model(path, dtype, device, attention=None, gpus=1, length=8):
     """The model, frozen, on `device`. With `gpus` above 1 its layers lie on that many, from it on.
 
-    `attention`: "kv_slots" for a generator. Raises InputError if weights are missing, if its head
-    is more than a matrix product, or if the slots do not hold all that it remembers.
+    `attention`: "kv_slots" for a generator, whose sequences have up to `length` tokens. Raises
+    InputError if weights are missing or left over, if the head is more than a matrix product, or if
+    the slots do not hold all that the model remembers.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -172,35 +145,38 @@ def load_model(path, dtype, device, attention=None, gpus=1):
         memory = torch.cuda.get_device_properties(device).total_memory
         own = range(device.index, device.index + gpus)
         options |= {"device_map": "auto", "max_memory": {i: int(0.9 * memory) for i in own}}
-    model, info = AutoModelForCausalLM.from_pretrained(path, **options)
-    missing = info["missing_keys"]  # transformers would start them at random
-    require(
-        not missing,
-        f"{path}: {len(missing)} tensors are not in its files, {min(missing, default='')} for one: "
-        "wrong config.json?",
-    )
+    with refusal(f"{path} cannot be loaded"):
+        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    # transformers would start missing tensors at random, and ignore others.
+    for keys, where in ((info["missing_keys"], "files"), (info["unexpected_keys"], "config.json")):
+        require(
+            not keys,
+            f"{path}: its {where} do not know {len(keys)} tensors, {min(keys, default='')} for one",
+        )
     model = (model if gpus > 1 else model.to(device)).eval().requires_grad_(False)
-    check_forward(model, path, attention)
+    with refusal(f"{path} is not supported"):
+        check_forward(model, attention, length)
     return model
 
 
 @torch.no_grad()
-def check_forward(model, path, attention):
-    """Compare numbers for 8 tokens. With `attention`, switch the model to it on the way."""
-    ids = torch.arange(8, device=model.device)[None]
+def check_forward(model, attention, length):
+    """Compare numbers for `length` tokens. With `attention`, switch the model to it on the way."""
+    weight = head_weight(model)
+    ids = torch.arange(length, device=model.device)[None] % len(weight)
     hidden = last_hidden(model, ids)[0]
-    logits = model(input_ids=ids, use_cache=False).logits[0]
+    logits = model(input_ids=ids[:, :8], use_cache=False).logits[0]
+    require(logits.isfinite().all(), "its logits are not finite: damaged weights?")
     require(
-        agree(logits, head_logits(hidden, head_weight(model).to(hidden))),
-        f"{path}: its logits are not hidden @ W^T (a bias, scale or soft-cap follows the head): "
-        "such a model is not supported",
+        agree(logits, head_logits(hidden[:8], weight.to(hidden))),
+        "its logits are not hidden @ W^T (a bias, scale or soft-cap follows the head), or they "
+        f"change with the length of the sequence (compared: 8 and {length} tokens)",
     )
     if attention:
         model.set_attn_implementation(attention)
         require(
             agree(hidden[-1], last_through_slots(model, ids)),
-            f"{path}: more than attention remembers earlier tokens (recurrent or convolution "
-            "layers): such a model is not supported",
+            "more than attention remembers earlier tokens (recurrent or convolution layers)",
         )
 
 
@@ -210,6 +186,7 @@ def last_through_slots(model, ids):
     position = torch.full_like(ids[0, :1], last)
     cache = KVCache(slots=1, max_len=last + 1)
     last_hidden(model, ids[:, :-1], slot_step=Prefill(cache, torch.zeros_like(position)))
+    require(cache.layers, "its attention is its own, the KV slots cannot take its place")
     step = Decode(cache, position, length=last + 1)
     return last_hidden(model, ids[:, -1:], position_ids=position[None], slot_step=step)[0, 0]
 
@@ -225,11 +202,8 @@ def agree(a, b):
 
 def json_lines(path):
     """Yield (where, object) for every line that is not blank."""
-    try:
+    with refusal(f"{path}: a file of JSON lines in UTF-8 is needed"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fix = "give a file of JSON lines in UTF-8"
-        raise InputError(f"{path}: cannot be read: {error}: {fix}") from None
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         if line.strip():
@@ -237,10 +211,9 @@ def json_lines(path):
 
 
 def parse_line(where, line):
-    try:
+    with refusal(f"{where}: one JSON object per line is needed"):
         item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON: {error}: one object per line is needed") from None
+        json.dumps(item, ensure_ascii=False).encode()  # not of half a surrogate pair
     require(
         isinstance(item, dict) and ("prompt" in item) != ("messages" in item),
         f"{where}: needs an object with either `prompt` (text) or `messages` (chat list), not both",
@@ -270,12 +243,16 @@ def apply_template(where, messages, tokenizer):
         tokenizer.chat_template,
         f"{where}: has `messages`, but the student's tokenizer has no chat template: use `prompt`",
     )
-    refusal = f"{where}: the chat template refuses `messages`"
-    require(isinstance(messages, list), f"{refusal}: a list is needed")
-    try:
+    refused = f"{where}: the chat template refuses `messages`"
+    require(isinstance(messages, list), f"{refused}: a list is needed")
+    with refusal(refused):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever the template raises on bad messages
-        raise InputError(f"{refusal}: {error}") from None
+
+
+def check_ids(config, prompts):
+    vocab = shared_vocabulary(config)
+    highest = max(max(prompt.ids) for prompt in prompts)
+    require(highest < vocab, f"a prompt has token {highest}, the models know {vocab} tokens")
 
 
 def check_prompt(where, text, ids, limit, tokenizer):
@@ -303,22 +280,17 @@ MUST_MATCH = """student prompts eval_prompts eval_size seed batch_size samples_p
 def check_output(config):
     """The checkpoint to resume from (None: a new run), and what the user should be told.
 
-    Makes the directory, writes nothing. Raises InputError if the directory cannot be written or
-    holds another run, if there is nothing to resume, or if a setting in MUST_MATCH has changed.
+    Raises InputError if the directory holds another run, if there is nothing to resume, or if a
+    setting in MUST_MATCH has changed.
     """
-    output, checkpoint = config.output, newest_checkpoint(config.output)
+    output = config.output
+    checkpoint = (checkpoints(output) or [None])[-1]
     if config.resume:
         return checkpoint, check_resume(config, checkpoint)
     fix = f"--resume continues it from {checkpoint}" if checkpoint else "it has no checkpoint"
     metrics = output / "metrics.jsonl"
     is_used = checkpoint or (metrics.exists() and metrics.stat().st_size)
     require(not is_used, f"--output-dir {output} holds another run: choose a new directory ({fix})")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not os.access(output, os.W_OK):
-            raise PermissionError("no permission to write into it")
-    except OSError as error:
-        raise InputError(f"--output-dir {output}: {error}: choose another directory") from None
     return None, []
 
 
@@ -326,7 +298,8 @@ def check_resume(config, checkpoint):
     output = config.output
     missing = f"--resume: no checkpoint (step_N) in --output-dir {output}: start without --resume"
     require(checkpoint, missing)
-    before = read_resumed(output, checkpoint)
+    with refusal(f"--resume: {checkpoint}/config.yaml cannot be read"):
+        before = dict(yaml.safe_load((checkpoint / "config.yaml").read_text()))
     changed = {
         name: f"{name} was {before.get(name)!r} and is now {value!r}"
         for name, value in yaml.safe_load(config.dump()).items()
@@ -340,16 +313,3 @@ def check_resume(config, checkpoint):
         f"--resume: {output} has made {done} updates already, --steps is {config.steps}: raise it",
     )
     return [f"resuming from {checkpoint}", *changed.values()]
-
-
-def read_resumed(output, checkpoint):
-    """The settings of the run before; the checkpoint must not be damaged."""
-    try:
-        before = dict(yaml.safe_load((output / "config.yaml").read_text()))
-        if not zipfile.is_zipfile(checkpoint / "training_state.pt"):
-            fix = f"without {checkpoint} an older one is taken"
-            raise OSError(f"training_state.pt is damaged, {fix}")
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        where = f"{output}/config.yaml or {checkpoint}"
-        raise InputError(f"--resume: {where} cannot be read: {error}") from None
-    return before

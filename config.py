@@ -7,6 +7,7 @@ directory is the dump of the object that the run used. Derived values are proper
 import math
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -17,21 +18,30 @@ from losses import CORRECTIONS, LOSSES, SIGNALS, make_loss
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MAX_ROWS = 16_384  # of the rollout table: their numbers fit into a pipe
-SWITCH = ("auto", "on", "off")
 EVAL_SIZE = click.IntRange(1, 10_000)
 TEMPERATURE = click.FloatRange(1e-3)
 RATE = click.FloatRange(1e-12)
 COUNT = click.IntRange(0)
+PROCESSES = click.IntRange(1, 256)
+THREADS = click.IntRange(0, 1024)
 ABOUT = """Asynchronous on-policy distillation.
 
 torchrun starts the learner ranks: torchrun --standalone --nproc-per-node=N -- train.py [OPTIONS]
-
-At the end a run says how busy its roles were, and on GPUs how to split them better.
 """
 
 
 class InputError(ValueError):
     """Input that cannot be used. The message names the value, the limit and the fix."""
+
+
+@contextmanager
+def refusal(what: str):
+    """Whatever is raised inside becomes an InputError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what}: {reason}") from error
 
 
 def option(default, help: str, limits=None):
@@ -72,22 +82,25 @@ class Config:
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", click.FloatRange(0))
     max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", RATE)
     micro_batch_tokens: int = option(8192, "padded tokens of a forward pass")
-    checkpoint_activations: str = option("auto", "recompute layers; auto: if memory asks", SWITCH)
+    checkpoint_activations: str = option(
+        "auto", "recompute layers; auto: if memory asks", ("auto", "on", "off")
+    )
     compile: bool = option(False, "torch.compile of the layers of learner and teacher")
     head_chunk: int = option(1024, "positions whose logits exist at once")
     seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
-    generators: int = option(1, "generation processes")
-    teachers: int = option(1, "teacher processes; --batch-size is a multiple")
+    generators: int = option(1, "generation processes", PROCESSES)
+    teachers: int = option(1, "teacher processes; --batch-size is a multiple", PROCESSES)
     teacher_gpus: int = option(1, "GPUs that each teacher is spread over")
     slots: int = option(64, "sequences that a generator decodes at once")
     teacher_cache_mb: int = option(64, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
     dtype: str = option(
         "auto", "of computation; auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16")
     )
-    cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles", COUNT)
+    cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles", THREADS)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
     eval_every: int = option(50, "updates between greedy evaluations; 0: never", COUNT)
     save_every: int = option(100, "updates between checkpoints; 0: only at the end", COUNT)
+    keep_checkpoints: int = option(0, "newest checkpoints to keep; 0: all", COUNT)
     resume: bool = option(False, "continue from the newest checkpoint in --output-dir")
 
     def __post_init__(self):
@@ -176,7 +189,7 @@ def check_value(option, value):
         raise InputError(error.format_message()) from None
     if not is_same or value == math.inf:
         raise InputError(f"{option.opts[0]} is {value!r}: {option.type.name} is needed")
-    if isinstance(value, str) and value.startswith("--"):
+    if value == "" and option.name == "output_dir" or str(value).startswith("--"):
         raise InputError(f"{option.opts[0]} is {value}: its own value is missing")
 
 
@@ -184,10 +197,8 @@ def read_yaml(context, _, path):
     """--config: the values of a YAML file take the place of the defaults."""
     if path is None:
         return
-    try:
+    with refusal(f"--config {path}"):
         values = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}  # scalars stay text
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: a mapping of option names is needed")
     context.default_map = {}

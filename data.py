@@ -3,8 +3,10 @@
 Left out: streaming data sets, several tasks at once, answer checkers that run code.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 
 import torch
@@ -12,6 +14,8 @@ import torch
 import checks
 from assets import task
 from config import Config
+
+IN_BRACES = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # text with up to two levels of inner braces
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,16 @@ def load_prompts(config: Config, tokenizer):
     seen = {prompt.text for prompt in held_out}
     train = [prompt for prompt in train if prompt.text not in seen]
     checks.require(train, f"{config.prompts}: all are evaluation prompts, none is left to train on")
+    checks.check_ids(config, train + held_out)
     return train, held_out[: config.eval_size]
+
+
+def fingerprint(prompts: list[Prompt]):
+    """Equal for equal prompts in equal order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr(prompt).encode())
+    return digest.hexdigest()
 
 
 def hold_out(config, prompts):
@@ -84,10 +97,21 @@ def permutation(count: int, seed: int):
 def is_correct(response: str, answer: str):
     """Does the response equal the answer? Else its last \\boxed{...}, else its last number."""
     response, answer = response.strip(), answer.strip()
-    if response == answer:
-        return True
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", response)
-    if boxed:
-        return boxed[-1].strip() == answer
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", response)
-    return bool(numbers) and numbers[-1].replace(",", "") == answer.replace(",", "")
+    return response == answer or is_equal(conclusion(response), answer)
+
+
+def conclusion(response):
+    """What the response ends in: the last box, or else the last number."""
+    boxed = re.findall(rf"\\boxed\{{({IN_BRACES})\}}", response)
+    # A minus after a digit, a letter or a bracket is no sign.
+    numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?", response)
+    return (boxed or numbers or [""])[-1].strip(" ,")
+
+
+def is_equal(a, b):
+    """As numbers, or else as text."""
+    a, b = (re.sub(r"(?<=\d),(?=\d{3}\b)", "", text) for text in (a, b))
+    try:
+        return Decimal(a) == Decimal(b)
+    except ArithmeticError:
+        return a == b

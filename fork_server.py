@@ -10,7 +10,7 @@ import tempfile
 from multiprocessing import forkserver
 
 PRELOAD = ["transformers.models.auto.modeling_auto", "transformers.generation"]
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 torchrun = None  # a pidfd; a shell may go and leave us running
@@ -19,6 +19,7 @@ torchrun = None  # a pidfd; a shell may go and leave us running
 def start():
     """Start the server in rank 0, before its own slow imports. The server ignores interrupts."""
     global torchrun
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports leave a long traceback
     if os.environ.get("RANK", "0") != "0":
         return
     if "RANK" in os.environ:

@@ -204,7 +204,8 @@ class Sampler:
         path = config.student_path
         self.tokenizer = load_tokenizer("--student", path)
         self.held_out = held_out
-        model = load_model(path, compute_dtype(config, device), device, attention="kv_slots")
+        dtype, length = compute_dtype(config, device), config.max_sequence
+        model = load_model(path, dtype, device, attention="kv_slots", length=length)
         self.weights = flatten_parameters(model)
         shared = (config, stop_ids(path, self.tokenizer), shared_vocabulary(config))
         slots = min(config.slots, slots)

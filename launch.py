@@ -125,7 +125,8 @@ class Roles:
         self.names += [f"teacher {i}" for i in range(config.teachers)]
         self.interrupts = []
         for number in INTERRUPTS:  # before the roles start: none is left behind
-            signal.signal(number, lambda *_: self.interrupts.append(1))
+            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+                signal.signal(number, lambda *_: self.interrupts.append(1))
         self.context = mp.start_processes(
             run_role,
             (config, channel, devices, held_out, next_ticket),
@@ -148,7 +149,8 @@ class Roles:
         try:
             self.context.join(timeout=0, grace_period=3)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            raise RoleDied(f"{self.names[error.error_index]} died: {error}") from None
+            reason = str(error).rpartition("InputError: ")[2].strip()  # or all of it
+            raise RoleDied(f"{self.names[error.error_index]} died: {reason}") from None
         raise RoleDied(f"{gone[0]} left before the end")
 
     def check_ranks(self, timeout=0.0):

@@ -127,8 +127,8 @@ class Learner:
         """
         tokens = int((table.length[rows] - table.prompt_len[rows]).sum())
         batches = self.micro_batches(table, rows)
-        if self.loss.needs_preview:
-            self.loss.use_preview(self.preview(table, batches))
+        tables = (self.student(table, batch)[1:] for batch in batches)
+        self.loss.look_ahead(tables, partial(from_every_rank, world=self.world))
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         for batch in batches:
@@ -166,15 +166,6 @@ class Learner:
             self.loss.support_probs(ids, t),
         )
         return torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
-
-    @torch.no_grad()
-    def preview(self, table, batches):
-        """loss.preview of the whole update, over all ranks: one more pass, its gradient unused."""
-        parts = [torch.zeros(0)]
-        for rows in batches:
-            _, s, _, t, b = self.student(table, rows)
-            parts.append(self.loss.preview(s, t, b).flatten().cpu())
-        return torch.cat(from_every_rank(torch.cat(parts), self.world))
 
     def step(self):
         """Clip the gradient and change the parameters."""
@@ -220,17 +211,17 @@ class Learner:
                 pass
         return time.monotonic() - started
 
-    def save(self, output, tokenizer, trained_ahead):
+    def save(self, output, tokenizer, progress):
         """Write step_N: a Hugging Face model (float32) with what `load` needs.
 
-        Every rank takes part, and rank 0 writes.
+        Every rank takes part, and rank 0 writes. `progress` is what `load` shall return.
         """
         weights = state_dict.get_model_state_dict(self.model, options=WHOLE)
         both = (self.model, self.optimizer)
         optimizer = state_dict.get_optimizer_state_dict(*both, options=WHOLE)
         if self.rank > 0:
             return
-        state = {"version": self.version, "optimizer": optimizer, "trained_ahead": trained_ahead}
+        state = {"version": self.version, "optimizer": optimizer, "progress": progress}
         self.write(output / f"step_{self.version}", weights, tokenizer, state)
 
     def write(self, target, weights, tokenizer, state=None):
@@ -248,8 +239,10 @@ class Learner:
             tokenizer.save_pretrained(unfinished)
             if state:
                 torch.save(state, unfinished / "training_state.pt")
-            for path in unfinished.glob("*.safetensors"):
-                path.chmod(0o644)  # safetensors writes files that only the owner can read
+                (unfinished / "config.yaml").write_text(self.config.dump())
+            usual = (unfinished / "config.json").stat().st_mode
+            for path in unfinished.glob("*.safetensors"):  # which only the owner could read
+                path.chmod(usual)
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
         except Exception as error:  # torch and safetensors have their own for a full disk
@@ -271,15 +264,15 @@ class Learner:
     def load(self, directory):
         """Restore the rest of what `save` wrote; the model was loaded from the same directory.
 
-        Another number of ranks may have saved it. Returns `trained_ahead`: tickets of later batches
-        that arrival order has trained already.
+        Another number of ranks may have saved it. Returns the `progress` that `save` was given.
         """
-        state = torch.load(directory / "training_state.pt", map_location="cpu", mmap=True)
+        path = directory / "training_state.pt"
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         both = (self.model, self.optimizer)
         state_dict.set_optimizer_state_dict(*both, state["optimizer"], options=WHOLE)
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
         self.version = state["version"]
-        return state["trained_ahead"]
+        return state["progress"]
 
 
 def from_every_rank(value, world):

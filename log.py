@@ -4,23 +4,38 @@ docs/metrics.md defines every metric. The trace has Chrome's event format, one t
 it in Perfetto to see who waits for whom.
 """
 
+import fcntl
 import json
-import sys
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from config import Config
+from config import Config, InputError, refusal
 
 # ---- the output directory ---------------------------------------------------------------------
 
 
-def newest_checkpoint(output: Path):
-    found = [path.parent for path in output.glob("step_*/training_state.pt")]
-    return max((path for path in found if path.name[5:].isdigit()), key=step_of, default=None)
+def lock_output(output: Path):
+    """Make the directory, and keep other runs out of it for as long as the result lives."""
+    with refusal(f"--output-dir {output} cannot be used, choose another"):
+        output.mkdir(parents=True, exist_ok=True)
+        file = open(output / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--output-dir {output}: another run uses it, choose another") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def checkpoints(output: Path):
+    """The checkpoints of a run that are whole, oldest first."""
+    states = filter(zipfile.is_zipfile, output.glob("step_*/training_state.pt"))
+    return sorted((path.parent for path in states if path.parent.name[5:].isdigit()), key=step_of)
 
 
 def step_of(checkpoint):
@@ -29,16 +44,25 @@ def step_of(checkpoint):
 
 def start_output(config: Config, checkpoint: Path | None):
     """Write config.yaml and drop the metrics of updates that will be made again."""
-    used = config.output / "config.yaml"
-    if checkpoint and used.read_text() != config.dump():
-        used.rename(used.with_name(f"config_until_{checkpoint.name}.yaml"))
-    used.write_text(config.dump())
     metrics = config.output / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if checkpoint and metrics.exists() else []
-    whole = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one
-    kept = [line + "\n" for line in whole if json.loads(line)["step"] <= step_of(checkpoint)]
-    metrics.write_text("".join(kept))
+    kept = metrics_until(step_of(checkpoint), metrics) if checkpoint else []
+    write(config.output / "config.yaml", config.dump())
+    write(metrics, "".join(kept))
     config.trace.write_text("[\n")  # each event follows as a line
+
+
+def metrics_until(step, path):
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("}\n")]  # a crash may have cut the last one
+    with refusal(f"--resume: {path} is damaged, move it away"):
+        return [line for line in whole if json.loads(line)["step"] <= step]
+
+
+def write(path, text):
+    """The file is whole or as it was, also when the disk is full."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 # ---- who works when ---------------------------------------------------------------------------
@@ -97,10 +121,7 @@ ROLES = ("generator", "teacher", "learner")
 
 
 class Log:
-    """metrics.jsonl and the progress. Busy times are fractions of the time since the last update.
-
-    On a terminal the progress is one line that is drawn again, elsewhere a line per update.
-    """
+    """metrics.jsonl and the progress. Busy: a fraction of the time since the last update."""
 
     def __init__(self, config: Config, channel):
         self.config, self.channel = config, channel
@@ -110,17 +131,9 @@ class Log:
         self.file = open(path, "a", buffering=1)
         self.last = time.monotonic()
         self.started = self.last - before
-        self.began = self.last
-        self.busy = self.busy_before = channel.busy.clone()
+        self.busy = channel.busy.clone()
         self.first = None
         self.warned = set()
-        self.accuracy = ""  # on a terminal the last one stays
-        self.bar = tqdm(
-            total=config.steps,
-            initial=len(lines),
-            disable=not (sys.stdout.isatty() and sys.stderr.isatty()),
-            bar_format="{n}/{total} [{elapsed}, {remaining} left]{postfix}",
-        )
 
     def write(self, step, metrics):
         """Append the record of update number `step` and show it."""
@@ -128,9 +141,11 @@ class Log:
         elapsed = now - self.last
         self.last = now
         record = {"step": step, **metrics, "tokens_per_second": metrics["tokens"] / elapsed}
-        for role, share in zip(ROLES, self.shares(self.busy, elapsed)):
-            record[f"{role}_busy"] = share
-        self.busy = self.channel.busy.clone()
+        busy = self.channel.busy.clone()
+        seconds = (busy - self.busy).split((self.config.generators, self.config.teachers, 1))
+        self.busy = busy
+        for role, parts in zip(ROLES, seconds):
+            record[f"{role}_busy"] = float(parts.mean()) / elapsed
         record |= self.cache_metrics()
         record["wall_seconds"] = now - self.started
         if torch.cuda.is_available():
@@ -150,33 +165,8 @@ class Log:
         }
         for sign, is_due in signs.items():
             if is_due and sign not in self.warned:
-                tqdm.write(f"warning: {sign}")
+                print(f"warning: {sign}")
                 self.warned.add(sign)
-
-    def close(self):
-        self.file.close()
-        self.bar.close()
-
-    def shares(self, before, seconds):
-        """How busy each of ROLES was, a mean over its processes. `before`: channel.busy then."""
-        busy = (self.channel.busy - before) / seconds
-        sizes = (self.config.generators, self.config.teachers, 1)
-        return [float(role.mean()) for role in busy.split(sizes)]
-
-    def bottleneck(self, ranks):
-        """How busy the roles were in this run, and what an even split of its processes would give.
-
-        Taken for granted: a role with twice the processes needs half the time.
-        """
-        shares = self.shares(self.busy_before, self.last - self.began)
-        text = ", ".join(f"{role} {share:.0%}" for role, share in zip(ROLES, shares))
-        counts = (self.config.generators, self.config.teachers, ranks)
-        work = [share * count for share, count in zip(shares, counts)]
-        if self.config.max_staleness and torch.cuda.is_available() and max(shares) > 0.5:
-            scale = sum(counts) / sum(work)
-            even = ", ".join(f"{scale * part:.1f} {role}s" for role, part in zip(ROLES, work))
-            text += f"; {even} would be equally busy, up to {scale * max(shares):.1f} times as fast"
-        return f"busy: {text}"
 
     def cache_metrics(self):
         hits, misses, used, evicted = self.channel.cache_stats.sum(0).tolist()
@@ -188,16 +178,11 @@ class Log:
 
     def show(self, record):
         text = (
-            "reverse KL {reverse_kl:.4f}  {tokens_per_second:.0f} tokens/s  lag {lag_mean:.2f}  "
+            "  reverse KL {reverse_kl:.4f}  {tokens_per_second:.0f} tokens/s  lag {lag_mean:.2f}  "
             "busy: generator {generator_busy:.0%}, teacher {teacher_busy:.0%}, "
             "learner {learner_busy:.0%}"
         )
-        text = text.format(**record)
+        text = f"update {record['step']:4d}/{self.config.steps}" + text.format(**record)
         if "eval_accuracy" in record:
-            self.accuracy = f"accuracy {record['eval_accuracy']:.1%}  "
-        if self.bar.disable:
-            step = f"update {record['step']:4d}/{self.config.steps}"
-            print(f"{step}  {self.accuracy}{text}", flush=True)
-            self.accuracy = ""
-        self.bar.n = record["step"]
-        self.bar.set_postfix_str(self.accuracy + text)  # draws the line
+            text += f"  accuracy {record['eval_accuracy']:.1%}"
+        print(text, flush=True)

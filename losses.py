@@ -117,7 +117,6 @@ class Greedy(Proposal):
 class Loss(Proposal):
     """Base class. A loss says its candidates in __init__ and its value in `value`."""
 
-    needs_preview = False  # True: `use_preview` first gets `preview` of the whole update
     triton_terms = None  # `value` and its derivative for the fused kernel (kernels/shared.py)
 
     def __init_subclass__(cls):
@@ -128,6 +127,13 @@ class Loss(Proposal):
     def value(self, s, t, b):
         """Loss of each position, differentiable in s: [T,C] each -> [T]."""
         raise NotImplementedError
+
+    def look_ahead(self, tables, gather):
+        """Called before every update, for losses that judge it as a whole.
+
+        `tables`: an iterator over (s, ids, t, b) of its micro-batches, [T,C] each; it costs a
+        forward pass. `gather`: value -> the list of all ranks' values.
+        """
 
     def support_probs(self, ids, logp):
         """Probabilities of the candidates whose mass is a metric: the top, or else the draws.

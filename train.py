@@ -11,9 +11,11 @@ if __name__ == "__main__":
     fork_server.start()  # it makes the slow imports at the same time as we do
 
 import os
+import shutil
+import signal
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -21,10 +23,10 @@ import torch.distributed as dist
 from channel import Channel, Tickets
 from checks import check_models, check_output, check_path, load_model, load_tokenizer
 from config import Config, InputError, parse
-from data import load_prompts
+from data import fingerprint, load_prompts
 from launch import Interrupted, RoleDied, Roles, broadcast, join_ranks, role_devices, set_up_process
 from learner import Learner, from_every_rank
-from log import Log, Timeline, close_trace, newest_checkpoint, start_output
+from log import Log, Timeline, checkpoints, close_trace, lock_output, start_output
 from memory import plan_memory
 from model import compute_dtype, shared_vocabulary
 
@@ -35,12 +37,14 @@ class Run:
     def __init__(self, config: Config):
         """Check and read all input, before anything else starts."""
         self.config = config
+        self.lock = lock_output(config.output)
         self.checkpoint, notes = check_output(config)
         if self.checkpoint:
             check_path("--resume", str(self.checkpoint))
         notes += check_models(config)
         self.tokenizer = load_tokenizer("--student", config.student_path)
         self.prompts, self.held_out = load_prompts(config, self.tokenizer)
+        self.fingerprint = fingerprint(self.prompts + self.held_out)
         if config.eval_every and not self.held_out:
             notes.append(
                 "no evaluation: fewer than 10 prompts, or none has an answer: "
@@ -53,9 +57,14 @@ class Run:
             f"{len(self.prompts)} prompts to train on, {len(self.held_out)} to evaluate on"
         )
 
-    def start(self, learner: Learner, channel: Channel, devices, pids, trained_ahead):
-        """Set up the output directory and start the roles. `devices`, `pids`: see Roles."""
+    def start(self, learner: Learner, channel: Channel, devices, pids, progress):
+        """Set up the output directory and start the roles. `devices`, `pids`: see Roles.
+
+        `progress`: what `save` wrote, {} in a new run.
+        """
         config = self.config
+        if progress.get("prompts", self.fingerprint) != self.fingerprint:
+            raise InputError("--resume: the prompts are not what they were: give the same files")
         self.learner, self.channel = learner, channel
         print(
             f"{channel.weights.shape[1]:,} parameters; {config.loss}, "
@@ -64,7 +73,8 @@ class Run:
         print(f"learners, generators, teachers on {', '.join(map(str, devices))}", flush=True)
         start_output(config, self.checkpoint)
         self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
-        self.tickets = Tickets(config, channel, self.prompts, learner.version, trained_ahead)
+        ahead = progress.get("trained_ahead", [])
+        self.tickets = Tickets(config, channel, self.prompts, learner.version, ahead)
         self.saved_version = learner.version
         self.accuracies = []
         learner.publish(channel)
@@ -76,6 +86,8 @@ class Run:
             with suppress(Interrupted):  # `report` says so
                 self.main_loop()
         except BaseException as error:
+            if isinstance(error, FloatingPointError):
+                self.set_aside()
             is_amid_update = isinstance(error, RuntimeError) and self.learner.world > 1
             (self.rescue if is_amid_update else self.leave)()
             raise
@@ -93,6 +105,13 @@ class Run:
         finally:
             self.timeline.flush()
 
+    def set_aside(self):
+        """The present weights have no finite gradient: do not save them, nor resume from them."""
+        self.saved_version = version = self.learner.version
+        saved = self.config.output / f"step_{version}"
+        if saved.exists():
+            saved.rename(saved.with_name(f"diverged_{version}"))
+
     def rescue(self):
         """Save what was published: the other ranks, with their part of the masters, are lost."""
         self.learner.rescue(self.channel, self.config.output, self.tokenizer)
@@ -103,7 +122,7 @@ class Run:
         gain = ""
         if len(self.accuracies) > 1:
             gain = f", accuracy {self.accuracies[0]:.1%} -> {self.accuracies[-1]:.1%}"
-        where = newest_checkpoint(self.config.output) or "no checkpoint"
+        where = (checkpoints(self.config.output) or ["no checkpoint"])[-1]
         print(f"{end} after update {self.learner.version}{gain}: {where}", flush=True)
 
     def main_loop(self):
@@ -111,22 +130,21 @@ class Run:
         config, learner = self.config, self.learner
         self.tickets.issue(learner.version)
         before = self.evaluate("eval_accuracy_before") if learner.version == 0 else {}
-        with closing(Log(config, self.channel)) as self.log:
-            while learner.version < config.steps:
-                rows = self.wait_for_rows()
-                metrics = self.train_on(rows) | before
-                with self.timeline.span("publish"):
-                    metrics["publish_seconds"] = learner.publish(self.channel)
-                self.tickets.issue(learner.version)
-                try:
-                    if self.is_due(config.eval_every):
-                        metrics |= self.evaluate("eval_accuracy")
-                finally:  # the update was made, whoever died since
-                    self.log.write(learner.version, metrics)
-                if self.is_due(config.save_every):
-                    self.save()
-                before = {}
-        print(self.log.bottleneck(learner.world))
+        log = Log(config, self.channel)
+        while learner.version < config.steps:
+            rows = self.wait_for_rows()
+            metrics = self.train_on(rows) | before
+            with self.timeline.span("publish"):
+                metrics["publish_seconds"] = learner.publish(self.channel)
+            self.tickets.issue(learner.version)
+            try:
+                if self.is_due(config.eval_every):
+                    metrics |= self.evaluate("eval_accuracy")
+            finally:  # the update was made, whoever died since
+                log.write(learner.version, metrics)
+            if self.is_due(config.save_every):
+                self.save()
+            before = {}
 
     def wait_for_rows(self):
         """The rows of the next update. Raises Interrupted or RoleDied."""
@@ -176,10 +194,15 @@ class Run:
     def save(self):
         if self.saved_version < self.learner.version:
             broadcast("save")  # instead of rows
-            ahead = sorted(self.tickets.trained_ahead)
+            progress = {
+                "trained_ahead": sorted(self.tickets.trained_ahead),
+                "prompts": self.fingerprint,
+            }
             with self.timeline.span("save"):
-                self.learner.save(self.config.output, self.tokenizer, ahead)
+                self.learner.save(self.config.output, self.tokenizer, progress)
             self.saved_version = self.learner.version
+            for old in checkpoints(self.config.output)[: -self.config.keep_checkpoints]:  # 0: none
+                shutil.rmtree(old)
 
 
 def run_rank(config: Config, rank: int, world: int):
@@ -193,7 +216,7 @@ def run_rank(config: Config, rank: int, world: int):
     dtype = compute_dtype(config, device)
     model = load_model(str(checkpoint or config.student_path), torch.float32, device)
     learner = Learner(model, config, shared_vocabulary(config), dtype, rank, world, recompute)
-    trained_ahead = learner.load(checkpoint) if checkpoint else []
+    progress = learner.load(checkpoint) if checkpoint else {}
     pids = from_every_rank(os.getpid(), world)
     if rank > 0:
         follow(learner, broadcast())
@@ -203,7 +226,7 @@ def run_rank(config: Config, rank: int, world: int):
         channel.pin()
     if memory:
         print(memory)
-    run.start(learner, channel, devices, pids, trained_ahead)
+    run.start(learner, channel, devices, pids, progress)
     try:
         run.lead()
     finally:
@@ -217,14 +240,15 @@ def follow(learner: Learner, channel: Channel):
     learner.publish(channel)
     for command in iter(broadcast, None):
         if command == "save":
-            learner.save(learner.config.output, None, [])
+            learner.save(learner.config.output, None, None)
         else:
-            with suppress(FloatingPointError):  # rank 0 has raised it, too, and saves
+            with suppress(FloatingPointError):  # rank 0 has raised it, too
                 learner.update(channel, command)
                 learner.publish(channel)
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         rank, world = join_ranks()
         run_rank(parse(), rank, world)

@@ -80,20 +80,25 @@ class Corrected(SampledReverseKL):
         super().__init__(config)
         self.signal = config.signal
         self.correction = config.correction
-        self.needs_preview = config.correction.startswith("m2po")
         self.m2_bound = inf
 
     def advantage(self, s, t, b):
         return (t - (s if self.signal == "current" else b)).detach()
 
-    def preview(self, s, t, b):
+    @torch.no_grad()
+    def look_ahead(self, tables, gather):
+        """M2PO has one bound for the whole update."""
+        if self.correction.startswith("m2po"):
+            parts = [self.squares(s, t, b).flatten().cpu() for s, _, t, b in tables]
+            squares = torch.cat(gather(torch.cat([torch.zeros(0), *parts])))
+            self.m2_bound = second_moment_bound(squares, is_capped=self.correction == "m2po")
+
+    def squares(self, s, t, b):
+        """(s - b)^2 of the samples that the bound is about."""
         log_ratio = s - b
         if self.correction == "m2po":
             log_ratio = log_ratio[moves_away(log_ratio, self.advantage(s, t, b))]
         return log_ratio.double().square()
-
-    def use_preview(self, squares):
-        self.m2_bound = second_moment_bound(squares, is_capped=self.correction == "m2po")
 
     def value(self, s, t, b):
         advantage = self.advantage(s, t, b)

@@ -163,10 +163,10 @@ class Snapshot:
     def threshold(self, config: Config, generator: torch.Generator) -> float:
         """M2PO's, of one draw of the sampler at each position."""
         loss = make_loss(config)
-        if not loss.needs_preview:
+        if not config.correction.startswith("m2po"):
             return float("inf")
         ids = torch.multinomial(self.b.exp(), 1, generator=generator)
-        squares = loss.preview(*(x.gather(1, ids) for x in (self.s, self.t, self.b)))
+        squares = loss.squares(*(x.gather(1, ids) for x in (self.s, self.t, self.b)))
         return second_moment_bound(squares, is_capped=config.correction == "m2po")
 
     def mean(self, config: Config, threshold: float) -> Tensor:

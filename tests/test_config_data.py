@@ -14,7 +14,7 @@ from assets.task import ADDENDS, build_tokenizer, running_sums
 from checks import check_models, check_output, load_tokenizer
 from config import Config, InputError, parse
 from data import is_correct, load_prompts, prompt_of, read_jsonl
-from log import newest_checkpoint, start_output
+from log import checkpoints, lock_output, start_output, write
 from losses import LOSSES, StratifiedReverseKL
 from model import shared_vocabulary, stop_ids
 
@@ -128,7 +128,10 @@ def write_lines(path, *lines):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([{"prompt": "1+1="}, "{not json"], "line 2: not JSON"),
+        ([{"prompt": "1+1="}, "{not json"], "line 2: one JSON object per line is needed: Expecting"),
+        (['{"prompt": "1", "answer": "\\ud800"}'], "line 1: one JSON object .*surrogates not allowed"),
+        (['{"prompt": "1", "answer": ' + "7" * 5000 + "}"], "line 1: one JSON object .*4300 digits"),
+        (["[" * 100_000], "line 1: one JSON object .*recursion"),
         ([""], r"no prompts in it \(up to 64 tokens long\)"),
         ([{"text": "hello"}], "line 1: needs an object with either `prompt`"),
         ([{"prompt": "a", "messages": []}], "line 1: needs an object with either"),
@@ -148,7 +151,7 @@ def test_a_bad_prompt_file_is_refused_with_its_line(lines, message, tmp_path, to
 def test_a_prompt_file_that_cannot_be_read_is_refused(tmp_path, tokenizer):
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "caf\xe9"}\n'.encode("latin-1"))
     for path, message in (("/nowhere.jsonl", "No such file"), (str(tmp_path), "Is a directory"), (str(tmp_path / "latin.jsonl"), "'utf-8' codec")):
-        with pytest.raises(InputError, match=f"{path}: cannot be read: .*{message}"):
+        with pytest.raises(InputError, match=f"{path}: a file of JSON lines in UTF-8 is needed: .*{message}"):
             read_jsonl(path, tokenizer, 64)
 
 
@@ -232,6 +235,10 @@ def test_each_epoch_visits_every_prompt_samples_per_prompt_times_in_its_own_orde
         ("501,691", "501,691", True), (" 501,691\n", "501,691", True), ("501691", "501,691", True), ("total 1,000.", "1,000", True), ("501,692", "501,691", False),
         ("so the answer is 42", "42", True), ("first 42, then 43", "42", False), (r"thus \boxed{1/2}", "1/2", True),
         (r"\boxed{7} or 8", "8", False), ("it costs 1,234 dollars", "1234", True), ("none", "3", False), ("x", "y", False),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True), (r"\boxed{\frac{1}{2}}", "2", False), (r"\boxed{\sqrt{\frac{1}{2}}}", r"\sqrt{\frac{1}{2}}", True),
+        (r"\boxed{3}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}", True), (r"\boxed{3}, no, \boxed{\frac{1}{2}}", "3", False),
+        ("10-5", "5", True), ("10-5", "-5", False), ("x = -5", "-5", True), ("(-5)", "-5", True), ("5", "5.0", True), ("5.00", "5", True), ("5.01", "5", False),
+        ("1,2", "12", False), ("1,234,567.", "1234567", True), ("17179869184000000001", "17179869184000000002", False), ("nan", "7", False),
     ],
 )  # fmt: skip
 def test_answers_are_matched_exactly_then_by_box_then_by_last_number(response, answer, correct):
@@ -248,22 +255,62 @@ def test_a_missing_model_directory_is_refused_at_once():
         check_models(Config(teacher="tests/nowhere"))
 
 
-def test_weights_that_are_missing_or_cut_short_are_refused_at_once(model_dir, tmp_path):
+def test_weights_that_are_missing_or_cut_short_are_refused_in_one_line(model_dir, tmp_path):
+    from conftest import load
+
     broken = shutil.copytree(model_dir(), tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(InputError, match=r"--teacher .*broken/model.safetensors: weights missing or damaged"):
-        check_models(Config(teacher=str(broken)))
+    with pytest.raises(InputError, match=r"broken cannot be loaded: [^\n]*$"):
+        load(str(broken))
     weights.unlink()
-    with pytest.raises(InputError, match=r"--teacher .*broken/model.safetensors: weights missing or damaged: No such file"):
-        check_models(Config(teacher=str(broken)))
-    index = broken / "model.safetensors.index.json"
-    for text in (json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}), "{", "{}"):
-        index.write_text(text)
-        with pytest.raises(InputError, match=r"safetensors: weights missing or damaged"):
-            check_models(Config(teacher=str(broken)))
-    shutil.copy(Path(model_dir()) / "model.safetensors", weights)
-    check_models(Config(student=model_dir(), teacher=str(broken)))  # an old index beside a whole file: transformers takes the file
+    with pytest.raises(InputError, match=r"broken cannot be loaded: .*no file named[^\n]*$"):
+        load(str(broken))
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"model_type": "nothing"}, "config.json cannot be used: .*nothing"),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised: such a model is not supported"),
+    ({"max_position_embeddings": 103}, "was made for 103 positions, a sequence may have 104: lower --max-prompt-tokens or --max-new-tokens"),
+])  # fmt: skip
+def test_a_config_that_the_run_cannot_use_is_refused(settings, message, model_dir, tmp_path):
+    other = shutil.copytree(model_dir(), tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(json.loads((other / "config.json").read_text()) | settings))
+    with pytest.raises(InputError, match=message):
+        check_models(Config(student=model_dir(), teacher=str(other)))
+    (other / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json cannot be used: "):
+        check_models(Config(student=model_dir(), teacher=str(other)))
+
+
+def test_a_config_with_fewer_layers_than_its_files_is_refused(model_dir, tmp_path):
+    from conftest import load
+
+    cut = shutil.copytree(model_dir(), tmp_path / "cut")
+    settings = json.loads((cut / "config.json").read_text())
+    settings |= {"num_hidden_layers": 1, "layer_types": settings["layer_types"][:1]}
+    (cut / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"cut: its config.json do not know \d+ tensors, model.layers.1.\S+ for one"):
+        load(str(cut))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_called_so(value, tmp_path):
+    from conftest import build_model, load
+
+    model = build_model("qwen3")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is not supported: its logits are not finite: damaged weights?"):
+        load(str(tmp_path))
+
+
+def test_a_prompt_with_a_token_that_the_models_lack_is_refused(model_dir, tmp_path, tokenizer):
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "1+1="})
+    config = Config(student=model_dir(vocab=12), teacher=model_dir(), prompts=path)
+    highest = max(tokenizer("1+1=").input_ids)
+    with pytest.raises(InputError, match=f"a prompt has token {highest}, the models know 12 tokens"):
+        load_prompts(config, tokenizer)
 
 
 def test_a_model_whose_files_lack_a_tensor_is_refused_not_started_at_random(model_dir, tmp_path):
@@ -274,7 +321,7 @@ def test_a_model_whose_files_lack_a_tensor_is_refused_not_started_at_random(mode
     tensors = load_file(partial / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="1 tensors are not in its files, model.norm.weight for one"):
+    with pytest.raises(InputError, match="its files do not know 1 tensors, model.norm.weight for one"):
         load(str(partial))
 
 
@@ -289,12 +336,10 @@ def test_different_tokenizers_are_refused(model_dir, tmp_path, tokenizer):
         check_models(Config(student=model_dir(), teacher=str(tmp_path)))
 
 
-def test_heads_padded_to_different_sizes_are_cut_to_the_smaller_and_said_so(model_dir):
+def test_heads_padded_to_different_sizes_are_cut_to_the_smaller(model_dir):
     for sizes in ((190, 180), (180, 190)):
         config = Config(student=model_dir(vocab=sizes[0]), teacher=model_dir(vocab=sizes[1]))
-        (note,) = check_models(config)
-        assert note == f"student head has {sizes[0]} rows, teacher {sizes[1]}: both are cut to the first 180 ids"
-        assert shared_vocabulary(config) == 180
+        assert check_models(config) == [] and shared_vocabulary(config) == 180
         assert stop_ids(config.student_path, load_tokenizer("--student", config.student_path)) == {1}
 
 
@@ -366,23 +411,16 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
     config = Config(output_dir=str(tmp_path), resume=True, steps=9)
     with pytest.raises(InputError, match="--resume: no checkpoint"):
         check_output(config)
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="--output-dir .*file/x: .*Not a directory.*: choose another directory"):
-        check_output(Config(output_dir=str(tmp_path / "file" / "x")))
     start_output(replace(config, resume=False), None)
     shutil.copytree(model_dir(), tmp_path / "step_4")
-    state = tmp_path / "step_4" / "training_state.pt"
-    torch.save({"version": 4}, state)
+    torch.save({"version": 4}, tmp_path / "step_4" / "training_state.pt")
+    settings = tmp_path / "step_4" / "config.yaml"
+    settings.write_text(config.dump())
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 7)))
     with pytest.raises(InputError, match="--resume: seed was 0 and is now 5: keep it"):
         check_output(replace(config, seed=5))
     with pytest.raises(InputError, match="has made 4 updates already, --steps is 4"):
         check_output(replace(config, steps=4))
-    whole = state.read_bytes()
-    state.write_bytes(whole[:100])
-    with pytest.raises(InputError, match="--resume: .*training_state.pt is damaged, without .*step_4 an older one is taken"):
-        check_output(config)
-    state.write_bytes(whole)
     checkpoint, notes = check_output(replace(config, lr=0.5))
     assert checkpoint == tmp_path / "step_4"
     assert notes == [f"resuming from {checkpoint}", "lr was 0.001 and is now 0.5"]
@@ -393,20 +431,58 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
         file.write('{"step": 5, "lo')
     start_output(config, checkpoint)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4  # and so is what the machine did not finish writing
-    assert not list(tmp_path.glob("config_until*"))
     start_output(replace(config, lr=0.5), checkpoint)
-    assert yaml.safe_load((tmp_path / "config_until_step_4.yaml").read_text())["lr"] == 1e-3
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 0.5
-    (tmp_path / "step_9_copy").mkdir()
-    torch.save({}, tmp_path / "step_9_copy" / "training_state.pt")
-    assert newest_checkpoint(tmp_path) == checkpoint
+    assert yaml.safe_load(settings.read_text())["lr"] == 1e-3  # a checkpoint keeps the settings that made it
     for text in ("", "a: [", "- 1\n"):
-        (tmp_path / "config.yaml").write_text(text)
-        with pytest.raises(InputError, match="--resume: .*config.yaml or .* cannot be read"):
+        settings.write_text(text)
+        with pytest.raises(InputError, match="--resume: .*step_4/config.yaml cannot be read"):
             check_output(config)
-    (tmp_path / "config.yaml").unlink()
+    settings.unlink()
     with pytest.raises(InputError, match="--resume: .*cannot be read: .*No such file"):
         check_output(config)
+
+
+def test_a_run_is_resumed_from_the_newest_checkpoint_that_is_whole(tmp_path):
+    for name in ("step_4", "step_10", "step_12", "step_20_copy", "diverged_30"):
+        (tmp_path / name).mkdir()
+        torch.save({}, tmp_path / name / "training_state.pt")
+    state = tmp_path / "step_12" / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_4", "step_10"]
+
+
+def test_metrics_that_are_damaged_are_refused_before_anything_is_written(tmp_path):
+    config = Config(output_dir=str(tmp_path), resume=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish}\n')
+    with pytest.raises(InputError, match="--resume: .*metrics.jsonl is damaged, move it away"):
+        start_output(config, tmp_path / "step_4")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_full_disk_leaves_a_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    write(path, "old")
+
+    def full(self, text):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        write(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_an_output_directory_belongs_to_one_run_at_a_time(tmp_path):
+    first = lock_output(tmp_path / "run")
+    with pytest.raises(InputError, match="--output-dir .*run: another run uses it, choose another"):
+        lock_output(tmp_path / "run")
+    first.close()
+    lock_output(tmp_path / "run").close()
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path / "file" / "x", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(InputError, match=f"--output-dir .* cannot be used, choose another: .*{message}"):
+            lock_output(path)
 
 
 def test_the_built_in_prompts_are_measured_with_the_tokenizer_at_hand():
@@ -425,5 +501,6 @@ def test_of_several_changed_settings_the_first_that_must_match_is_named(tmp_path
     start_output(replace(config, resume=False), None)
     (tmp_path / "step_4").mkdir()
     torch.save({"version": 4}, tmp_path / "step_4" / "training_state.pt")
+    (tmp_path / "step_4" / "config.yaml").write_text(config.dump())
     with pytest.raises(InputError, match="--resume: seed was 0 and is now 1: keep it"):
         check_output(replace(config, seed=1, batch_size=3, order="arrival", lr=1.0))

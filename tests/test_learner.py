@@ -15,7 +15,7 @@ from experiments import baselines
 from experiments.baselines import Corrected, second_moment_bound
 from kernels.head import candidate_loss
 from learner import Learner
-from log import newest_checkpoint
+from log import checkpoints
 from losses import make_loss
 from model import flatten_parameters, head_weight
 
@@ -136,8 +136,8 @@ def test_m2po_has_one_bound_for_the_whole_update(model_dir, monkeypatch):
     computed, used = [], []
 
     class Spy(Corrected):
-        def use_preview(self, squares):
-            super().use_preview(squares)
+        def look_ahead(self, *args):
+            super().look_ahead(*args)
             used.clear()  # of the pass that asks for the squares
             computed.append(self.m2_bound)
 
@@ -203,9 +203,9 @@ def test_a_checkpoint_loads_with_transformers_and_continues_bit_for_bit(model_di
     table = stale_table(model_dir, config)
     straight = new_learner(model_dir(seed=2), config)
     straight.update(table, ROWS[:4])
-    straight.save(tmp_path, tokenizer, trained_ahead=[9, 11])
+    straight.save(tmp_path, tokenizer, progress=[9, 11])
     saved = tmp_path / "step_1"
-    assert newest_checkpoint(tmp_path) == saved
+    assert checkpoints(tmp_path) == [saved]
     again = new_learner(str(saved), config)
     assert again.load(saved) == [9, 11] and again.version == 1
     first, second = straight.update(table, ROWS[4:]), again.update(table, ROWS[4:])
@@ -219,7 +219,7 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(tmp_path):
     (tmp_path / ".partial_step_9").mkdir()
     (tmp_path / ".partial_step_9" / "training_state.pt").touch()
     (tmp_path / "step_8").mkdir()
-    assert newest_checkpoint(tmp_path) is None
+    assert checkpoints(tmp_path) == []
 
 
 def test_a_changed_weight_decay_is_kept_when_a_run_is_resumed(model_dir, tmp_path, tokenizer):
@@ -243,7 +243,7 @@ def test_a_full_disk_while_saving_is_one_kind_of_error_and_leaves_nothing_half(m
             learner.save(tmp_path, tokenizer, [])
         assert not list(tmp_path.iterdir())
     learner.save(tmp_path, tokenizer, [])
-    assert newest_checkpoint(tmp_path) == tmp_path / "step_1"
+    assert checkpoints(tmp_path) == [tmp_path / "step_1"]
 
 
 def raising(error):

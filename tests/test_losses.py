@@ -268,17 +268,17 @@ def test_m2po_bounds_the_largest_square_at_which_the_capped_mean_is_within_the_b
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
 def test_only_m2po_asks_for_the_whole_update_and_drops_by_the_bound_that_it_finds(config):
     loss = make_loss(config)
-    assert loss.needs_preview == config.correction.startswith("m2po")
-    if not loss.needs_preview:
+    if not config.correction.startswith("m2po"):
+        loss.look_ahead(None, None)  # it looks at nothing
         return
     ratios = torch.tensor([0.01, -0.1, 0.25, -1.5, 1.5])[:, None].expand(-1, loss.num_columns)
     s = torch.full((5, loss.num_columns), -2.0)
     t, b = s - 1, s - ratios
-    squares = loss.preview(s, t, b)
+    squares = loss.squares(s, t, b)
     away = moves_away(ratios, loss.advantage(s, t, b))
     watched = away if config.correction == "m2po" else torch.ones_like(away)
     torch.testing.assert_close(squares.flatten().float(), ratios.square()[watched].flatten())
-    loss.use_preview(squares)
+    loss.look_ahead([(s, None, t, b)], lambda value: [value])
     assert loss.m2_bound == second_moment_bound(squares, config.correction == "m2po")
     assert torch.equal(loss.value(s, t, b) == 0, ((ratios.square() > loss.m2_bound) & watched).all(-1))
 
@@ -324,7 +324,7 @@ def test_no_loss_falls_through_to_another_by_accident():
     x = torch.zeros(1, 1)
     with pytest.raises(NotImplementedError):
         Loss().value(x, x, x)
-    assert Loss.triton_terms is None and not Loss.needs_preview and not hasattr(Proposal(), "value")
+    assert Loss.triton_terms is None and not hasattr(Proposal(), "value")
     kinds = [LOSSES[name] for name in SHIPPED]
     for kind in kinds:
         assert kind.value is not Loss.value

@@ -1,16 +1,12 @@
 """Claims about the whole run: real processes on tiny models."""
 
-import fcntl
 import json
 import os
-import pty
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -25,9 +21,10 @@ from conftest import ROOT, load
 import fork_server
 import launch
 import train
-from config import Config
+from config import Config, InputError
+from data import Prompt, fingerprint
 from kill import alive, children, trial
-from log import Log
+from log import Log, checkpoints, lock_output
 
 BASE = [
     "--batch-size=8", "--slots=8", "--eval-size=8", "--max-prompt-tokens=32", "--max-new-tokens=12", "--cpu-threads=1",
@@ -97,7 +94,7 @@ def test_a_synchronous_run_has_no_lag_and_writes_everything(sync_run):
         support_mass_teacher grad_norm lr generator_busy teacher_busy learner_busy teacher_cache_hit_rate publish_seconds
         wall_seconds""".split()
     assert all(name in record for record in records for name in wanted)
-    assert {"config.yaml", "metrics.jsonl", "trace.json", "step_3", "step_6"} == {path.name for path in output.iterdir()}
+    assert {".lock", "config.yaml", "metrics.jsonl", "trace.json", "step_3", "step_6"} == {path.name for path in output.iterdir()}
     events = json.loads((output / "trace.json").read_text())
     tracks = {e["args"]["name"] for e in events if e["ph"] == "M"}
     assert tracks == {"generator 0", "teacher 0", "learner"} and {e["tid"] for e in events if e["ph"] == "X"} == {0, 1, 2}
@@ -221,7 +218,7 @@ def test_a_hundred_kills_at_random_moments():
     assert [failure for seed in range(100) if (failure := trial(seed))] == []
 
 
-def test_a_role_that_fails_ends_the_run_with_its_own_traceback(pair, tmp_path):
+def test_what_a_role_refuses_is_one_sentence(pair, tmp_path):
     """The teacher's config asks for more layers than its weight file has, which only loading finds out."""
     broken = shutil.copytree(pair[1].split("=", 1)[1], tmp_path / "broken")
     settings = json.loads((broken / "config.json").read_text())
@@ -229,8 +226,8 @@ def test_a_role_that_fails_ends_the_run_with_its_own_traceback(pair, tmp_path):
     settings |= {"num_hidden_layers": layers, "layer_types": settings["layer_types"][:1] * layers}
     (broken / "config.json").write_text(json.dumps(settings))
     out = finish(start(tmp_path / "run", pair[0], f"--teacher={broken}", "--steps=3", ranks=2), expect=1)
-    assert "teacher 0 died" in out and "load_model" in out and "tensors are not in its files" in out
-    assert "in follow" not in out  # the other rank was told: a traceback of its own would name where it waited
+    assert re.search(r"train.py: error: teacher 0 died: .*broken: its files do not know \d+ tensors, model.layers.2.\S+ for one\n", out), out
+    assert "in load_model" not in out and "in follow" not in out  # no traceback, nor one of the other rank, which was told
 
 
 # ---- waiting ------------------------------------------------------------------------------------------
@@ -302,7 +299,7 @@ def test_waiting_ends_when_a_learner_rank_is_gone_and_says_which_though_torchrun
             wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", fork_server.INTERRUPTS)
 def test_waiting_ends_after_a_signal_even_if_a_role_is_gone_too(number, stub_roles):
     roles = stub_roles()
     roles.check()
@@ -314,6 +311,13 @@ def test_waiting_ends_after_a_signal_even_if_a_role_is_gone_too(number, stub_rol
                 wait()
 
 
+def test_a_terminal_that_is_closed_does_not_end_a_run_under_nohup(stub_roles):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    roles = stub_roles()
+    signal.raise_signal(signal.SIGHUP)
+    roles.check()
+
+
 def test_waiting_ends_when_torchrun_is_gone(stub_roles):
     roles = stub_roles()
     roles.channel.running = lambda: False
@@ -322,9 +326,9 @@ def test_waiting_ends_when_torchrun_is_gone(stub_roles):
             wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_or_a_terminate_signal_saves_and_leaves_and_the_run_can_be_resumed(number, pair, tmp_path):
-    """To every process at once: what a terminal does, and a cluster's scheduler at the time limit."""
+    """To every process at once: what a terminal does, also when it is closed, and a cluster's scheduler at the time limit."""
     output = tmp_path / "run"
     process = start(output, *pair, "--steps=100000", "--eval-every=0", ranks=1)
     read_until(process, r"update +2/")
@@ -348,6 +352,36 @@ def test_bad_input_is_one_line_not_a_traceback(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+def test_a_second_run_in_one_directory_is_refused_also_when_it_resumes(pair, tmp_path):
+    with lock_output(tmp_path / "run"):
+        for flags in ([], ["--resume"]):
+            out = finish(start(tmp_path / "run", *pair, *flags), expect=1)
+            assert out.splitlines() == [f"train.py: error: --output-dir {tmp_path}/run: another run uses it, choose another"]
+
+
+def test_weights_that_diverged_are_set_aside_and_the_run_resumes_from_good_ones(pair, tmp_path):
+    output, flags = tmp_path / "run", [*pair, "--eval-every=0", "--save-every=1", "--warmup-steps=0", "--max-staleness=0"]
+    finish(start(output, *flags, "--steps=2", "--lr=1e-4"))
+    out = finish(start(output, *flags, "--steps=9", "--lr=1e30", "--resume"), expect=1)
+    assert re.search(r"train.py: error: update \d: gradient norm is nan: lower --lr", out)
+    ruined = [path.name for path in output.glob("diverged_*")]
+    assert len(ruined) == 1 and not (output / ruined[0].replace("diverged", "step")).exists()
+    newest = checkpoints(output)[-1]
+    assert all(parameter.isfinite().all() for parameter in load(str(newest)).parameters())
+    text = finish(start(output, *flags, "--steps=4", "--lr=1e-4", "--resume"))
+    assert f"resuming from {newest}" in text and [r["step"] for r in metrics(output)] == [1, 2, 3, 4]
+
+
+def test_a_run_whose_prompts_have_changed_is_not_resumed():
+    run = object.__new__(train.Run)
+    run.config = Config()
+    run.fingerprint = fingerprint([Prompt("a", [1], "2")])
+    assert run.fingerprint == fingerprint([Prompt("a", [1], "2")])
+    for others in ([Prompt("a", [1], "3")], [Prompt("a", [1], "2")] * 2, []):
+        with pytest.raises(InputError, match="--resume: the prompts are not what they were: give the same files"):
+            run.start(None, None, None, None, {"prompts": fingerprint(others), "trained_ahead": []})
+
+
 def test_what_the_roles_are_forked_from_has_asked_for_no_gpu():
     """CUDA refuses to work in a process forked after the first question about devices."""
     code = f"""
@@ -368,50 +402,14 @@ def test_a_damaged_checkpoint_is_named_on_resume(sync_run, pair, tmp_path, monke
     weights = output / "step_6" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     monkeypatch.setattr("sys.argv", command(output, *pair, *SYNC, "--steps=8", "--resume")[1:])
-    with pytest.raises(SystemExit, match=re.escape(f"train.py: error: --resume {weights}: weights missing or damaged")):
+    with pytest.raises(SystemExit, match=re.escape(f"train.py: error: {output}/step_6 cannot be loaded: ")):
         train.main()
 
 
 # ---- progress -----------------------------------------------------------------------------------------
 
 
-def run_on_a_terminal(*flags, width=200):
-    """What train.py writes to a terminal."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-    process = subprocess.Popen(command(*flags), stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
-    written = b""
-    with suppress(OSError):  # how the end of a terminal reads
-        while part := os.read(ours, 4096):
-            written += part
-    os.close(ours)
-    assert process.wait(timeout=60) == 0, written.decode()
-    return written.decode().replace("\r\n", "\n")
-
-
-def test_on_a_terminal_the_progress_is_one_line_that_is_drawn_again(tmp_path):
-    """With the built-in pair, whose responses end, so that no warning stands between."""
-    text = run_on_a_terminal(tmp_path / "run", "--steps=4", "--eval-every=4", "--max-new-tokens=40")
-    lines = text.rstrip("\n").split("\n")
-    assert "update " not in "".join(line for line in lines if not line.startswith("done"))
-    *_, accuracy, progress, busy, end = lines
-    assert accuracy.startswith("accuracy before training ") and "\r" not in "".join([*lines[:-3], busy, end])
-    assert busy.startswith("busy: generator ")
-    drawn = [part for part in progress.split("\r") if part.strip()]
-    counts = [int(re.match(r"(\d+)/4 \[", part).group(1)) for part in drawn]
-    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 4 and len(drawn) > 2
-    assert end.startswith("done after update 4, accuracy ")
-    last = metrics(tmp_path / "run")[-1]
-    for name, number in (("reverse KL", f"{last['reverse_kl']:.4f}"), ("lag", f"{last['lag_mean']:.2f}"), ("accuracy", f"{last['eval_accuracy']:.1%}")):
-        assert f"{name} {number}" in drawn[-1]
-    for part in drawn:  # the numbers of an update stand beside its own number
-        records = {f"reverse KL {r['reverse_kl']:.4f}": r["step"] for r in metrics(tmp_path / "run")}
-        shown = re.search(r"reverse KL -?[\d.]+", part)
-        assert shown is None or records[shown.group()] == int(part.split("/")[0]), part
-
-
-def test_elsewhere_the_progress_is_one_line_for_each_update(sync_run):
+def test_the_progress_is_one_line_for_each_update(sync_run):
     output, text = sync_run
     assert "\r" not in text
     lines = [line for line in text.splitlines() if line.startswith("update ")]
@@ -430,7 +428,7 @@ def test_a_save_that_failed_is_made_again_at_the_end(tmp_path):
             raise OSError("No space left on device")
 
     run = object.__new__(train.Run)
-    run.config, run.tokenizer, run.saved_version = Config(output_dir=str(tmp_path)), None, 1
+    run.config, run.tokenizer, run.saved_version, run.fingerprint = Config(output_dir=str(tmp_path)), None, 1, "of the prompts"
     run.learner = SimpleNamespace(version=2, save=save)
     run.tickets = SimpleNamespace(trained_ahead={5, 3})
     run.timeline = SimpleNamespace(span=lambda name: suppress())
@@ -438,7 +436,23 @@ def test_a_save_that_failed_is_made_again_at_the_end(tmp_path):
         run.save()
     run.save()
     run.save()
-    assert len(saved) == 2 and saved[1][2] == [3, 5] and run.saved_version == 2
+    assert len(saved) == 2 and saved[1][2] == {"trained_ahead": [3, 5], "prompts": "of the prompts"} and run.saved_version == 2
+
+
+@pytest.mark.parametrize("keep, left", [(0, [1, 2, 3]), (1, [3]), (2, [2, 3])])
+def test_the_newest_checkpoints_are_kept(keep, left, tmp_path):
+    def save(output, tokenizer, progress):
+        (output / f"step_{run.learner.version}").mkdir()
+        torch.save(progress, output / f"step_{run.learner.version}" / "training_state.pt")
+
+    run = object.__new__(train.Run)
+    run.config, run.tokenizer, run.saved_version, run.fingerprint = Config(output_dir=str(tmp_path), keep_checkpoints=keep), None, 0, ""
+    run.tickets = SimpleNamespace(trained_ahead=set())
+    run.timeline = SimpleNamespace(span=lambda name: suppress())
+    for version in (1, 2, 3):
+        run.learner = SimpleNamespace(version=version, save=save)
+        run.save()
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step_{version}" for version in left]
 
 
 def test_bad_input_gives_one_line_also_with_two_ranks(tmp_path):
@@ -447,49 +461,19 @@ def test_bad_input_gives_one_line_also_with_two_ranks(tmp_path):
     assert "run_rank" not in run.stderr  # the other rank waited in there
 
 
-@pytest.mark.parametrize("out, err", [(True, True), (False, True), (True, False)])
-def test_only_a_terminal_gets_a_bar(out, err, tmp_path, monkeypatch):
-    """`train.py | tee log`: the log gets a line for every update."""
-    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: out))
-    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: err, write=lambda text: None, flush=lambda: None))
-    (tmp_path / "metrics.jsonl").touch()
-    log = Log(Config(output_dir=str(tmp_path)), SimpleNamespace(busy=torch.zeros(3)))
-    assert log.bar.disable == (not (out and err))
-    log.close()
-
-
-def test_a_run_says_how_busy_its_roles_were_and_on_gpus_what_an_even_split_would_give(tmp_path, monkeypatch):
-    """8 GPUs: 5 generators half busy, 1 teacher always, 2 ranks a quarter. 4 processes' work for 8: twice as fast."""
-    config = Config(output_dir=str(tmp_path), generators=5)
-    channel = SimpleNamespace(busy=torch.tensor([1.0] * 7))
-    (tmp_path / "metrics.jsonl").touch()
-    log = Log(config, channel)
-    log.last = log.began + 10.0
-    channel.busy = torch.tensor([1.0 + 5.0] * 5 + [1.0 + 10.0] + [1.0 + 2.5])
-    busy = "busy: generator 50%, teacher 100%, learner 25%"
-    assert log.bottleneck(ranks=2) == busy  # CPUs are shared: processes say nothing
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert log.bottleneck(ranks=2) == f"{busy}; 5.0 generators, 2.0 teachers, 1.0 learners would be equally busy, up to 2.0 times as fast"
-    log.config = replace(config, max_staleness=0)  # they take turns: another split says nothing
-    assert log.bottleneck(ranks=2) == busy
-    log.config, channel.busy = config, torch.tensor([2.0] * 7)  # all had nothing to do
-    assert log.bottleneck(ranks=2) == "busy: generator 10%, teacher 10%, learner 10%"
-
-
 def test_each_warning_is_given_once_and_only_when_it_is_due(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").touch()
     fine = dict(lag_max=0, drift_k3=0.01, support_mass_student=0.9, truncated_fraction=0.5)
     bad = dict(lag_max=0, drift_k3=0.03, support_mass_student=0.4, truncated_fraction=0.95)
     for loss, lag, expected in (("sparse_reverse_kl", 0, 3), ("stratified_reverse_kl", 0, 2), ("sparse_reverse_kl", 2, 2)):
         said = []
-        monkeypatch.setattr("log.tqdm.write", said.append)
+        monkeypatch.setattr("builtins.print", said.append)
         log = Log(Config(output_dir=str(tmp_path), loss=loss), SimpleNamespace(busy=torch.zeros(3)))
         log.warn(fine)
         assert not said
         for _ in range(2):
             log.warn(bad | {"lag_max": lag})
         assert len(said) == len(set(said)) == expected and all(text.startswith("warning: ") for text in said)
-        log.close()
 
 
 def test_the_caches_of_all_teachers_are_one_number():
