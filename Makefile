@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 .PHONY: train test slow-test clean
 
 train: $(STAMP)
-	.venv/bin/torchrun --standalone --nproc-per-node=1 -- train.py $(ARGS)
+	.venv/bin/python train.py $(ARGS)
 
 test: $(STAMP)
 	.venv/bin/python -m pytest $(ARGS)
@@ -16,6 +16,7 @@ slow-test: $(STAMP)
 	.venv/bin/python -m pytest -m slow $(ARGS)
 
 $(STAMP): requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch $@

@@ -120,10 +120,13 @@ def check_config(config):
     for path in (config.student_path, config.teacher_path):
         settings = text_config(path)
         positions = getattr(settings, "max_position_embeddings", None) or config.max_sequence
+        rope = getattr(settings, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # longer ones change all keys
+            positions = rope["original_max_position_embeddings"]
         require(
             config.max_sequence <= positions,
-            f"{path} was made for {positions} positions, a sequence may have "
-            f"{config.max_sequence}: lower --max-prompt-tokens or --max-new-tokens",
+            f"{path}: a sequence may have {config.max_sequence} tokens, the model takes "
+            f"{positions}: lower --max-prompt-tokens or --max-new-tokens",
         )
         require(
             not getattr(settings, "quantization_config", None),
@@ -161,8 +164,12 @@ def load_model(path, dtype, device, attention=None, gpus=1, length=8):
 
 @torch.no_grad()
 def check_forward(model, attention, length):
-    """Compare numbers for `length` tokens. With `attention`, switch the model to it on the way."""
+    """Compare numbers for `length` tokens. With `attention`, switch the model to it on the way.
+
+    In bfloat16, whose rounding depends on the shape of a batch, for 8 tokens.
+    """
     weight = head_weight(model)
+    length = length if weight.dtype == torch.float32 else 8
     ids = torch.arange(length, device=model.device)[None] % len(weight)
     hidden = last_hidden(model, ids)[0]
     logits = model(input_ids=ids[:, :8], use_cache=False).logits[0]
@@ -176,7 +183,8 @@ def check_forward(model, attention, length):
         model.set_attn_implementation(attention)
         require(
             agree(hidden[-1], last_through_slots(model, ids)),
-            "more than attention remembers earlier tokens (recurrent or convolution layers)",
+            "the KV slots do not hold all that it remembers of earlier tokens (recurrent or "
+            "convolution layers, or a window that its attention layers do not pass on)",
         )
 
 
@@ -287,10 +295,10 @@ def check_output(config):
     checkpoint = (checkpoints(output) or [None])[-1]
     if config.resume:
         return checkpoint, check_resume(config, checkpoint)
-    fix = f"--resume continues it from {checkpoint}" if checkpoint else "it has no checkpoint"
     metrics = output / "metrics.jsonl"
     is_used = checkpoint or (metrics.exists() and metrics.stat().st_size)
-    require(not is_used, f"--output-dir {output} holds another run: choose a new directory ({fix})")
+    fix = "choose a new directory, or give --resume"
+    require(not is_used, f"--output-dir {output} holds another run: {fix}")
     return None, []
 
 

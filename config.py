@@ -22,8 +22,8 @@ EVAL_SIZE = click.IntRange(1, 10_000)
 TEMPERATURE = click.FloatRange(1e-3)
 RATE = click.FloatRange(1e-12)
 COUNT = click.IntRange(0)
-PROCESSES = click.IntRange(1, 256)
 THREADS = click.IntRange(0, 1024)
+PROCESSES = click.IntRange(1, 256)
 ABOUT = """Asynchronous on-policy distillation.
 
 torchrun starts the learner ranks: torchrun --standalone --nproc-per-node=N -- train.py [OPTIONS]

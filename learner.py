@@ -188,7 +188,6 @@ class Learner:
         truncated = table.finish[rows] == LENGTH
         return {
             "tokens": len(lag),
-            "response_tokens_mean": len(lag) / len(rows),
             "truncated_fraction": float(truncated.double().mean()),
             "lag_mean": float(lag.double().mean()),
             "lag_max": int(lag.max()),

@@ -26,7 +26,7 @@ def lock_output(output: Path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"--output-dir {output}: another run uses it, choose another") from None
+        raise InputError(f"--output-dir {output}: another run uses it, choose another")
     except OSError:
         pass  # a file system without locks
     return file
@@ -178,11 +178,10 @@ class Log:
 
     def show(self, record):
         text = (
-            "  reverse KL {reverse_kl:.4f}  {tokens_per_second:.0f} tokens/s  lag {lag_mean:.2f}  "
-            "busy: generator {generator_busy:.0%}, teacher {teacher_busy:.0%}, "
+            "update {step:4d}/{steps}  reverse KL {reverse_kl:.4f}  {tokens_per_second:.0f} tok/s  "
+            "lag {lag_mean:.2f}  busy: generator {generator_busy:.0%}, teacher {teacher_busy:.0%}, "
             "learner {learner_busy:.0%}"
-        )
-        text = f"update {record['step']:4d}/{self.config.steps}" + text.format(**record)
+        ).format(**record, steps=self.config.steps)
         if "eval_accuracy" in record:
             text += f"  accuracy {record['eval_accuracy']:.1%}"
         print(text, flush=True)

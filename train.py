@@ -76,7 +76,6 @@ class Run:
         ahead = progress.get("trained_ahead", [])
         self.tickets = Tickets(config, channel, self.prompts, learner.version, ahead)
         self.saved_version = learner.version
-        self.accuracies = []
         learner.publish(channel)
         self.roles = Roles(config, channel, devices, self.held_out, self.tickets.lowest, pids)
 
@@ -119,11 +118,8 @@ class Run:
 
     def report(self):
         end = "done" if self.learner.version == self.config.steps else "interrupted"
-        gain = ""
-        if len(self.accuracies) > 1:
-            gain = f", accuracy {self.accuracies[0]:.1%} -> {self.accuracies[-1]:.1%}"
         where = (checkpoints(self.config.output) or ["no checkpoint"])[-1]
-        print(f"{end} after update {self.learner.version}{gain}: {where}", flush=True)
+        print(f"{end} after update {self.learner.version}: {where}", flush=True)
 
     def main_loop(self):
         """Wait for rollouts, train, publish, issue tickets, evaluate and log, save."""
@@ -184,7 +180,6 @@ class Run:
         accuracy = float(channel.eval_accuracy)
         if version == 0:
             print(f"accuracy before training {accuracy:.1%}", flush=True)
-        self.accuracies.append(accuracy)
         return {name: accuracy}
 
     def is_due(self, every: int):

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from assets.task import ADDENDS, build_tokenizer, running_sums
-from checks import check_models, check_output, load_tokenizer
+from checks import check_models, check_output, load_model, load_tokenizer
 from config import Config, InputError, parse
 from data import is_correct, load_prompts, prompt_of, read_jsonl
 from log import checkpoints, lock_output, start_output, write
@@ -271,7 +271,9 @@ def test_weights_that_are_missing_or_cut_short_are_refused_in_one_line(model_dir
 @pytest.mark.parametrize("settings, message", [
     ({"model_type": "nothing"}, "config.json cannot be used: .*nothing"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised: such a model is not supported"),
-    ({"max_position_embeddings": 103}, "was made for 103 positions, a sequence may have 104: lower --max-prompt-tokens or --max-new-tokens"),
+    ({"max_position_embeddings": 103}, "a sequence may have 104 tokens, the model takes 103: lower --max-prompt-tokens or --max-new-tokens"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 100, "short_factor": [1.0] * 4,
+                          "long_factor": [4.0] * 4}}, "a sequence may have 104 tokens, the model takes 100: lower"),
 ])  # fmt: skip
 def test_a_config_that_the_run_cannot_use_is_refused(settings, message, model_dir, tmp_path):
     other = shutil.copytree(model_dir(), tmp_path / "other")
@@ -292,6 +294,20 @@ def test_a_config_with_fewer_layers_than_its_files_is_refused(model_dir, tmp_pat
     (cut / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=r"cut: its config.json do not know \d+ tensors, model.layers.1.\S+ for one"):
         load(str(cut))
+
+
+def test_a_model_whose_early_tokens_change_with_the_length_is_refused_at_the_lengths_of_the_run(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=16, rope_parameters=scaling)).save_pretrained(tmp_path)
+    for kind in (torch.float32, torch.bfloat16):
+        load_model(str(tmp_path), kind, torch.device("cpu"), "kv_slots", length=16)
+    load_model(str(tmp_path), torch.bfloat16, torch.device("cpu"), "kv_slots", length=28)  # cannot tell it from rounding
+    with pytest.raises(InputError, match=r"or they change with the length of the sequence \(compared: 8 and 28 tokens\)"):
+        load_model(str(tmp_path), torch.float32, torch.device("cpu"), "kv_slots", length=28)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

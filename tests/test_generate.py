@@ -270,7 +270,7 @@ def test_models_whose_memory_the_slots_do_not_hold_are_refused(tmp_path):
     recurrent = Qwen3NextForCausalLM(
         Qwen3NextConfig(**common, **linear, layer_types=["linear_attention", "full_attention"], mlp_only_layers=[0, 1])
     )
-    for model, name, message in ((soft_capped, "gemma2", "softcap"), (recurrent, "qwen3_next", "more than attention remembers")):
+    for model, name, message in ((soft_capped, "gemma2", "softcap"), (recurrent, "qwen3_next", "do not hold all that it remembers")):
         model.save_pretrained(tmp_path / name)
         load(str(tmp_path / name))
         with pytest.raises(InputError, match=message):
