@@ -10,11 +10,12 @@ import sys
 import torch
 
 from channel import STOP, Rollout
-from checks import load_model, load_tokenizer
+from checks import available_memory, load_model, load_tokenizer, require
 from config import Config, model_path
 from data import is_correct, read_jsonl
 from generate import Generator
 from losses import Greedy, Proposal
+from memory import estimate
 from model import compute_dtype, head_weight, stop_ids
 
 
@@ -51,19 +52,39 @@ def sample(args):
     prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens, args.drop_long_prompts)
     longest = max(len(prompt.ids) for prompt in prompts)
     config = Config(
+        student=path,
+        teacher=path,
+        slots=args.slots,
+        batch_size=min(len(prompts), 8192),
         max_prompt_tokens=longest,
         max_new_tokens=args.max_new_tokens,
         micro_batch_tokens=max(8192, longest + args.max_new_tokens),
         temperature=args.temperature or 1.0,
         seed=args.seed,
     )
-    model = load_model(path, compute_dtype(config, device), device, attention="kv_slots")
+    dtype = compute_dtype(config, device)
+    check_memory(config, device, dtype)
+    options = {"attention": "kv_slots", "length": config.max_sequence}
+    model = load_model(path, dtype, device, **options)
     proposal = Proposal() if args.temperature > 0 else Greedy()
     stops, vocab = stop_ids(path, tokenizer), len(head_weight(model))
-    generator = Generator(model, proposal, config, stops, vocab, args.slots)
+    slots = min(args.slots, len(prompts))
+    generator = Generator(model, proposal, config, stops, vocab, slots)
     rollouts = [Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)]
     for prompt, rollout in zip(prompts, generator.generate(rollouts)):
         yield prompt, rollout, tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+
+
+def check_memory(config, device, dtype):
+    """Raise InputError if model and KV slots cannot fit."""
+    needed = estimate(config, 1, False, dtype.itemsize)[1]  # of a generator
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
+    require(
+        needed < 0.9 * free,
+        f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free: lower --slots "
+        f"({config.slots}) or --max-new-tokens ({config.max_new_tokens})",
+    )
 
 
 def main():

@@ -403,6 +403,15 @@ def test_the_command_line_refuses_what_could_never_end(flag, monkeypatch, capsys
     assert "at least" in capsys.readouterr().err
 
 
+def test_the_command_line_refuses_what_cannot_fit_into_memory(monkeypatch, capsys, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a47+b58="}\n')
+    monkeypatch.setattr("experiments.sample.available_memory", lambda: 2**30)
+    flags = ["--model=builtin", f"--prompts={tmp_path}/p.jsonl"]
+    assert len(sample(monkeypatch, capsys, *flags)) == 1
+    with pytest.raises(SystemExit, match=r"GiB are needed, 1.0 are free: lower --slots \(64\) or --max-new-tokens \(9999999\)"):
+        sample(monkeypatch, capsys, *flags, "--max-new-tokens=9999999")
+
+
 def test_the_command_line_names_the_least_temperature(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         sample(monkeypatch, capsys, "--model=x", "--prompts=y", "--temperature=0.0005")
