@@ -41,8 +41,12 @@ STYLE = {
     "stratified 28+4": ("#00593F", "P"),
     "stratified 16+16": ("#A6B727", "P"),
     "stratified 28+4, arrival order": ("#68AB2D", "P"),
-    # on the real model (real_curves.py)
+    # on the real model
     "32 draws": ("#0B2A66", "s"),
+    "32 draws, no baseline": ("#1F67AE", "s"),
+    "stratified 16+16, no baseline": ("#C9D36B", "P"),
+    "prompts and prefixes": ("#000000", "_"),
+    "top 31 + emitted (EMA-PG)": ("#D98300", "^"),
     "32 draws, rollout signal, no ratio": ("#A50F15", "v"),
 }
 ONE_SAMPLE = (
@@ -202,6 +206,29 @@ def draw_real_curves(values: Cells, out: Path):
     figure.savefig(out)
 
 
+def draw_real_model(lines: list[dict], out: Path):
+    """Noise of a real model's gradient against lag: at a position, and of a whole response.
+
+    Bars are standard errors over prompts.
+    """
+    lags = sorted({line["lag"] for line in lines})
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure.subplots_adjust(wspace=0.75)
+    for axis, space in zip(axes, ("logits", "parameters")):
+        here = [line for line in lines if line["space"] == space and line["estimator"] in STYLE]
+        for name in dict.fromkeys(line["estimator"] for line in here if line["variance"]):
+            colour, marker = STYLE[name]
+            found = [line for line in here if line["estimator"] == name]
+            means, errors = ([line[key] for line in found] for key in ("variance", "variance_error"))
+            axis.errorbar(range(len(lags)), means, errors, fmt="none", ecolor=colour, capsize=2)
+            axis.plot(means, linewidth=1.3, markersize=5, color=colour, marker=marker, label=name)
+        axis.set(xticks=range(len(lags)), xticklabels=lags, xlabel="lag, updates", yscale="log")
+        label_ends(axis)
+    axes[0].set(title="logits, one position", ylabel="variance / square of the exact gradient")
+    axes[1].set(title="all parameters, one response")
+    figure.savefig(out)
+
+
 def draw_timelines(path: Path, out: Path):
     """Draw a panel for every run of the CSV."""
     runs = {}
@@ -223,7 +250,7 @@ def draw_timelines(path: Path, out: Path):
 
 def draw_study(results: Path):
     # These import torch, which the picture of a run does without.
-    from experiments import estimators, frontier, real_curves, staleness
+    from experiments import estimators, frontier, real_curves, real_model, staleness
     from experiments.claims import cells
 
     lines = staleness.read(results / "staleness.csv")
@@ -242,6 +269,7 @@ def draw_study(results: Path):
     lines = real_curves.read(results / "real_curves.csv")
     values = cells("real_curves", lines, "reverse_kl")
     draw_real_curves(values, results / "real_curves.png")
+    draw_real_model(real_model.read(results / "real_model.csv"), results / "real_model.png")
     draw_timelines(results / "timelines.csv", results / "timelines.png")
 
 

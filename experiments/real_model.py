@@ -35,7 +35,7 @@ from channel import Rollout
 from checks import load_model, load_tokenizer
 from config import Config
 from data import read_jsonl
-from experiments import heal
+from experiments import heal, study
 from experiments.heal import CPU, NEW_TOKENS, respond, response_logits
 from experiments.lagged import Lagged
 from experiments.study import RESULTS, RUNS, at_least
@@ -136,6 +136,25 @@ class Pullback:
             return pad(flat, (0, -len(flat) % FOLDED)).view(-1, FOLDED).sum(0)
 
         return pull
+
+
+def read(path: Path) -> list[dict]:
+    return study.read(path, COLUMNS, {"lag": int, "space": str, "estimator": str})
+
+
+def table(lines: list[dict], space: str) -> str:
+    """Markdown: the variance of every estimator at every lag, of sparse top-K the bias."""
+
+    def cell(value: float, error: float) -> str:
+        digits = 3 if value < 0.1 else 2 if value < 1 else 1 if value < 10 else 0
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+    rows = []
+    for name in dict.fromkeys(line["estimator"] for line in lines if line["space"] == space):
+        key = "bias" if name.startswith("sparse") else "variance"
+        cells = [cell(line[key], line[f"{key}_error"]) for line in lines if (line["space"], line["estimator"]) == (space, name)]
+        rows.append(f"| {name}{': bias' if key == 'bias' else ''} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def square(x: Tensor) -> float:
@@ -240,6 +259,7 @@ def main():
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
+    print(*(table(lines, space) for space in ("logits", "parameters")), sep="\n\n")
 
 
 if __name__ == "__main__":

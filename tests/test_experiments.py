@@ -1,6 +1,7 @@
 """Claims about the staleness study: its expectations are exact, its lags are exact, one seed gives one result."""
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from conftest import ROOT
 
 from channel import Rollout
 from checks import load_model
-from experiments import claims, frontier, heal, real_model, staleness
+from experiments import claims, frontier, heal, real_curves, real_model, staleness
 from experiments.estimators import ESTIMATORS, Snapshot, Spread, dense_logit_gradient, derivatives, expected_logit_gradient, measure, of_different_groups
 from experiments.lagged import CPU, Lagged, flat
 from experiments.staleness import BASE, LAGS, LOSSES, STRONG, Job, canonical, grid, make, run, summary, task
@@ -240,6 +241,9 @@ def test_every_claim_can_be_rerun_and_its_cells_are_those_of_the_study():
                 assert set(claims.staleness.jobs_for([c.a, c.b], range(5))) <= study
             elif c.study == "frontier":
                 assert set(frontier.jobs_for([c.a, c.b], range(5))) <= pipeline
+            elif c.study == "real_curves":
+                assert c.a[0] in real_curves.LOSSES and c.b[0] in real_curves.LOSSES and c.a[1] in real_curves.LAGS
+                assert len(real_curves.jobs_for([c.a, c.b], range(5))) == 10 and c.a[2] == real_curves.STEPS
             else:
                 assert c.a[0] in LOSSES and c.b[0] in LOSSES and {c.a[1], c.b[1]} <= set(LAGS)
 
@@ -424,3 +428,25 @@ def test_folding_keeps_inner_products_of_gradients(monkeypatch):
     whole = [torch.cat([p.flatten() for p in torch.autograd.grad(z, pullback.parameters, x, retain_graph=True)]) for x in g]
     exact = torch.stack(whole) @ torch.stack(whole).T
     torch.testing.assert_close(folded @ folded.T, exact, rtol=0, atol=0.05 * float(exact.diag().max()))
+
+
+def test_a_training_curve_has_a_line_before_the_first_update_and_one_for_each_evaluation(tmp_path, monkeypatch):
+    """On the built-in pair instead of SmolLM2."""
+    for name in ("student", "teacher"):
+        (tmp_path / name).symlink_to(ROOT / "assets" / name)
+    for name, prompts in (("prompts.jsonl", task()[0][:40]), ("held_out.jsonl", task()[1][:8])):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in prompts))
+    monkeypatch.setattr(real_curves, "STEPS", 4)
+    monkeypatch.setattr(real_curves, "EVERY", 2)
+    lines = [real_curves.run(real_curves.Job("stratified 16+16", lag, 0, tmp_path)) for lag in (0, 8, 0)]
+    assert [line["update"] for line in lines[0]] == [0, 2, 4] and lines[0] == lines[2]
+    assert lines[0][0]["train_loss"] is None and lines[0][0]["reverse_kl"] == lines[1][0]["reverse_kl"]
+    assert lines[0][2]["drift_k3"] < 1e-9 < lines[1][2]["drift_k3"]
+    assert lines[0][2]["reverse_kl"] != lines[1][2]["reverse_kl"]
+
+
+def test_the_page_shows_the_table_of_the_real_model():
+    lines = real_model.read(ROOT / "experiments" / "results" / "real_model.csv")
+    document = (ROOT / "docs" / "staleness.md").read_text()
+    for space in ("logits", "parameters"):
+        assert real_model.table(lines, space) in document
