@@ -9,6 +9,7 @@ Left out: quantised models, adapters, teacher and student with different tokeniz
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,12 +37,11 @@ def available_memory():
     """Bytes that may still be used: what the kernel calls available, or a cgroup's limit."""
     free = 1024 * number_after("MemAvailable:", Path("/proc/meminfo"))
     group = Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
-    if limit.exists() and limit.read_text().strip() != "max":
-        used = int((group / "memory.current").read_text())
-        reclaimable = number_after("inactive_file", group / "memory.stat")
-        free = min(free, int(limit.read_text()) - used + reclaimable)
-    return free
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        return min(free, limit - used + number_after("inactive_file", group / "memory.stat"))
+    except (OSError, ValueError):  # no cgroup, or its limit is "max"
+        return free
 
 
 def number_after(name, path):
@@ -151,11 +151,9 @@ def load_model(path, dtype, device, attention=None, gpus=1, length=8):
     with refusal(f"{path} cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(path, **options)
     # transformers would start missing tensors at random, and ignore others.
-    for keys, where in ((info["missing_keys"], "files"), (info["unexpected_keys"], "config.json")):
-        require(
-            not keys,
-            f"{path}: its {where} do not know {len(keys)} tensors, {min(keys, default='')} for one",
-        )
+    for kind, what in (("missing", "are not in its files"), ("unexpected", "have no place in it")):
+        keys = info[f"{kind}_keys"]
+        require(not keys, f"{path}: {len(keys)} tensors {what}, {min(keys, default='')} for one")
     model = (model if gpus > 1 else model.to(device)).eval().requires_grad_(False)
     with refusal(f"{path} is not supported"):
         check_forward(model, attention, length)
@@ -285,39 +283,49 @@ MUST_MATCH = """student prompts eval_prompts eval_size seed batch_size samples_p
     max_prompt_tokens drop_long_prompts""".split()
 
 
-def check_output(config):
+def check_output(config, fingerprint):
     """The checkpoint to resume from (None: a new run), and what the user should be told.
 
-    Raises InputError if the directory holds another run, if there is nothing to resume, or if a
-    setting in MUST_MATCH has changed.
+    `fingerprint`: of the prompts. Raises InputError if the directory holds another run, if there is
+    nothing to resume, or if the prompts or a setting in MUST_MATCH have changed.
     """
     output = config.output
     checkpoint = (checkpoints(output) or [None])[-1]
     if config.resume:
-        return checkpoint, check_resume(config, checkpoint)
+        return checkpoint, check_resume(config, checkpoint, fingerprint)
+    fix = "choose a new directory, or --resume if a step_N is in it"
     metrics = output / "metrics.jsonl"
     is_used = checkpoint or (metrics.exists() and metrics.stat().st_size)
-    fix = "choose a new directory, or give --resume"
     require(not is_used, f"--output-dir {output} holds another run: {fix}")
     return None, []
 
 
-def check_resume(config, checkpoint):
+def check_resume(config, checkpoint, fingerprint):
     output = config.output
-    missing = f"--resume: no checkpoint (step_N) in --output-dir {output}: start without --resume"
+    missing = f"--resume: no checkpoint (step_N) in --output-dir {output}: choose a new directory"
     require(checkpoint, missing)
-    with refusal(f"--resume: {checkpoint}/config.yaml cannot be read"):
-        before = dict(yaml.safe_load((checkpoint / "config.yaml").read_text()))
+    done = step_of(checkpoint)
+    progress = read_progress(checkpoint)
+    before = progress["settings"]
     changed = {
         name: f"{name} was {before.get(name)!r} and is now {value!r}"
-        for name, value in yaml.safe_load(config.dump()).items()
-        if value != before.get(name)
+        for name, value in asdict(config).items()
+        if value != before.get(name) and name != "resume"
     }
     for name in MUST_MATCH:
         require(name not in changed, f"--resume: {changed.get(name)}: keep it")
-    done = step_of(checkpoint)
+    require(
+        progress["prompts"] == fingerprint,
+        "--resume: the prompts are not what they were: give the same files",
+    )
     require(
         done < config.steps,
         f"--resume: {output} has made {done} updates already, --steps is {config.steps}: raise it",
     )
     return [f"resuming from {checkpoint}", *changed.values()]
+
+
+def read_progress(checkpoint):
+    """{"settings": of the run, "prompts": their fingerprint, "trained_ahead": see Tickets}."""
+    with refusal(f"--resume: {checkpoint} is damaged, or of an older version of this program"):
+        return dict(yaml.safe_load((checkpoint / "progress.yaml").read_text()))

@@ -100,7 +100,7 @@ class Config:
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
     eval_every: int = option(50, "updates between greedy evaluations; 0: never", COUNT)
     save_every: int = option(100, "updates between checkpoints; 0: only at the end", COUNT)
-    keep_checkpoints: int = option(0, "newest checkpoints to keep; 0: all", COUNT)
+    keep_checkpoints: int = option(0, "checkpoints to keep beside the newest; 0: all", COUNT)
     resume: bool = option(False, "continue from the newest checkpoint in --output-dir")
 
     def __post_init__(self):

@@ -15,6 +15,8 @@ import checks
 from assets import task
 from config import Config
 
+# A minus after a digit, a letter or a bracket is no sign.
+NUMBER = r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 IN_BRACES = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # text with up to two levels of inner braces
 
 
@@ -68,10 +70,8 @@ def load_prompts(config: Config, tokenizer):
 
 def fingerprint(prompts: list[Prompt]):
     """Equal for equal prompts in equal order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(repr(prompt).encode())
-    return digest.hexdigest()
+    texts = [f"{prompt.text}\0{prompt.answer}" for prompt in prompts]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def hold_out(config, prompts):
@@ -103,15 +103,13 @@ def is_correct(response: str, answer: str):
 def conclusion(response):
     """What the response ends in: the last box, or else the last number."""
     boxed = re.findall(rf"\\boxed\{{({IN_BRACES})\}}", response)
-    # A minus after a digit, a letter or a bracket is no sign.
-    numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?", response)
-    return (boxed or numbers or [""])[-1].strip(" ,")
+    return (boxed or re.findall(NUMBER, response) or [""])[-1].strip(" ,")
 
 
 def is_equal(a, b):
     """As numbers, or else as text."""
     a, b = (re.sub(r"(?<=\d),(?=\d{3}\b)", "", text) for text in (a, b))
     try:
-        return Decimal(a) == Decimal(b)
+        return a == b or Decimal(a) == Decimal(b)
     except ArithmeticError:
-        return a == b
+        return False

@@ -19,7 +19,7 @@ torchrun = None  # a pidfd; a shell may go and leave us running
 def start():
     """Start the server in rank 0, before its own slow imports. The server ignores interrupts."""
     global torchrun
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports leave a long traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports leave long tracebacks
     if os.environ.get("RANK", "0") != "0":
         return
     if "RANK" in os.environ:

@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import nn
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -177,7 +178,7 @@ class Learner:
         if not norm < float("inf"):
             raise FloatingPointError(
                 f"update {self.version + 1}: gradient norm is {norm}: "
-                "lower --lr, or resume from the last checkpoint"
+                "lower --lr, and --resume from the checkpoint before"
             )
         self.optimizer.step()
         return {"grad_norm": norm, "lr": lr}
@@ -213,18 +214,18 @@ class Learner:
     def save(self, output, tokenizer, progress):
         """Write step_N: a Hugging Face model (float32) with what `load` needs.
 
-        Every rank takes part, and rank 0 writes. `progress` is what `load` shall return.
+        Every rank takes part, and rank 0 writes. `progress`: what checks.read_progress returns.
         """
         weights = state_dict.get_model_state_dict(self.model, options=WHOLE)
         both = (self.model, self.optimizer)
         optimizer = state_dict.get_optimizer_state_dict(*both, options=WHOLE)
         if self.rank > 0:
             return
-        state = {"version": self.version, "optimizer": optimizer, "progress": progress}
-        self.write(output / f"step_{self.version}", weights, tokenizer, state)
+        state = {"version": self.version, "optimizer": optimizer}
+        self.write(output / f"step_{self.version}", weights, tokenizer, (state, progress))
 
-    def write(self, target, weights, tokenizer, state=None):
-        """Write a Hugging Face model, with `state`. The directory is whole or absent, never half.
+    def write(self, target, weights, tokenizer, resumable=()):
+        """Write a Hugging Face model, with (state, progress). It is whole or absent, never half.
 
         Raises OSError if it cannot be written.
         """
@@ -236,9 +237,10 @@ class Learner:
             weights = {name: value for name, value in weights.items() if name not in tied}
             self.model.save_pretrained(unfinished, state_dict=weights)
             tokenizer.save_pretrained(unfinished)
-            if state:
+            if resumable:
+                state, progress = resumable
                 torch.save(state, unfinished / "training_state.pt")
-                (unfinished / "config.yaml").write_text(self.config.dump())
+                (unfinished / "progress.yaml").write_text(yaml.safe_dump(progress))
             usual = (unfinished / "config.json").stat().st_mode
             for path in unfinished.glob("*.safetensors"):  # which only the owner could read
                 path.chmod(usual)
@@ -263,7 +265,7 @@ class Learner:
     def load(self, directory):
         """Restore the rest of what `save` wrote; the model was loaded from the same directory.
 
-        Another number of ranks may have saved it. Returns the `progress` that `save` was given.
+        Another number of ranks may have saved it.
         """
         path = directory / "training_state.pt"
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -271,7 +273,6 @@ class Learner:
         state_dict.set_optimizer_state_dict(*both, state["optimizer"], options=WHOLE)
         self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
         self.version = state["version"]
-        return state["progress"]
 
 
 def from_every_rank(value, world):

@@ -132,7 +132,8 @@ class Loss(Proposal):
         """Called before every update, for losses that judge it as a whole.
 
         `tables`: an iterator over (s, ids, t, b) of its micro-batches, [T,C] each; it costs a
-        forward pass. `gather`: value -> the list of all ranks' values.
+        forward pass, and every rank takes all of them or none. `gather`: value -> the list of all
+        ranks' values.
         """
 
     def support_probs(self, ids, logp):

@@ -16,12 +16,13 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 
 from channel import Channel, Tickets
-from checks import check_models, check_output, check_path, load_model, load_tokenizer
+from checks import check_models, check_output, load_model, load_tokenizer, read_progress
 from config import Config, InputError, parse
 from data import fingerprint, load_prompts
 from launch import Interrupted, RoleDied, Roles, broadcast, join_ranks, role_devices, set_up_process
@@ -38,13 +39,12 @@ class Run:
         """Check and read all input, before anything else starts."""
         self.config = config
         self.lock = lock_output(config.output)
-        self.checkpoint, notes = check_output(config)
-        if self.checkpoint:
-            check_path("--resume", str(self.checkpoint))
-        notes += check_models(config)
+        notes = check_models(config)
         self.tokenizer = load_tokenizer("--student", config.student_path)
         self.prompts, self.held_out = load_prompts(config, self.tokenizer)
         self.fingerprint = fingerprint(self.prompts + self.held_out)
+        self.checkpoint, told = check_output(config, self.fingerprint)
+        notes += told
         if config.eval_every and not self.held_out:
             notes.append(
                 "no evaluation: fewer than 10 prompts, or none has an answer: "
@@ -57,23 +57,14 @@ class Run:
             f"{len(self.prompts)} prompts to train on, {len(self.held_out)} to evaluate on"
         )
 
-    def start(self, learner: Learner, channel: Channel, devices, pids, progress):
-        """Set up the output directory and start the roles. `devices`, `pids`: see Roles.
-
-        `progress`: what `save` wrote, {} in a new run.
-        """
+    def start(self, learner: Learner, channel: Channel, devices, pids):
+        """Set up the output directory and start the roles. `devices`, `pids`: see Roles."""
         config = self.config
-        if progress.get("prompts", self.fingerprint) != self.fingerprint:
-            raise InputError("--resume: the prompts are not what they were: give the same files")
         self.learner, self.channel = learner, channel
-        print(
-            f"{channel.weights.shape[1]:,} parameters; {config.loss}, "
-            f"head in {'Triton' if learner.device.type == 'cuda' else 'plain torch'}"
-        )
         print(f"learners, generators, teachers on {', '.join(map(str, devices))}", flush=True)
         start_output(config, self.checkpoint)
         self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
-        ahead = progress.get("trained_ahead", [])
+        ahead = read_progress(self.checkpoint)["trained_ahead"] if self.checkpoint else []
         self.tickets = Tickets(config, channel, self.prompts, learner.version, ahead)
         self.saved_version = learner.version
         learner.publish(channel)
@@ -109,7 +100,7 @@ class Run:
         self.saved_version = version = self.learner.version
         saved = self.config.output / f"step_{version}"
         if saved.exists():
-            saved.rename(saved.with_name(f"diverged_{version}"))
+            saved.rename(saved.with_name(f"diverged_{version}_{os.getpid()}"))
 
     def rescue(self):
         """Save what was published: the other ranks, with their part of the masters, are lost."""
@@ -144,21 +135,20 @@ class Run:
 
     def wait_for_rows(self):
         """The rows of the next update. Raises Interrupted or RoleDied."""
-        began = time.monotonic()
-        patience = 60  # seconds
+        deadline = time.monotonic() + 60
         while True:
             self.roles.check()
             rows = self.tickets.batch(self.learner.version)
             if rows:
                 return rows
             self.tickets.receive(self.channel.to_learner.get_all(timeout=0.5))
-            if time.monotonic() - began > patience:
+            if time.monotonic() > deadline:
+                deadline += 60
                 print(
-                    f"waited {patience} s for generator and teacher: {len(self.tickets.scored)} of "
-                    f"{self.config.batch_size} rollouts are there",
+                    f"{len(self.tickets.scored)} of {self.config.batch_size} rollouts are there, "
+                    "waiting for generator and teacher",
                     flush=True,
                 )
-                patience += 60
 
     def train_on(self, rows: list[int]):
         """One update, on every rank; frees the rows."""
@@ -190,14 +180,15 @@ class Run:
         if self.saved_version < self.learner.version:
             broadcast("save")  # instead of rows
             progress = {
-                "trained_ahead": sorted(self.tickets.trained_ahead),
+                "settings": asdict(self.config),
                 "prompts": self.fingerprint,
+                "trained_ahead": sorted(self.tickets.trained_ahead),
             }
+            for old in checkpoints(self.config.output)[: -self.config.keep_checkpoints]:  # 0: none
+                shutil.rmtree(old)
             with self.timeline.span("save"):
                 self.learner.save(self.config.output, self.tokenizer, progress)
             self.saved_version = self.learner.version
-            for old in checkpoints(self.config.output)[: -self.config.keep_checkpoints]:  # 0: none
-                shutil.rmtree(old)
 
 
 def run_rank(config: Config, rank: int, world: int):
@@ -211,7 +202,8 @@ def run_rank(config: Config, rank: int, world: int):
     dtype = compute_dtype(config, device)
     model = load_model(str(checkpoint or config.student_path), torch.float32, device)
     learner = Learner(model, config, shared_vocabulary(config), dtype, rank, world, recompute)
-    progress = learner.load(checkpoint) if checkpoint else {}
+    if checkpoint:
+        learner.load(checkpoint)
     pids = from_every_rank(os.getpid(), world)
     if rank > 0:
         follow(learner, broadcast())
@@ -221,7 +213,7 @@ def run_rank(config: Config, rank: int, world: int):
         channel.pin()
     if memory:
         print(memory)
-    run.start(learner, channel, devices, pids, progress)
+    run.start(learner, channel, devices, pids)
     try:
         run.lead()
     finally:

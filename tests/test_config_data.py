@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from assets.task import ADDENDS, build_tokenizer, running_sums
-from checks import check_models, check_output, load_model, load_tokenizer
+from checks import check_models, check_output, load_model, load_tokenizer, read_progress
 from config import Config, InputError, parse
-from data import is_correct, load_prompts, prompt_of, read_jsonl
+from data import Prompt, fingerprint, is_correct, load_prompts, prompt_of, read_jsonl
 from log import checkpoints, lock_output, start_output, write
 from losses import LOSSES, StratifiedReverseKL
 from model import shared_vocabulary, stop_ids
@@ -239,6 +239,7 @@ def test_each_epoch_visits_every_prompt_samples_per_prompt_times_in_its_own_orde
         (r"\boxed{3}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}", True), (r"\boxed{3}, no, \boxed{\frac{1}{2}}", "3", False),
         ("10-5", "5", True), ("10-5", "-5", False), ("x = -5", "-5", True), ("(-5)", "-5", True), ("5", "5.0", True), ("5.00", "5", True), ("5.01", "5", False),
         ("1,2", "12", False), ("1,234,567.", "1234567", True), ("17179869184000000001", "17179869184000000002", False), ("nan", "7", False),
+        (".5", "5", False), (".5", "0.5", True), ("it is .5", "0.5", True), ("1e-5", "5", False), ("1e-5", "0.00001", True), (r"\boxed{NaN}", "NaN", True),
     ],
 )  # fmt: skip
 def test_answers_are_matched_exactly_then_by_box_then_by_last_number(response, answer, correct):
@@ -292,7 +293,7 @@ def test_a_config_with_fewer_layers_than_its_files_is_refused(model_dir, tmp_pat
     settings = json.loads((cut / "config.json").read_text())
     settings |= {"num_hidden_layers": 1, "layer_types": settings["layer_types"][:1]}
     (cut / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"cut: its config.json do not know \d+ tensors, model.layers.1.\S+ for one"):
+    with pytest.raises(InputError, match=r"cut: \d+ tensors have no place in it, model.layers.1.\S+ for one"):
         load(str(cut))
 
 
@@ -337,7 +338,7 @@ def test_a_model_whose_files_lack_a_tensor_is_refused_not_started_at_random(mode
     tensors = load_file(partial / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="its files do not know 1 tensors, model.norm.weight for one"):
+    with pytest.raises(InputError, match="1 tensors are not in its files, model.norm.weight for one"):
         load(str(partial))
 
 
@@ -413,12 +414,12 @@ def test_a_head_that_is_more_than_a_product_is_refused(tmp_path):
 
 def test_an_output_directory_that_holds_another_run_is_left_alone(tmp_path):
     config = Config(output_dir=str(tmp_path))
-    assert check_output(config) == (None, [])
+    assert check_output(config, "hash") == (None, [])
     start_output(config, None)
-    assert check_output(config) == (None, [])  # died before its first update: nothing to lose
+    assert check_output(config, "hash") == (None, [])  # died before its first update: nothing to lose
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(InputError, match="holds another run: choose a new directory"):
-        check_output(replace(config, lr=1.0))
+    with pytest.raises(InputError, match="holds another run: choose a new directory, or --resume if a step_N is in it"):
+        check_output(replace(config, lr=1.0), "hash")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -426,18 +427,16 @@ def test_an_output_directory_that_holds_another_run_is_left_alone(tmp_path):
 def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, model_dir):
     config = Config(output_dir=str(tmp_path), resume=True, steps=9)
     with pytest.raises(InputError, match="--resume: no checkpoint"):
-        check_output(config)
+        check_output(config, "hash")
     start_output(replace(config, resume=False), None)
     shutil.copytree(model_dir(), tmp_path / "step_4")
-    torch.save({"version": 4}, tmp_path / "step_4" / "training_state.pt")
-    settings = tmp_path / "step_4" / "config.yaml"
-    settings.write_text(config.dump())
+    progress = write_checkpoint(tmp_path / "step_4", config)
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 7)))
     with pytest.raises(InputError, match="--resume: seed was 0 and is now 5: keep it"):
-        check_output(replace(config, seed=5))
+        check_output(replace(config, seed=5), "hash")
     with pytest.raises(InputError, match="has made 4 updates already, --steps is 4"):
-        check_output(replace(config, steps=4))
-    checkpoint, notes = check_output(replace(config, lr=0.5))
+        check_output(replace(config, steps=4), "hash")
+    checkpoint, notes = check_output(replace(config, lr=0.5), "hash")
     assert checkpoint == tmp_path / "step_4"
     assert notes == [f"resuming from {checkpoint}", "lr was 0.001 and is now 0.5"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
@@ -449,14 +448,30 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4  # and so is what the machine did not finish writing
     start_output(replace(config, lr=0.5), checkpoint)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 0.5
-    assert yaml.safe_load(settings.read_text())["lr"] == 1e-3  # a checkpoint keeps the settings that made it
+    assert read_progress(checkpoint)["settings"]["lr"] == 1e-3  # a checkpoint keeps the settings that made it
+    with pytest.raises(InputError, match="--resume: the prompts are not what they were: give the same files"):
+        check_output(config, "another hash")
     for text in ("", "a: [", "- 1\n"):
-        settings.write_text(text)
-        with pytest.raises(InputError, match="--resume: .*step_4/config.yaml cannot be read"):
-            check_output(config)
-    settings.unlink()
-    with pytest.raises(InputError, match="--resume: .*cannot be read: .*No such file"):
-        check_output(config)
+        progress.write_text(text)
+        with pytest.raises(InputError, match="--resume: .*step_4 is damaged, or of an older version"):
+            check_output(config, "hash")
+    progress.unlink()
+    with pytest.raises(InputError, match="--resume: .*older version of this program: .*No such file"):
+        check_output(config, "hash")
+
+
+def write_checkpoint(directory, config):
+    """What check_output looks at."""
+    torch.save({"version": 4}, directory / "training_state.pt")
+    progress = {"settings": asdict(config), "prompts": "hash", "trained_ahead": []}
+    (directory / "progress.yaml").write_text(yaml.safe_dump(progress))
+    return directory / "progress.yaml"
+
+
+def test_a_fingerprint_is_of_texts_and_answers_in_order():
+    one, other = Prompt("a", [1], "2"), Prompt("a", [1], "3")
+    assert fingerprint([one, other]) == fingerprint([Prompt("a", [7], "2"), other])
+    assert len({fingerprint(prompts) for prompts in ([one], [other], [one, one], [other, one], [one, other], [Prompt("a2", [1], None)], [])}) == 7
 
 
 def test_a_run_is_resumed_from_the_newest_checkpoint_that_is_whole(tmp_path):
@@ -516,7 +531,6 @@ def test_of_several_changed_settings_the_first_that_must_match_is_named(tmp_path
     config = Config(output_dir=str(tmp_path), resume=True, steps=9)
     start_output(replace(config, resume=False), None)
     (tmp_path / "step_4").mkdir()
-    torch.save({"version": 4}, tmp_path / "step_4" / "training_state.pt")
-    (tmp_path / "step_4" / "config.yaml").write_text(config.dump())
+    write_checkpoint(tmp_path / "step_4", config)
     with pytest.raises(InputError, match="--resume: seed was 0 and is now 1: keep it"):
-        check_output(replace(config, seed=1, batch_size=3, order="arrival", lr=1.0))
+        check_output(replace(config, seed=1, batch_size=3, order="arrival", lr=1.0), "hash")

@@ -129,7 +129,7 @@ def test_a_whole_run_on_one_gpu(flags, tmp_path):
     command = [sys.executable, ROOT / "train.py", "--steps=20", "--eval-every=0", f"--output-dir={tmp_path}/run", *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "head in Triton" in result.stdout and "teachers on cuda:0" in result.stdout
+    assert "teachers on cuda:0" in result.stdout
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 20 and abs(records[0]["drift_kl"]) < 0.01  # no lag yet: bfloat16 in two programs is all that differs
     assert records[0]["reverse_kl"] > records[-1]["reverse_kl"] > 0

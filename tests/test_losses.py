@@ -278,7 +278,10 @@ def test_only_m2po_asks_for_the_whole_update_and_drops_by_the_bound_that_it_find
     away = moves_away(ratios, loss.advantage(s, t, b))
     watched = away if config.correction == "m2po" else torch.ones_like(away)
     torch.testing.assert_close(squares.flatten().float(), ratios.square()[watched].flatten())
-    loss.look_ahead([(s, None, t, b)], lambda value: [value])
+    tables = [(s, None, t, b)]
+    loss.look_ahead(tables, lambda value: [value, torch.full((100,), 1e-6)])  # of another rank
+    assert loss.m2_bound == second_moment_bound(torch.cat([squares.flatten(), torch.full((100,), 1e-6)]), config.correction == "m2po")
+    loss.look_ahead(tables, lambda value: [value])
     assert loss.m2_bound == second_moment_bound(squares, config.correction == "m2po")
     assert torch.equal(loss.value(s, t, b) == 0, ((ratios.square() > loss.m2_bound) & watched).all(-1))
 

@@ -9,20 +9,20 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+import yaml
 from conftest import ROOT, load
 
 import fork_server
 import launch
 import train
-from config import Config, InputError
-from data import Prompt, fingerprint
+from config import Config, InputError, parse
 from kill import alive, children, trial
 from log import Log, checkpoints, lock_output
 
@@ -226,7 +226,7 @@ def test_what_a_role_refuses_is_one_sentence(pair, tmp_path):
     settings |= {"num_hidden_layers": layers, "layer_types": settings["layer_types"][:1] * layers}
     (broken / "config.json").write_text(json.dumps(settings))
     out = finish(start(tmp_path / "run", pair[0], f"--teacher={broken}", "--steps=3", ranks=2), expect=1)
-    assert re.search(r"train.py: error: teacher 0 died: .*broken: its files do not know \d+ tensors, model.layers.2.\S+ for one\n", out), out
+    assert re.search(r"train.py: error: teacher 0 died: .*broken: \d+ tensors are not in its files, model.layers.2.\S+ for one\n", out), out
     assert "in load_model" not in out and "in follow" not in out  # no traceback, nor one of the other rank, which was told
 
 
@@ -353,33 +353,56 @@ def test_bad_input_is_one_line_not_a_traceback(tmp_path):
 
 
 def test_a_second_run_in_one_directory_is_refused_also_when_it_resumes(pair, tmp_path):
-    with lock_output(tmp_path / "run"):
-        for flags in ([], ["--resume"]):
-            out = finish(start(tmp_path / "run", *pair, *flags), expect=1)
-            assert out.splitlines() == [f"train.py: error: --output-dir {tmp_path}/run: another run uses it, choose another"]
+    first = start(tmp_path / "run", *pair, "--steps=100000", "--eval-every=0")
+    read_until(first, "first prompt")
+    family = children(first.pid)
+    for flags in ([], ["--resume"]):
+        out = finish(start(tmp_path / "run", *pair, *flags), expect=1)
+        assert out.splitlines() == [f"train.py: error: --output-dir {tmp_path}/run: another run uses it, choose another"]
+    first.kill()
+    first.communicate()
+    assert not still_alive(family)
+    lock_output(tmp_path / "run").close()  # the kernel has freed it
 
 
 def test_weights_that_diverged_are_set_aside_and_the_run_resumes_from_good_ones(pair, tmp_path):
-    output, flags = tmp_path / "run", [*pair, "--eval-every=0", "--save-every=1", "--warmup-steps=0", "--max-staleness=0"]
+    """Also with --keep-checkpoints 1, and if it diverges twice at the same update."""
+    output, flags = tmp_path / "run", [*pair, "--eval-every=0", "--save-every=1", "--warmup-steps=0", "--max-staleness=0", "--keep-checkpoints=1"]
     finish(start(output, *flags, "--steps=2", "--lr=1e-4"))
-    out = finish(start(output, *flags, "--steps=9", "--lr=1e30", "--resume"), expect=1)
-    assert re.search(r"train.py: error: update \d: gradient norm is nan: lower --lr", out)
-    ruined = [path.name for path in output.glob("diverged_*")]
-    assert len(ruined) == 1 and not (output / ruined[0].replace("diverged", "step")).exists()
-    newest = checkpoints(output)[-1]
-    assert all(parameter.isfinite().all() for parameter in load(str(newest)).parameters())
+    for attempt in (1, 2):
+        out = finish(start(output, *flags, "--steps=9", "--lr=1e30", "--resume"), expect=1)
+        assert re.search(r"train.py: error: update \d: gradient norm is nan: lower --lr, and --resume from the checkpoint before", out), out
+        assert len(list(output.glob("diverged_3_*"))) == attempt and checkpoints(output) == [output / "step_2"]
     text = finish(start(output, *flags, "--steps=4", "--lr=1e-4", "--resume"))
-    assert f"resuming from {newest}" in text and [r["step"] for r in metrics(output)] == [1, 2, 3, 4]
+    assert "resuming from" in text and [r["step"] for r in metrics(output)] == [1, 2, 3, 4]
 
 
-def test_a_run_whose_prompts_have_changed_is_not_resumed():
+def test_what_diverged_is_not_saved_at_the_end(tmp_path):
     run = object.__new__(train.Run)
-    run.config = Config()
-    run.fingerprint = fingerprint([Prompt("a", [1], "2")])
-    assert run.fingerprint == fingerprint([Prompt("a", [1], "2")])
-    for others in ([Prompt("a", [1], "3")], [Prompt("a", [1], "2")] * 2, []):
-        with pytest.raises(InputError, match="--resume: the prompts are not what they were: give the same files"):
-            run.start(None, None, None, None, {"prompts": fingerprint(others), "trained_ahead": []})
+    run.config, run.saved_version = Config(output_dir=str(tmp_path)), 1
+    run.learner = SimpleNamespace(version=3)  # without `save`
+    run.set_aside()
+    run.save()
+
+
+def test_a_run_whose_prompts_have_changed_is_not_resumed(pair, tmp_path):
+    """As rank 0 reads its input, before any model is loaded."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(5)))
+    config = parse([*pair, f"--prompts={prompts}", f"--output-dir={tmp_path}/run", "--eval-every=0"])
+    run = train.Run(config)
+    run.lock.close()
+    checkpoint = tmp_path / "run" / "step_3"
+    checkpoint.mkdir()
+    torch.save({}, checkpoint / "training_state.pt")
+    progress = {"settings": asdict(config), "prompts": run.fingerprint, "trained_ahead": []}
+    (checkpoint / "progress.yaml").write_text(yaml.safe_dump(progress))
+    again = train.Run(replace(config, resume=True))
+    again.lock.close()
+    assert again.checkpoint == checkpoint
+    prompts.write_text(prompts.read_text() + '{"prompt": "7+8="}\n')
+    with pytest.raises(InputError, match="--resume: the prompts are not what they were"):
+        train.Run(replace(config, resume=True))
 
 
 def test_what_the_roles_are_forked_from_has_asked_for_no_gpu():
@@ -436,11 +459,11 @@ def test_a_save_that_failed_is_made_again_at_the_end(tmp_path):
         run.save()
     run.save()
     run.save()
-    assert len(saved) == 2 and saved[1][2] == {"trained_ahead": [3, 5], "prompts": "of the prompts"} and run.saved_version == 2
+    assert len(saved) == 2 and saved[1][2] == {"settings": asdict(run.config), "prompts": "of the prompts", "trained_ahead": [3, 5]} and run.saved_version == 2
 
 
-@pytest.mark.parametrize("keep, left", [(0, [1, 2, 3]), (1, [3]), (2, [2, 3])])
-def test_the_newest_checkpoints_are_kept(keep, left, tmp_path):
+@pytest.mark.parametrize("keep, left", [(0, [1, 2, 3, 4]), (1, [3, 4]), (2, [2, 3, 4])])
+def test_checkpoints_beside_the_newest_are_kept(keep, left, tmp_path):
     def save(output, tokenizer, progress):
         (output / f"step_{run.learner.version}").mkdir()
         torch.save(progress, output / f"step_{run.learner.version}" / "training_state.pt")
@@ -449,7 +472,7 @@ def test_the_newest_checkpoints_are_kept(keep, left, tmp_path):
     run.config, run.tokenizer, run.saved_version, run.fingerprint = Config(output_dir=str(tmp_path), keep_checkpoints=keep), None, 0, ""
     run.tickets = SimpleNamespace(trained_ahead=set())
     run.timeline = SimpleNamespace(span=lambda name: suppress())
-    for version in (1, 2, 3):
+    for version in (1, 2, 3, 4):
         run.learner = SimpleNamespace(version=version, save=save)
         run.save()
     assert [path.name for path in checkpoints(tmp_path)] == [f"step_{version}" for version in left]
