@@ -11,7 +11,7 @@ import torch
 
 from channel import STOP, Rollout
 from checks import available_memory, load_model, load_tokenizer, require
-from config import Config, model_path
+from config import Config, model_path, refusal
 from data import is_correct, read_jsonl
 from generate import Generator
 from losses import Greedy, Proposal
@@ -77,7 +77,8 @@ def sample(args):
 
 def check_memory(config, device, dtype):
     """Raise InputError if model and KV slots cannot fit."""
-    needed = estimate(config, 1, False, dtype.itemsize)[1]  # of a generator
+    with refusal(f"{config.student}: its size cannot be estimated"):
+        needed = estimate(config, 1, False, dtype.itemsize)[1]  # of a generator
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
     require(

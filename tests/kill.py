@@ -60,7 +60,7 @@ def rivals(seed: int) -> str:
     for _ in range(2):
         runs.append(subprocess.Popen(command, **pipes))
         time.sleep(random.Random(seed).uniform(0.0, 0.5))
-    texts = [process.communicate()[0] for process in runs]
+    texts = [process.communicate(timeout=180)[0] for process in runs]
     codes = sorted(process.returncode for process in runs)
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     refused = [text for text in texts if "another run uses it" in text or "holds another run" in text]

@@ -14,6 +14,7 @@ from assets.task import ADDENDS, build_tokenizer, running_sums
 from checks import check_models, check_output, load_model, load_tokenizer, read_progress
 from config import Config, InputError, parse
 from data import Prompt, fingerprint, is_correct, load_prompts, prompt_of, read_jsonl
+from generate import Sampler
 from log import checkpoints, lock_output, start_output, write
 from losses import LOSSES, StratifiedReverseKL
 from model import shared_vocabulary, stop_ids
@@ -307,8 +308,11 @@ def test_a_model_whose_early_tokens_change_with_the_length_is_refused_at_the_len
     for kind in (torch.float32, torch.bfloat16):
         load_model(str(tmp_path), kind, torch.device("cpu"), "kv_slots", length=16)
     load_model(str(tmp_path), torch.bfloat16, torch.device("cpu"), "kv_slots", length=28)  # cannot tell it from rounding
+    build_tokenizer().save_pretrained(tmp_path)
+    sizes = {"student": str(tmp_path), "max_prompt_tokens": 12}
+    Sampler(Config(**sizes, max_new_tokens=4), torch.device("cpu"), 1, [])
     with pytest.raises(InputError, match=r"or they change with the length of the sequence \(compared: 8 and 28 tokens\)"):
-        load_model(str(tmp_path), torch.float32, torch.device("cpu"), "kv_slots", length=28)
+        Sampler(Config(**sizes, max_new_tokens=16), torch.device("cpu"), 1, [])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
