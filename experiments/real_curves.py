@@ -101,6 +101,19 @@ def summary(lines: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def table(lines: list[dict]) -> str:
+    """Markdown: held-out reverse KL after the last update, a row for every loss: mean over seeds, lowest and highest seed."""
+    lags = sorted({line["lag"] for line in lines})
+    rows = [f"| loss | {' | '.join(f'lag {lag}' for lag in lags)} |", "|---|" + "---|" * len(lags)]
+    for loss in dict.fromkeys(line["loss"] for line in lines):
+        cells = []
+        for lag in lags:
+            ends = [line["reverse_kl"] for line in lines if (line["loss"], line["lag"], line["update"]) == (loss, lag, STEPS)]
+            cells.append(f"{statistics.mean(ends):.2f} ({min(ends):.2f} to {max(ends):.2f})" if ends else "as 32 draws")
+        rows.append(f"| {loss} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def main():
     parser = argparse.ArgumentParser("python -m experiments.real_curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heal", type=Path, default=MODELS, help="the --out of experiments.heal; the models are written if they are not there")
@@ -108,10 +121,11 @@ def main():
     parser.add_argument("--lags", type=study.at_least(0), nargs="+", default=LAGS)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
-    parser.add_argument("--workers", type=study.at_least(0), default=0, help="processes of up to 7 GB; 0 is one per core")
+    parser.add_argument("--workers", type=study.at_least(0), default=0, help="processes of up to 8 GB; 0 is one per core")
     args = parser.parse_args()
     cells = [(loss, lag, STEPS) for lag in args.lags for loss in args.losses if lag or loss != ONLY_UNDER_LAG]
-    print(summary(make(args.out, jobs_for(cells, range(args.seeds), args.heal), args.workers)))
+    lines = make(args.out, jobs_for(cells, range(args.seeds), args.heal), args.workers)
+    print(summary(lines), table(lines), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -466,8 +466,9 @@ def test_a_training_curve_has_a_line_before_the_first_update_and_one_for_each_ev
     assert lines[0][2]["reverse_kl"] != lines[1][2]["reverse_kl"]
 
 
-def test_the_page_shows_the_table_of_the_real_model():
+def test_the_page_shows_the_tables_of_the_real_model():
     lines = real_model.read(ROOT / "experiments" / "results" / "real_model.csv")
     document = (ROOT / "docs" / "staleness.md").read_text()
     for space in ("logits", "parameters"):
         assert real_model.table(lines, space) in document
+    assert real_curves.table(real_curves.read(ROOT / "experiments" / "results" / "real_curves.csv")) in document
