@@ -201,8 +201,11 @@ def draw_real_curves(values: Cells, out: Path):
         names = dict.fromkeys(cell[0] for cell in values if cell[1] == lag)
         over(axis, values, {name: [(name, lag, u) for u in updates] for name in names}, updates)
         axis.set(title=f"lag {lag}", xlabel="updates", yscale="log")
-        label_ends(axis)
+        axis.minorticks_off()
+        axis.set_yticks(ticks := [0.8, 1, 2, 4, 7], ticks)
     axes[0].set(ylabel="reverse KL, nats a token")
+    for axis in axes:  # when both have made their common limits final
+        label_ends(axis)
     figure.savefig(out)
 
 
@@ -223,9 +226,10 @@ def draw_real_model(lines: list[dict], out: Path):
             axis.errorbar(range(len(lags)), means, errors, fmt="none", ecolor=colour, capsize=2)
             axis.plot(means, linewidth=1.3, markersize=5, color=colour, marker=marker, label=name)
         axis.set(xticks=range(len(lags)), xticklabels=lags, xlabel="lag, updates", yscale="log")
-        label_ends(axis)
     axes[0].set(title="logits, one position", ylabel="variance / square of the exact gradient")
     axes[1].set(title="all parameters, one response")
+    for axis in axes:
+        label_ends(axis)
     figure.savefig(out)
 
 

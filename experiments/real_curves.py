@@ -1,7 +1,7 @@
 """Training curves of five losses on a real model, with and without lag: `python -m experiments.real_curves`.
 
 The task is that of experiments/heal.py: SmolLM2 without six of its layers learns from the whole model. A run makes few and small
-updates, so that all runs fit into two hours on two cores. Rollouts come from the weights of exactly `lag` updates ago (in the
+updates, so that three seeds fit into an hour and a half on two cores. Rollouts come from the weights of exactly `lag` updates ago (in the
 first `lag` updates: from the damaged model). A line of the CSV per evaluation: exact KLs on one fresh rollout of each held-out
 prompt, and means of the run's metrics since the evaluation before. A CSV that exists is continued.
 """
@@ -117,7 +117,7 @@ def table(lines: list[dict]) -> str:
 def main():
     parser = argparse.ArgumentParser("python -m experiments.real_curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heal", type=Path, default=MODELS, help="the --out of experiments.heal; the models are written if they are not there")
-    parser.add_argument("--seeds", type=study.at_least(1), default=5)
+    parser.add_argument("--seeds", type=study.at_least(1), default=3)
     parser.add_argument("--lags", type=study.at_least(0), nargs="+", default=LAGS)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
