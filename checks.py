@@ -167,7 +167,7 @@ def check_forward(model, attention, length):
     In bfloat16, whose rounding depends on the shape of a batch, for 8 tokens.
     """
     weight = head_weight(model)
-    length = length if weight.dtype == torch.float32 else 8
+    length = length if model.dtype == torch.float32 else 8
     ids = torch.arange(length, device=model.device)[None] % len(weight)
     hidden = last_hidden(model, ids)[0]
     logits = model(input_ids=ids[:, :8], use_cache=False).logits[0]

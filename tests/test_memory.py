@@ -148,12 +148,15 @@ def test_the_head_of_a_model_on_several_gpus_is_checked_where_its_hidden_states_
         def __init__(self, weight):
             self.weight = weight
 
+        def __len__(self):
+            return len(self.weight)
+
         def to(self, hidden):
             moved.append(hidden.device)
             return self.weight
 
     monkeypatch.setattr(checks, "head_weight", lambda model: Elsewhere(original(model)))
-    checks.check_forward(model, "path", None)
+    checks.check_forward(model, None, 8)
     assert moved == [torch.device("cpu")]
     assert checks.agree(torch.ones(3), torch.ones(3, dtype=torch.bfloat16)) and not checks.agree(torch.ones(3), torch.zeros(3))
 
