@@ -178,7 +178,7 @@ class Learner:
         if not norm < float("inf"):
             raise FloatingPointError(
                 f"update {self.version + 1}: gradient norm is {norm}: "
-                "lower --lr, and --resume from the checkpoint before"
+                "lower --lr; --resume takes the checkpoint before, if there is one"
             )
         self.optimizer.step()
         return {"grad_norm": norm, "lr": lr}

@@ -10,13 +10,13 @@ import sys
 import torch
 
 from channel import STOP, Rollout
-from checks import available_memory, load_model, load_tokenizer, require
+from checks import available_memory, check_config, load_model, load_tokenizer, require
 from config import Config, model_path, refusal
 from data import is_correct, read_jsonl
 from generate import Generator
 from losses import Greedy, Proposal
 from memory import estimate
-from model import compute_dtype, head_weight, stop_ids
+from model import compute_dtype, head_weight, stop_ids, text_config
 
 
 def parse_args():
@@ -31,11 +31,11 @@ def parse_args():
     option("--temperature", type=float, default=1.0, help="softmax temperature; 0: greedy")
     option("--max-prompt-tokens", type=int, default=2048, help="longest prompt, tokens")
     option("--drop-long-prompts", action="store_true", help="leave longer prompts out")
-    option("--max-new-tokens", type=int, default=256, help="longest response, tokens")
+    option("--max-new-tokens", type=int, help="longest response, tokens; default 256 or what fits")
     option("--slots", type=int, default=64, help="sequences decoded at once")
     option("--seed", type=int, default=0, help="seed of sampling")
     args = parser.parse_args()
-    if min(args.max_prompt_tokens, args.max_new_tokens, args.slots) < 1:
+    if min(args.max_prompt_tokens, args.max_new_tokens or 1, args.slots) < 1 or args.max_new_tokens == 0:
         parser.error("--max-prompt-tokens, --max-new-tokens and --slots are at least 1")
     if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**32:
         parser.error("--temperature and --seed are at least 0 and finite")
@@ -51,19 +51,22 @@ def sample(args):
     tokenizer = load_tokenizer("--model", path)
     prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens, args.drop_long_prompts)
     longest = max(len(prompt.ids) for prompt in prompts)
+    positions = getattr(text_config(path), "max_position_embeddings", None) or longest + 256
+    max_new_tokens = args.max_new_tokens or max(1, min(256, positions - longest))
     config = Config(
         student=path,
         teacher=path,
         slots=args.slots,
         batch_size=min(len(prompts), 8192),
         max_prompt_tokens=longest,
-        max_new_tokens=args.max_new_tokens,
-        micro_batch_tokens=max(8192, longest + args.max_new_tokens),
+        max_new_tokens=max_new_tokens,
+        micro_batch_tokens=max(8192, longest + max_new_tokens),
         temperature=args.temperature or 1.0,
         seed=args.seed,
     )
     dtype = compute_dtype(config, device)
     check_memory(config, device, dtype)
+    check_config(config)
     options = {"attention": "kv_slots", "length": config.max_sequence}
     model = load_model(path, dtype, device, **options)
     proposal = Proposal() if args.temperature > 0 else Greedy()

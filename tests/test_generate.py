@@ -412,6 +412,14 @@ def test_the_command_line_refuses_what_cannot_fit_into_memory(monkeypatch, capsy
         sample(monkeypatch, capsys, *flags, "--max-new-tokens=9999999")
 
 
+def test_the_command_line_keeps_to_the_length_that_the_model_takes(monkeypatch, capsys, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a47+b58="}\n')
+    flags = ["--model=builtin", f"--prompts={tmp_path}/p.jsonl"]
+    assert len(sample(monkeypatch, capsys, *flags)) == 1
+    with pytest.raises(SystemExit, match=r"a sequence may have \d+ tokens, the model takes 128: lower"):
+        sample(monkeypatch, capsys, *flags, "--max-new-tokens=200")
+
+
 def test_the_command_line_names_the_least_temperature(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         sample(monkeypatch, capsys, "--model=x", "--prompts=y", "--temperature=0.0005")
