@@ -204,8 +204,8 @@ class Sampler:
         path = config.student_path
         self.tokenizer = load_tokenizer("--student", path)
         self.held_out = held_out
-        dtype, length = compute_dtype(config, device), config.max_sequence
-        model = load_model(path, dtype, device, attention="kv_slots", length=length)
+        dtype = compute_dtype(config, device)
+        model = load_model(path, dtype, device, "kv_slots", length=config.max_sequence)
         self.weights = flatten_parameters(model)
         shared = (config, stop_ids(path, self.tokenizer), shared_vocabulary(config))
         slots = min(config.slots, slots)

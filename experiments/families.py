@@ -1,9 +1,10 @@
 """Which model families work: `python -m experiments.families --out docs/families.md`, some minutes.
 
-For every causal language model that transformers knows (`model_type`), a tiny one with random weights is loaded as train.py
-loads it. What is accepted must then be exact: three prompts of different lengths are sampled through two slots, and the
-log-probability of every token must be what a plain forward pass of the whole sequence gives, within 1e-4. What is refused
-must be refused by an InputError. Sequences are longer than the sliding window.
+For every causal language model that transformers knows (`model_type`), a tiny one with random
+weights is loaded as train.py loads it. What is accepted must then be exact: three prompts of
+different lengths are sampled through two slots, and the log-probability of every token must be what
+a plain forward pass of the whole sequence gives, within 1e-4. What is refused must be refused by an
+InputError. Sequences are longer than the sliding window.
 """
 
 import argparse
@@ -32,33 +33,45 @@ from losses import Proposal
 from model import head_weight
 
 CPU = torch.device("cpu")
-VOCAB, LAYERS, LARGEST = 64, 4, 20_000_000  # parameters: what is larger with SIZES has other names for its sizes
+VOCAB = 64
+LAYERS = 4
+LARGEST = 20_000_000  # parameters: what is larger with SIZES has other names for its sizes
 PROMPTS = ([5, 6, 7], [9, 3, 8, 4, 11, 12, 13, 2, 6, 7], [3])
 NEW_TOKENS = 12
 TOLERANCE = 1e-4  # nats
+ANSWERS = ("exact", "refused", "wrong", "crash", "not tried")
 # Every name that a family has for its sizes. A name that it does not have is left out.
 SIZES = {
-    "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.3,
-    "hidden_size": 32, "d_model": 32, "n_embd": 32, "embedding_size": 32, "word_embed_proj_dim": 32,
-    "intermediate_size": 48, "ffn_dim": 48, "decoder_ffn_dim": 48, "d_inner": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS, "num_layers": LAYERS, "decoder_layers": LAYERS,
-    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "rotary_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
-    "max_position_embeddings": 256, "max_seq_len": 256, "n_positions": 256, "sliding_window": 8, "query_pre_attn_scalar": 8,
-    "mamba_d_state": 8, "state_size": 8, "hidden_dropout": 0.0,
+    "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+    "initializer_range": 0.3, "hidden_size": 32, "d_model": 32, "n_embd": 32, "embedding_size": 32,
+    "word_embed_proj_dim": 32, "intermediate_size": 48, "ffn_dim": 48, "decoder_ffn_dim": 48,
+    "d_inner": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "num_hidden_layers": LAYERS, "n_layer": LAYERS, "n_layers": LAYERS, "num_layers": LAYERS,
+    "decoder_layers": LAYERS, "num_attention_heads": 4, "n_head": 4, "n_heads": 4,
+    "decoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rotary_dim": 8,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "max_position_embeddings": 256, "max_seq_len": 256, "n_positions": 256, "sliding_window": 8,
+    "query_pre_attn_scalar": 8, "mamba_d_state": 8, "state_size": 8, "hidden_dropout": 0.0,
 }  # fmt: skip
 
 
 def tiny_config(kind: str, **changes):
     """The configuration of a family with SIZES, without those that it does not let us set."""
     known = AutoConfig.for_model(kind)
-    sizes = {name: size for name, size in (SIZES | changes).items() if name in known.to_dict() or name in known.attribute_map}
+    sizes = {
+        name: size
+        for name, size in (SIZES | changes).items()
+        if name in known.to_dict() or name in known.attribute_map
+    }
     while True:
         try:
             return AutoConfig.for_model(kind, **sizes)
         except AttributeError as error:
-            name = next((name for name in re.findall(r"'(\w+)'", str(error)) if name in sizes), None)
+            name = next(
+                (name for name in re.findall(r"'(\w+)'", str(error)) if name in sizes), None
+            )
             if name is None:
                 raise
             del sizes[name]
@@ -70,7 +83,9 @@ def build(kind: str):
         try:
             config = tiny_config(kind, **changes)
             with torch.device("meta"):
-                count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+                count = sum(
+                    p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()
+                )
             if count > LARGEST:
                 raise ValueError(f"{count:,} parameters")
             torch.manual_seed(0)
@@ -83,19 +98,28 @@ def build(kind: str):
 
 
 def verdict(kind: str) -> tuple[str, str]:
-    """("exact" | "refused" | "wrong" | "crash" | "not tried", why)."""
+    """(one of ANSWERS, why)."""
     directory = Path(tempfile.mkdtemp())
-    config = Config(student=str(directory), teacher=str(directory), max_prompt_tokens=16, max_new_tokens=NEW_TOKENS)
+    config = Config(
+        student=str(directory),
+        teacher=str(directory),
+        max_prompt_tokens=16,
+        max_new_tokens=NEW_TOKENS,
+    )
     try:
         try:
             build(kind).save_pretrained(directory)
         except Exception as error:
             return "not tried", " ".join(str(error).split())[:100]
         check_config(config)
-        model = load_model(str(directory), torch.float32, CPU, attention="kv_slots", length=config.max_sequence)
+        model = load_model(
+            str(directory), torch.float32, CPU, attention="kv_slots", length=config.max_sequence
+        )
         return check(model, load_model(str(directory), torch.float32, CPU), config)
     except InputError as error:
-        return "refused", str(error).replace(str(directory), "").removeprefix(" is not supported: ").lstrip(": ")
+        return "refused", str(error).replace(str(directory), "").removeprefix(
+            " is not supported: "
+        ).lstrip(": ")
     except Exception as error:
         return "crash", f"{type(error).__name__}: {error}"
     finally:
@@ -116,47 +140,67 @@ def table(verdicts: dict[str, tuple[str, str]]) -> str:
     """Markdown: the families of each verdict, those that were refused by the sentence."""
     families: dict[tuple[str, str], list[str]] = {}
     for kind, (answer, why) in sorted(verdicts.items()):
-        reason = re.sub(r"^\w+ (?=wants|does)", "its attention layer ", why) if answer in ("refused", "wrong", "crash") else ""
+        reason = ""
+        if answer in ("refused", "wrong", "crash"):
+            reason = ": " + re.sub(r"^\w+ (?=wants|does)", "its attention layer ", why)
         families.setdefault((answer, reason), []).append(kind)
-    order = ("exact", "refused", "wrong", "crash", "not tried")
+
+    def order(item):
+        (answer, _), kinds = item
+        return ANSWERS.index(answer), -len(kinds)
+
     lines = ["| verdict | families (`model_type`) |", "|---|---|"]
-    for (answer, reason), kinds in sorted(families.items(), key=lambda item: (order.index(item[0][0]), -len(item[1]))):
-        lines.append(f"| {answer} ({len(kinds)}){': ' if reason else ''}{reason} | {', '.join(kinds)} |")
+    for (answer, reason), kinds in sorted(families.items(), key=order):
+        lines.append(f"| {answer} ({len(kinds)}){reason} | {', '.join(kinds)} |")
     return "\n".join(lines)
 
 
 PAGE = """# Which model families work
 
-What a run does with every causal language model of transformers {version}, tried on tiny ones with random weights
-(`python -m experiments.families`, torch {torch}, CPU).
+What a run does with every causal language model of transformers {version}, tried on tiny ones with
+random weights (`python -m experiments.families`, torch {torch}, CPU).
 
-- *exact*: sampled through the KV slots, every token has the log-probability of a plain forward pass, within 1e-4.
+- *exact*: sampled through the KV slots, every token has the log-probability of a plain forward
+  pass, within 1e-4.
 - *refused*: the run ends at its start with this sentence, after "... is not supported:".
-- *not tried*: no tiny model could be made from the sizes that most families share. Most of these have images or sound beside
-  text, or layers without attention.
+- *not tried*: no tiny model could be made from the sizes that most families share. Most of these
+  have images or sound beside text, or layers without attention.
 
-A family that is not in the table is refused if transformers does not know it as a causal language model.
+A family that is not in the table is refused if transformers does not know it as a causal language
+model.
 
 {table}
 """
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m experiments.families", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types; default: all that transformers has")
+    parser = argparse.ArgumentParser(
+        "python -m experiments.families",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "families",
+        nargs="*",
+        metavar="FAMILY",
+        help="model types; default: all that transformers has",
+    )
     parser.add_argument("--out", type=Path, help="Markdown page to write")
     args = parser.parse_args()
     if unknown := set(args.families) - set(KINDS):
-        parser.error(f"{', '.join(sorted(unknown))}: transformers knows no such causal language model")
+        parser.error(
+            f"{', '.join(sorted(unknown))}: transformers knows no such causal language model"
+        )
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     verdicts = {}
     for kind in args.families or KINDS:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):  # what libraries say meanwhile
+        said = io.StringIO()  # by the libraries
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             verdicts[kind] = verdict(kind)
         print(f"{kind:24s} {': '.join(filter(None, verdicts[kind]))}", flush=True)
-    counts = {answer: sum(found == answer for found, _ in verdicts.values()) for answer in ("exact", "refused", "wrong", "crash", "not tried")}
-    print(", ".join(f"{count} {answer}" for answer, count in counts.items()))
+    found = [answer for answer, _ in verdicts.values()]
+    print(", ".join(f"{found.count(answer)} {answer}" for answer in ANSWERS))
     if args.out:
         versions = {"version": transformers.__version__, "torch": torch.__version__.split("+")[0]}
         args.out.write_text(PAGE.format(table=table(verdicts), **versions))

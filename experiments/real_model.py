@@ -1,25 +1,31 @@
-"""Estimators of reverse KL on a real model: bias and variance of the gradient, and the mass that the top ids hold.
+"""Estimators of reverse KL on a real model: bias and variance of the gradient, and the mass that
+the top ids hold.
 
     python -m experiments.real_model
 
-The task is that of experiments/heal.py: SmolLM2 without six of its layers learns from the whole model. After 40 updates of
-synchronous training the student of `lag` updates ago is the sampler; at lag 40 that is the damaged model. It writes one response
-to each held-out prompt. There the exact gradient is known, and each estimator draws candidates through the project's own
-`propose` and `value`. The gradient is looked at in three spaces:
+The task is that of experiments/heal.py: SmolLM2 without six of its layers learns from the whole
+model. After 40 updates of synchronous training the student of `lag` updates ago is the sampler; at
+lag 40 that is the damaged model. It writes one response to each held-out prompt. There the exact
+gradient is known, and each estimator draws candidates through the project's own `propose` and
+`value`. The gradient is looked at in three spaces:
 
     logits      [V] at a position
     hidden      [D], the last hidden state at a position
-    parameters  all of them, summed over a response: J^T g, carried through the model and folded by random signs (`Pullback`)
+    parameters  all of them, summed over a response: J^T g, carried through the model and folded by
+                random signs (`Pullback`)
 
 For each space and estimator, in units of the exact gradient's square:
 
-    variance  over the candidates: mean |one gradient - exact|^2, summed over positions (or over responses)
-    bias      of sparse top-K, which draws nothing: |its gradient - exact|^2 position by position; in `parameters` of the mean
-              over responses, in units of the square of the mean exact gradient
+    variance  over the candidates: mean |one gradient - exact|^2, summed over positions, or over
+              responses in `parameters`
+    bias      of sparse top-K, which draws nothing: |its gradient - exact|^2 position by position;
+              in `parameters` of the mean over responses, in units of the mean exact gradient's
+              square
 
-The line "prompts and prefixes" is what responses scatter around their mean, per token: the noise that no estimator removes.
-Standard errors are over prompts (jackknife; that line's with its mean held fixed). Under lag single weights may be so large that they decide the sum: then read the
-median over prompts.
+The line "prompts and prefixes" is what responses scatter around their mean, per token: the noise
+that no estimator removes. Standard errors are over prompts (jackknife; that line's with its mean
+held fixed). Under lag single weights may be so large that they decide the sum: then read the median
+over prompts.
 """
 
 import argparse
@@ -56,32 +62,54 @@ ESTIMATORS = {
     "sparse K=32": {"loss": "sparse_reverse_kl", "top_k": 32},
 }
 PREFIXES = "prompts and prefixes"
-COLUMNS = ("lag", "drift_kl", "space", "estimator", "bias", "bias_error", "variance", "variance_error", "variance_median")
+COLUMNS = (
+    "lag",
+    "drift_kl",
+    "space",
+    "estimator",
+    "bias",
+    "bias_error",
+    "variance",
+    "variance_error",
+    "variance_median",
+)
 MASSES = (1, 4, 16, 28, 32, 64)
 UPDATES, LAGS = 40, (0, 1, 8, 40)
 FOLDED = 65536  # numbers that a gradient of all parameters is folded into
 
 
 def snapshots(models: Path) -> dict[int, Path]:
-    """The student of each of LAGS updates before the last, by lag; trained once, 7 minutes."""
+    """The student of each of LAGS updates before the last, by lag; trained once."""
     directories = {lag: models / "snapshots" / f"step_{UPDATES - lag}" for lag in LAGS}
     if not all((path / "config.json").exists() for path in directories.values()):
         student, teacher = str(models / "student"), str(models / "teacher")
-        config = Config(student=student, teacher=teacher, batch_size=16, slots=16, lr=2e-4, max_prompt_tokens=64, max_new_tokens=NEW_TOKENS,
-                        micro_batch_tokens=1024, head_chunk=256)  # fmt: skip
-        prompts = read_jsonl(str(models / "prompts.jsonl"), load_tokenizer("--student", student), 64)
-        lagged = Lagged(config, 0, prompts, [])
+        config = Config(
+            student=student,
+            teacher=teacher,
+            batch_size=16,
+            slots=16,
+            lr=2e-4,
+            max_prompt_tokens=64,
+            max_new_tokens=NEW_TOKENS,
+            micro_batch_tokens=1024,
+            head_chunk=256,
+        )
+        tokenizer = load_tokenizer("--student", student)
+        lagged = Lagged(config, 0, read_jsonl(str(models / "prompts.jsonl"), tokenizer, 64), [])
         for step in range(UPDATES + 1):
             if UPDATES - step in LAGS:
                 lagged.save(directories[UPDATES - step])
             if step < UPDATES:
-                print(f"update {step + 1} of {UPDATES}: reverse KL {lagged.update()['reverse_kl']:.3f}", flush=True)
+                reverse_kl = lagged.update()["reverse_kl"]
+                print(f"update {step + 1} of {UPDATES}: reverse KL {reverse_kl:.3f}", flush=True)
     return directories
 
 
 @dataclass
 class Response:
-    """One response, and what current student, teacher and sampler say of every id at its positions, [T,V] each."""
+    """One response, and what current student, teacher and sampler say of every id at its positions,
+    [T,V] each.
+    """
 
     rollout: Rollout
     z: Tensor  # logits of the current student
@@ -97,7 +125,8 @@ class Response:
 
 @torch.no_grad()
 def responses(sampler_dir: Path, student, teacher, prompts) -> list[Response]:
-    sampler, found = load_model(str(sampler_dir), torch.float32, CPU), []
+    sampler = load_model(str(sampler_dir), torch.float32, CPU)
+    found = []
     for rollout in respond(sampler_dir, prompts):
         z, t, b = (response_logits(model, rollout) for model in (student, teacher, sampler))
         found.append(Response(rollout, z, *(x.log_softmax(-1) for x in (z, t, b))))
@@ -115,17 +144,25 @@ def logit_gradient(loss: Loss, r: Response, generator: torch.Generator) -> Tenso
 
 
 class Pullback:
-    """J^T g of logit gradients g [T,V] of one response: the gradient with respect to all parameters, folded to [FOLDED].
+    """J^T g of logit gradients g [T,V] of one response: the gradient with respect to all
+    parameters, folded to [FOLDED].
 
-    Entries get random signs, always the same, and those that are FOLDED apart are added. The inner product of two folded gradients
-    is then, on average over the signs, that of the gradients. The error of a square is about sqrt(2 / FOLDED), 0.6 % of it.
+    Entries get random signs, always the same, and those that are FOLDED apart are added. The inner
+    product of two folded gradients is then, on average over the signs, that of the gradients. The
+    error of a square is about sqrt(2 / FOLDED), 0.6 % of it.
     """
 
     def __init__(self, model):
         self.model = model
         self.parameters = list(model.parameters())
         count = sum(p.numel() for p in self.parameters)
-        self.signs = torch.randint(0, 2, (count,), dtype=torch.int8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.signs = (
+            torch.randint(
+                0, 2, (count,), dtype=torch.int8, generator=torch.Generator().manual_seed(0)
+            )
+            * 2
+            - 1
+        )
 
     def of(self, rollout: Rollout):
         """The function g -> J^T g of one response."""
@@ -150,14 +187,16 @@ def table(lines: list[dict], space: str) -> str:
     """Markdown: the variance of every estimator at every lag, of sparse top-K the bias."""
 
     def cell(value: float, error: float) -> str:
-        digits = 3 if value < 0.1 else 2 if value < 1 else 1 if value < 10 else 0
+        digits = sum(value < limit for limit in (0.1, 1, 10))
         return f"{value:.{digits}f} ± {error:.{digits}f}"
 
     rows = []
     for name in dict.fromkeys(line["estimator"] for line in lines if line["space"] == space):
-        key = "bias" if name.startswith("sparse") else "variance"
-        cells = [cell(line[key], line[f"{key}_error"]) for line in lines if (line["space"], line["estimator"]) == (space, name)]
-        rows.append(f"| {name}{': bias' if key == 'bias' else ''} | {' | '.join(cells)} |")
+        is_sparse = name.startswith("sparse")
+        key = "bias" if is_sparse else "variance"
+        here = [line for line in lines if (line["space"], line["estimator"]) == (space, name)]
+        cells = [name + ": bias" * is_sparse, *(cell(x[key], x[f"{key}_error"]) for x in here)]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -167,8 +206,13 @@ def square(x: Tensor) -> float:
 
 def ratio(parts, wholes):
     """(sum of parts / sum of wholes, its standard error over prompts by the jackknife)."""
-    n, a, b = len(parts), sum(parts), sum(wholes)
-    return a / b, jackknife([(a - x) / (b - y) for x, y in zip(parts, wholes)]) if n > 1 else 0.0
+    part = sum(parts)
+    whole = sum(wholes)
+    return part / whole, jackknife([(part - x) / (whole - y) for x, y in zip(parts, wholes)])
+
+
+def median_ratio(parts, wholes) -> float:
+    return statistics.median(part / whole for part, whole in zip(parts, wholes))
 
 
 def jackknife(left_out) -> float:
@@ -179,7 +223,8 @@ def jackknife(left_out) -> float:
 def bias_of_mean(errors: Tensor, exact: Tensor):
     """(|mean error|^2 / |mean exact|^2, its standard error), of gradients [prompts, FOLDED].
 
-    Both squares are means of the products of two different responses. So what a response scatters around the mean is in neither.
+    Both squares are means of the products of two different responses. So what a response scatters
+    around the mean is in neither.
     """
 
     def crossed(x: Tensor) -> float:
@@ -191,10 +236,18 @@ def bias_of_mean(errors: Tensor, exact: Tensor):
 
 
 def measure(name: str, found: list[Response], head: Tensor, pulls, folded: Tensor, draws: int):
-    """Columns of the CSV from `space` on, one dict a space. `pulls` and `folded`: J^T of every response, and its exact gradient."""
-    loss, generator = make_loss(Config(**ESTIMATORS[name])), torch.Generator().manual_seed(0)
-    draws = 1 if name.startswith("sparse") else draws
-    squares, wholes, errors = {"logits": [], "hidden": []}, {"logits": [], "hidden": []}, []
+    """Yield the columns of the CSV from `space` on, for each space.
+
+    `pulls`: the function g -> J^T g of every response. `folded`: their exact gradients [prompts,
+    FOLDED].
+    """
+    loss = make_loss(Config(**ESTIMATORS[name]))
+    generator = torch.Generator().manual_seed(0)
+    is_sparse = name.startswith("sparse")
+    draws = 1 if is_sparse else draws
+    squares = {"logits": [], "hidden": []}  # of the errors, a number for each response
+    wholes = {"logits": [], "hidden": []}  # of the exact gradients
+    errors = []  # of the gradients of all parameters
     for r, pull in zip(found, pulls):
         exact = r.exact()
         drawn = [logit_gradient(loss, r, generator) - exact for _ in range(draws)]
@@ -202,23 +255,26 @@ def measure(name: str, found: list[Response], head: Tensor, pulls, folded: Tenso
             squares[space].append(statistics.mean(square(to_space(error)) for error in drawn))
             wholes[space].append(square(to_space(exact)))
         errors.append(pull(drawn[0]))
-    squares["parameters"], wholes["parameters"] = [square(e) for e in errors], [square(g) for g in folded]
+    squares["parameters"] = [square(e) for e in errors]
+    wholes["parameters"] = [square(g) for g in folded]
     for space in squares:
         each = ratio(squares[space], wholes[space])
-        if name.startswith("sparse"):
+        if is_sparse:
             bias = bias_of_mean(torch.stack(errors), folded) if space == "parameters" else each
             yield space, name, *bias, 0.0, 0.0, 0.0
         else:
-            yield space, name, 0.0, 0.0, *each, statistics.median(x / y for x, y in zip(squares[space], wholes[space]))
+            yield space, name, 0.0, 0.0, *each, median_ratio(squares[space], wholes[space])
 
 
 def prefix_noise(found: list[Response], folded: Tensor):
-    """The line of PREFIXES: the variance of a response's gradient, less its length times the mean per token."""
+    """The line of PREFIXES: the variance of a response's gradient, less its length times the mean
+    per token.
+    """
     lengths = torch.tensor([[float(len(r.s))] for r in found])
     rest = folded - lengths * (folded.sum(0) / lengths.sum())
     parts = [square(x) * len(found) / (len(found) - 1) for x in rest]
     wholes = [square(g) for g in folded]
-    return "parameters", PREFIXES, 0.0, 0.0, *ratio(parts, wholes), statistics.median(x / y for x, y in zip(parts, wholes))
+    return "parameters", PREFIXES, 0.0, 0.0, *ratio(parts, wholes), median_ratio(parts, wholes)
 
 
 def print_masses(found: list[Response]):
@@ -226,37 +282,72 @@ def print_masses(found: list[Response]):
     print("mass of the sampler's top K: mean, and quantiles over positions of 5, 50, 95 %")
     for k in MASSES:
         mass = top[:, k - 1]
-        print(f"  K = {k:2d}: {mass.mean():.3f}; " + ", ".join(f"{mass.quantile(q):.3f}" for q in (0.05, 0.5, 0.95)))
+        print(
+            f"  K = {k:2d}: {mass.mean():.3f}; "
+            + ", ".join(f"{mass.quantile(q):.3f}" for q in (0.05, 0.5, 0.95))
+        )
+
+
+def exact_drift(found: list[Response]) -> list[Tensor]:
+    """KL(sampler || student) at the positions of each response."""
+    return [(r.b.exp() * (r.b - r.s)).sum(-1) for r in found]
 
 
 def print_drift(found: list[Response]):
-    """The exact drift, and how well three estimates from the same positions know it."""
-    exact = [(r.b.exp() * (r.b - r.s)).sum(-1) for r in found]
-    emitted = [(r.b - r.s).gather(1, torch.tensor(r.rollout.response_ids)[:, None])[:, 0] for r in found]
-    for name, drifts in (("exact", exact), ("drift_kl", emitted), ("drift_k3", [(-d).expm1() + d for d in emitted])):
+    """The exact drift, and how well two estimates from the emitted tokens know it."""
+    emitted = []  # b - s of the tokens of each response
+    for r in found:
+        ids = torch.tensor(r.rollout.response_ids)[:, None]
+        emitted.append((r.b - r.s).gather(1, ids)[:, 0])
+    estimates = {
+        "exact": exact_drift(found),
+        "drift_kl": emitted,
+        "drift_k3": [(-d).expm1() + d for d in emitted],
+    }
+    for name, drifts in estimates.items():
         mean, error = ratio([float(d.sum()) for d in drifts], [len(d) for d in drifts])
         print(f"  {name:8s} {mean:9.2e} +- {error:.1e} nats")
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m experiments.real_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heal", type=Path, default=RUNS / "heal", help="the --out of experiments.heal; what is not there is made")
-    parser.add_argument("--draws", type=at_least(1), default=4, help="times that every estimator draws at a position; once for `parameters`")
+    parser = argparse.ArgumentParser(
+        "python -m experiments.real_model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--heal",
+        type=Path,
+        default=RUNS / "heal",
+        help="the --out of experiments.heal; what is not there is made",
+    )
+    parser.add_argument(
+        "--draws",
+        type=at_least(1),
+        default=4,
+        help="times that every estimator draws at a position; once for `parameters`",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "real_model.csv")
     args = parser.parse_args()
-    if not (args.heal / "prompts.jsonl").exists():
-        heal.prepare(args.heal)
+    heal.prepare(args.heal)
     steps = snapshots(args.heal)
-    prompts = read_jsonl(str(args.heal / "held_out.jsonl"), load_tokenizer("--student", str(steps[0])), 64)
-    student, teacher = (load_model(str(path), torch.float32, CPU) for path in (steps[0], args.heal / "teacher"))
-    pullback, lines = Pullback(student.requires_grad_(True)), []
+    prompts = read_jsonl(
+        str(args.heal / "held_out.jsonl"), load_tokenizer("--student", str(steps[0])), 64
+    )
+    student, teacher = (
+        load_model(str(path), torch.float32, CPU) for path in (steps[0], args.heal / "teacher")
+    )
+    pullback = Pullback(student.requires_grad_(True))
+    lines = []
     for lag, sampler in steps.items():
         found = responses(sampler, student, teacher, prompts)
-        print(f"lag {lag} updates; {sum(len(r.s) for r in found)} positions of {len(found)} prompts")
+        print(
+            f"lag {lag} updates; {sum(len(r.s) for r in found)} positions of {len(found)} prompts"
+        )
         print_drift(found)
         if lag == 0:
             print_masses(found)
-        drift = float(torch.cat([(r.b.exp() * (r.b - r.s)).sum(-1) for r in found]).mean())
+        drift = float(torch.cat(exact_drift(found)).mean())
         pulls = [pullback.of(r.rollout) for r in found]
         folded = torch.stack([pull(r.exact()) for r, pull in zip(found, pulls)])
         rows = [prefix_noise(found, folded)]
@@ -265,8 +356,11 @@ def main():
         for row in rows:
             lines.append(dict(zip(COLUMNS, (lag, drift, *row))))
             space, name, bias, bias_error, variance, error, median = row
-            text = f"bias {bias:.3f} +- {bias_error:.3f}   variance {variance:.3g} +- {error:.2g}, median {median:.3g}"
-            print(f"  {space:10s} {name:30s} {text}", flush=True)
+            print(
+                f"  {space:10s} {name:30s} bias {bias:.3f} +- {bias_error:.3f}   "
+                f"variance {variance:.3g} +- {error:.2g}, median {median:.3g}",
+                flush=True,
+            )
     with open(args.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

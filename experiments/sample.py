@@ -35,7 +35,8 @@ def parse_args():
     option("--slots", type=int, default=64, help="sequences decoded at once")
     option("--seed", type=int, default=0, help="seed of sampling")
     args = parser.parse_args()
-    if min(args.max_prompt_tokens, args.max_new_tokens or 1, args.slots) < 1 or args.max_new_tokens == 0:
+    new_tokens = 1 if args.max_new_tokens is None else args.max_new_tokens
+    if min(args.max_prompt_tokens, new_tokens, args.slots) < 1:
         parser.error("--max-prompt-tokens, --max-new-tokens and --slots are at least 1")
     if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**32:
         parser.error("--temperature and --seed are at least 0 and finite")

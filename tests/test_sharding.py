@@ -61,7 +61,8 @@ def rank_main(rank, world, out, paths, tables, mailbox):
             learner.save(directory, SimpleNamespace(save_pretrained=lambda path: None), [7])
             dist.barrier()
             again = new_learner(str(directory / "step_2"), config, rank=rank, world=world)
-            assert again.load(directory / "step_2") is None and again.version == 2
+            again.load(directory / "step_2")
+            assert again.version == 2
             results.append(again.update(table, ROWS[:7]))
             if (out / "of_2" / "step_2").exists():  # saved by two ranks, continued by these
                 other = new_learner(str(out / "of_2" / "step_2"), config, rank=rank, world=world)
