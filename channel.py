@@ -16,7 +16,7 @@ One inequality decides how asynchronous the run is. Rollout number `ticket` may 
 
     ticket < (weight_version + 1 + max_staleness) * batch_size
 
-Left out: shared memory across nodes, systems other than Linux.
+Left out: systems other than Linux. Each node has a channel of its own (nodes.py).
 """
 
 import fcntl
@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 import fork_server
-from checks import check_memory
 from config import Config
 from data import prompt_of
+from experiments.memory import check_memory
 
 STOP, LENGTH = 1, 2  # `finish`: the last token is a stop token / the response was cut
 PAGE = 4096
@@ -244,19 +244,25 @@ def may_start(ticket: int, weight_version: int, config: Config):
 
 
 class Tickets:
-    """Rank 0's books: which row carries which ticket, which may start, which were trained."""
+    """A leader's books: which row carries which ticket, which may start, which were trained.
+
+    Node k of n issues the tickets with ticket % n == k.
+    """
 
     def __init__(self, config: Config, channel: Channel, prompts, version=0, trained_ahead=()):
         """`version` updates were made before.
 
-        `trained_ahead`: tickets that were trained before an earlier one was (arrival order).
+        `trained_ahead`: tickets that were trained before an earlier one was (arrival order). With
+        several nodes they are not kept: some rollouts are trained twice then, and some never.
         """
+        if config.nodes > 1:
+            trained_ahead = ()
         self.config, self.channel, self.prompts = config, channel, prompts
         self.free_rows = list(range(config.table_rows))
         self.scored = {}  # ticket -> row, in order of arrival
         self.trained_ahead = set(trained_ahead)
         # Every ticket below `lowest` was trained.
-        self.lowest = self.next = version * config.batch_size - len(trained_ahead)
+        self.lowest = self.next = version * config.batch_size + config.node - len(trained_ahead)
 
     def issue(self, version: int):
         """Give free rows to the tickets that weights of `version` admit, with their prompts."""
@@ -265,7 +271,7 @@ class Tickets:
         while self.free_rows and self.next < end and may_start(self.next, version, self.config):
             if self.next not in self.trained_ahead:
                 rows.append(self.fill_row(self.next))
-            self.next += 1
+            self.next += self.config.nodes
         self.channel.to_generator.put(rows)
 
     def fill_row(self, ticket):
@@ -283,12 +289,12 @@ class Tickets:
 
     def batch(self, version: int):
         """Rows of the update after `version`, in ticket order or as they came; None: not yet."""
-        size = self.config.batch_size
-        wanted = list(range(version * size, (version + 1) * size))
+        size, nodes = self.config.batch_size, self.config.nodes
+        wanted = list(range(version * size + self.config.node, (version + 1) * size, nodes))
         if self.config.order == "arrival":
-            wanted = list(self.scored)[:size]
+            wanted = list(self.scored)[: size // nodes]
         ready = [self.scored[ticket] for ticket in wanted if ticket in self.scored]
-        return ready if len(ready) == size else None
+        return ready if len(ready) == size // nodes else None
 
     def trained(self, rows: list[int]):
         """Free the rows of an update and remember their tickets."""
@@ -299,5 +305,5 @@ class Tickets:
             self.free_rows.append(row)
         while self.lowest in self.trained_ahead:
             self.trained_ahead.remove(self.lowest)
-            self.lowest += 1
+            self.lowest += self.config.nodes
         self.next = max(self.next, self.lowest)

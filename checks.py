@@ -8,8 +8,6 @@ Left out: quantised models, adapters, teacher and student with different tokeniz
 """
 
 import json
-import re
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,37 +26,6 @@ from model import head_weight, last_hidden, shared_vocabulary, stop_ids, text_co
 def require(condition, message):
     if not condition:
         raise InputError(message)
-
-
-# ---- memory -----------------------------------------------------------------------------------
-
-
-def available_memory():
-    """Bytes that may still be used: what the kernel calls available, or a cgroup's limit."""
-    free = 1024 * number_after("MemAvailable:", Path("/proc/meminfo"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        return min(free, limit - used + number_after("inactive_file", group / "memory.stat"))
-    except (OSError, ValueError):  # no cgroup, or its limit is "max"
-        return free
-
-
-def number_after(name, path):
-    return int(re.search(rf"^{name}\s+(\d+)", path.read_text(), re.MULTILINE)[1])
-
-
-def check_memory(needed, config):
-    """Raises MemoryError before anything is allocated."""
-    free = available_memory()
-    if needed > 0.9 * free:
-        raise MemoryError(
-            f"the rollout table and the weight mailbox need {needed / 2**20:,.0f} MiB of shared "
-            f"memory, {free / 2**20:,.0f} MiB are available: lower --batch-size "
-            f"({config.batch_size}), --max-staleness ({config.max_staleness}), --max-new-tokens "
-            f"({config.max_new_tokens}) or the candidates per position ({config.num_candidates}), "
-            "or give the container more memory"
-        )
 
 
 # ---- models -----------------------------------------------------------------------------------
@@ -280,7 +247,7 @@ def check_prompt(where, text, ids, limit, tokenizer):
 
 # The settings that decide which rollouts come next.
 MUST_MATCH = """student prompts eval_prompts eval_size seed batch_size samples_per_prompt order
-    max_prompt_tokens drop_long_prompts""".split()
+    max_prompt_tokens""".split()
 
 
 def check_output(config, fingerprint):
@@ -306,14 +273,9 @@ def check_resume(config, checkpoint, fingerprint):
     require(checkpoint, missing)
     done = step_of(checkpoint)
     progress = read_progress(checkpoint)
-    before = progress["settings"]
-    changed = {
-        name: f"{name} was {before.get(name)!r} and is now {value!r}"
-        for name, value in asdict(config).items()
-        if value != before.get(name) and name != "resume"
-    }
     for name in MUST_MATCH:
-        require(name not in changed, f"--resume: {changed.get(name)}: keep it")
+        before, now = progress["settings"].get(name), getattr(config, name)
+        require(before == now, f"--resume: {name} was {before!r} and is now {now!r}: keep it")
     require(
         progress["prompts"] == fingerprint,
         "--resume: the prompts are not what they were: give the same files",
@@ -322,7 +284,7 @@ def check_resume(config, checkpoint, fingerprint):
         done < config.steps,
         f"--resume: {output} has made {done} updates already, --steps is {config.steps}: raise it",
     )
-    return [f"resuming from {checkpoint}", *changed.values()]
+    return [f"resuming from {checkpoint}"]
 
 
 def read_progress(checkpoint):

@@ -60,7 +60,6 @@ class Config:
     prompts: str = option("", "JSONL of training prompts; empty: the built-in task")
     eval_prompts: str = option("", "JSONL of evaluation prompts; empty: hold out of --prompts")
     eval_size: int = option(256, "evaluation prompts; at most a tenth of --prompts", EVAL_SIZE)
-    drop_long_prompts: bool = option(False, "drop prompts above --max-prompt-tokens")
     max_prompt_tokens: int = option(64, "longest prompt, tokens")
     max_new_tokens: int = option(40, "longest response, tokens, stop token included")
     loss: str = option("stratified_reverse_kl", f"one of {', '.join(LOSSES)}")
@@ -75,21 +74,19 @@ class Config:
         "in_flight", "new weights between tokens or between batches", ("in_flight", "batch")
     )
     steps: int = option(200, "updates in total, those before --resume included")
-    batch_size: int = option(64, "rollouts per update, over all ranks")
+    batch_size: int = option(64, "rollouts per update, over all ranks and nodes")
     samples_per_prompt: int = option(1, "rollouts per prompt and epoch")
     lr: float = option(1e-3, "AdamW learning rate after warm-up", RATE)
     warmup_steps: int = option(10, "updates of linear warm-up, constant after", COUNT)
-    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only", click.FloatRange(0))
     max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", RATE)
     micro_batch_tokens: int = option(8192, "padded tokens of a forward pass")
     checkpoint_activations: str = option(
         "auto", "recompute layers; auto: if memory asks", ("auto", "on", "off")
     )
-    compile: bool = option(False, "torch.compile of the layers of learner and teacher")
     head_chunk: int = option(1024, "positions whose logits exist at once")
     seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
-    generators: int = option(1, "generation processes", PROCESSES)
-    teachers: int = option(1, "teacher processes; --batch-size is a multiple", PROCESSES)
+    generators: int = option(1, "generation processes of a node", PROCESSES)
+    teachers: int = option(1, "teacher processes of a node; --batch-size is a multiple", PROCESSES)
     teacher_gpus: int = option(1, "GPUs that each teacher is spread over")
     slots: int = option(64, "sequences that a generator decodes at once")
     teacher_cache_mb: int = option(64, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
@@ -114,10 +111,10 @@ class Config:
                 "--signal and --correction belong to sampled_reverse_kl; "
                 f"--loss is {self.loss}: leave them out, or change --loss"
             )
-        if self.batch_size % self.teachers:
+        if self.batch_size % (self.nodes * self.teachers):
             raise InputError(
-                f"--batch-size is {self.batch_size}, --teachers is {self.teachers}: "
-                "take a multiple of --teachers, so that all score equally many"
+                f"--batch-size is {self.batch_size}, there are {self.nodes} nodes with --teachers "
+                f"{self.teachers}: take a multiple of both, so that all score equally many"
             )
         if self.table_rows > MAX_ROWS:
             raise InputError(
@@ -140,11 +137,21 @@ class Config:
 
     @property
     def output(self):
-        return Path(self.output_dir)
+        """Node 0 has the directory itself, node k `node_k` in it."""
+        return Path(self.output_dir, f"node_{self.node}" if self.node else "")
 
     @property
     def trace(self):
         return self.output / "trace.json"
+
+    @property
+    def node(self):
+        """The number of this node."""
+        return from_torchrun("GROUP_RANK", 0)
+
+    @property
+    def nodes(self):
+        return from_torchrun("GROUP_WORLD_SIZE", 1)
 
     @property
     def max_sequence(self):
@@ -152,8 +159,8 @@ class Config:
 
     @property
     def table_rows(self):
-        """Rollouts that exist at once: exactly what the inequality in channel.py admits."""
-        return (1 + self.max_staleness) * self.batch_size
+        """Rollouts of a node that exist at once: what the inequality in channel.py admits."""
+        return (1 + self.max_staleness) * self.batch_size // self.nodes
 
     @property
     def num_candidates(self):
@@ -165,6 +172,11 @@ class Config:
         values = asdict(self)
         del values["resume"]
         return yaml.safe_dump(values, sort_keys=False)
+
+
+def from_torchrun(name: str, alone: int):
+    """A number that torchrun gives to all processes of a run; `alone`: without torchrun."""
+    return int(os.environ.get(name, alone))
 
 
 def model_path(name: str, builtin: str):

@@ -27,19 +27,17 @@ class Prompt:
     answer: str | None = None
 
 
-def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False):
+def read_jsonl(path: str, tokenizer, limit: int):
     """The prompts of a UTF-8 file, one JSON object per line.
 
     `prompt` is tokenized as plain text, with the tokenizer's own special tokens. `messages` go
-    through the chat template, which puts in its own. `limit`: most tokens that a prompt may have;
-    `drop_long` leaves longer ones out. Raises InputError with the line that cannot be used.
+    through the chat template, which puts in its own. `limit`: most tokens that a prompt may have.
+    Raises InputError with the line that cannot be used.
     """
     prompts = []
     for where, item in checks.json_lines(path):
         text = checks.prompt_text(where, item, tokenizer)
         ids = tokenizer(text, add_special_tokens="prompt" in item).input_ids
-        if drop_long and len(ids) > limit:
-            continue
         checks.check_prompt(where, text, ids, limit, tokenizer)
         answer = item.get("answer")
         prompts.append(Prompt(text, ids, None if answer is None else str(answer)))
@@ -49,14 +47,14 @@ def read_jsonl(path: str, tokenizer, limit: int, drop_long: bool = False):
 
 def load_prompts(config: Config, tokenizer):
     """(training prompts, evaluation prompts). No evaluation prompt occurs in training."""
-    limits = (config.max_prompt_tokens, config.drop_long_prompts)
+    limit = config.max_prompt_tokens
     if config.prompts:
-        train = read_jsonl(config.prompts, tokenizer, *limits)
+        train = read_jsonl(config.prompts, tokenizer, limit)
         held_out = hold_out(config, train)
     else:
         train, held_out = task.load(config, tokenizer)
     if config.eval_prompts:
-        held_out = read_jsonl(config.eval_prompts, tokenizer, *limits)
+        held_out = read_jsonl(config.eval_prompts, tokenizer, limit)
         checks.require(
             all(prompt.answer is not None for prompt in held_out),
             f"{config.eval_prompts}: every evaluation prompt needs an `answer`",

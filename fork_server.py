@@ -20,7 +20,7 @@ def start():
     """Start the server in rank 0, before its own slow imports. The server ignores interrupts."""
     global torchrun
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: imports leave long tracebacks
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     if "RANK" in os.environ:
         torchrun = os.pidfd_open(os.getppid() or os.getpid())  # 0: not in our namespace

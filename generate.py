@@ -267,7 +267,8 @@ def run(config: Config, channel: Channel, device, track: int, held_out):
             with timeline.span("decode"):
                 for rollout in generator.step():
                     write_rollout(channel, rollout)
-                    channel.to_teachers[rollout.ticket % config.teachers].put([rollout.row])
+                    turn = rollout.ticket // config.nodes
+                    channel.to_teachers[turn % config.teachers].put([rollout.row])
         else:
             timeline.flush()
     timeline.flush()

@@ -1,22 +1,17 @@
-"""The processes of a run: devices and threads, ranks, the spawned roles, signals.
+"""The processes of a node: devices and threads, the spawned roles, signals.
 
 torchrun starts the learner ranks. Rank 0 starts the generators and the teachers as its daemons and
 watches them. The roles ignore interrupts: they leave when rank 0 says so or is gone.
 
-Left out: several nodes, restarting a role that died (the run ends and can be resumed).
+Left out: restarting a role that died (the run ends and can be resumed).
 """
 
 import faulthandler
 import os
-import select
 import signal
-import socket
-import sys
 import time
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import generate
@@ -24,8 +19,9 @@ import teacher
 from channel import Channel
 from config import Config, InputError
 from fork_server import INTERRUPTS, ignore_interrupts
+from nodes import Interrupted, RoleDied
 
-# ---- devices and ranks ------------------------------------------------------------------------
+# ---- devices ----------------------------------------------------------------------------------
 
 
 def role_devices(config, world):
@@ -55,72 +51,15 @@ def set_up_process(config, device, num_roles):
         torch.cuda.set_device(device)
 
 
-def join_ranks():
-    """(rank, number of learner ranks). Connects them if there are several."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    gpus = torch.cuda.device_count()
-    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
-        raise InputError(f"{world} ranks on several nodes: use one node, torchrun --standalone")
-    if gpus and world > gpus:
-        raise InputError(f"{world} learner ranks, {gpus} GPUs: lower --nproc-per-node")
-    check_torchrun()
-    if world > 1:
-        # Rows and commands travel on gloo: waiting for them costs no GPU. Ranks wait for rank 0 as
-        # long as rollouts take; torchrun ends the run when one dies.
-        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=7))
-    return rank, world
-
-
-def broadcast(value=None):
-    """Rank 0's value, on every rank. A rank that waits in vain leaves with one line."""
-    box = [value]
-    if dist.is_initialized():
-        try:
-            dist.broadcast_object_list(box, src=0)
-        except RuntimeError as error:
-            if dist.get_rank() == 0:
-                raise
-            sys.exit(
-                f"train.py: rank {dist.get_rank()} leaves, rank 0 does not answer: "
-                f"{str(error).splitlines()[0]}"
-            )
-    return box[0]
-
-
-def check_torchrun():
-    """Raise RoleDied if torchrun is gone. It keeps the store where ranks meet."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    try:
-        place = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-        socket.create_connection(place, timeout=10).close()
-    except OSError as error:
-        raise RoleDied(f"torchrun died before the start: {error}") from None
-
-
 # ---- the spawned roles ------------------------------------------------------------------------
-
-
-class RoleDied(Exception):
-    """A process of the run is gone. The message says which, with its traceback or signal."""
-
-
-class Interrupted(Exception):
-    """Ctrl-C, a terminate signal, or the end of torchrun: save and leave."""
 
 
 class Roles:
     """The other processes of a run, as rank 0 sees them."""
 
-    def __init__(self, config: Config, channel: Channel, devices, held_out, next_ticket, pids):
-        """`devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: to be scored.
-
-        `pids`: of the learner ranks.
-        """
+    def __init__(self, config: Config, channel: Channel, devices, held_out, next_ticket):
+        """`devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: to be scored."""
         self.channel = channel
-        self.ranks = {os.pidfd_open(pid): i for i, pid in enumerate(pids)}
         self.names = [f"generator {i}" for i in range(config.generators)]
         self.names += [f"teacher {i}" for i in range(config.teachers)]
         self.interrupts = []
@@ -138,7 +77,6 @@ class Roles:
 
     def check(self):
         """Raise Interrupted or RoleDied if there is nothing to wait for any more."""
-        self.check_ranks()
         if self.interrupts or not self.channel.running():
             raise Interrupted
         processes = zip(self.names, self.context.processes)
@@ -152,15 +90,6 @@ class Roles:
             reason = str(error).rpartition("InputError: ")[2].strip()  # or all of it
             raise RoleDied(f"{self.names[error.error_index]} died: {reason}") from None
         raise RoleDied(f"{gone[0]} left before the end")
-
-    def check_ranks(self, timeout=0.0):
-        """Raise RoleDied if a learner rank is gone, or goes within `timeout` seconds."""
-        gone = select.select(self.ranks, [], [], timeout)[0]
-        if gone:
-            raise RoleDied(
-                f"learner rank {self.ranks[gone[0]]} died: torchrun says how. --resume continues "
-                "from the newest step_N; published_N has the last weights, for --student"
-            )
 
     def stop(self):
         """Ask every role to leave its loop, then insist."""

@@ -4,17 +4,17 @@ Letters of shapes: serial.py. Parameters are float32 masters. On a GPU the forwa
 bfloat16; log-probabilities and losses stay in float32. The head runs in chunks (kernels/head.py),
 so logits [T,V] never exist.
 
-Several ranks share parameters, gradients and optimiser state (FSDP2), and each trains its share of
-the rows. There is one denominator, the response tokens of the whole update. So the result depends
-on micro-batches and ranks by rounding alone.
+The ranks of a node share parameters, gradients and optimiser state (FSDP2), and each trains its
+share of the rows. There is one denominator, the response tokens of the whole update. So the result
+depends on micro-batches, ranks and nodes by rounding alone.
 
 Dropout is off: the student that trains is the student that sampled. Left out: LoRA, tensor and
-pipeline parallelism, several nodes.
+pipeline parallelism, torch.compile.
 """
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -22,17 +22,18 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 from torch.distributed.checkpoint import state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
 from channel import LENGTH, Channel
 from config import Config
 from kernels.head import candidate_loss
 from losses import make_loss
-from model import compile_layers, head_weight, layers_of, response_hidden, row_batches
+from model import head_weight, layers_of, response_hidden, row_batches
+from nodes import Nodes, from_every_rank
 
 # Metrics that are summed over positions, in the order that Learner.backward returns.
 SUMMED = (
@@ -77,13 +78,13 @@ class Student(nn.Module):
         return total, s, ids, t, b
 
 
-def shard(student: Student, world: int):
-    """Split parameters, gradients and optimiser state over the ranks (FSDP2, `fully_shard`).
+def shard(student: Student, group):
+    """Split parameters, gradients and optimiser state over a node's ranks (FSDP2, `fully_shard`).
 
     Each layer is gathered for its own forward and backward pass. Embedding, norm and head are one
     group: they may share a weight.
     """
-    mesh = init_device_mesh(student.model.device.type, (world,))
+    mesh = DeviceMesh.from_group(group, student.model.device.type)
     precision = MixedPrecisionPolicy(param_dtype=student.dtype, reduce_dtype=torch.float32)
     for module in (*layers_of(student), student):
         fully_shard(module, mesh=mesh, mp_policy=precision)
@@ -97,8 +98,7 @@ class Learner:
     config: Config
     vocab: int
     dtype: torch.dtype  # of the forward pass
-    rank: int = 0
-    world: int = 1
+    nodes: Nodes = field(default_factory=Nodes)
     recompute: bool = False  # layers in the backward pass, to save memory
     version: int = 0
 
@@ -107,39 +107,60 @@ class Learner:
         self.model.requires_grad_(True)
         self.student = Student(self.model, self.config, self.vocab, self.dtype)
         self.loss = self.student.loss
-        compile_layers(self.model, self.config.compile)  # before `checkpoint`, which hides them
         for layer in layers_of(self.model) if self.recompute else ():
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if self.world > 1:
-            shard(self.student, self.world)
+        if self.nodes.world > 1:
+            shard(self.student, self.nodes.ranks)
         self.parameters = list(self.model.parameters())
-        matrices = [p for p in self.parameters if p.dim() >= 2]
-        vectors = [p for p in self.parameters if p.dim() < 2]
-        decayed = {"params": matrices, "weight_decay": self.config.weight_decay}
-        groups = [decayed, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.95), weight_decay=0.0)
 
     # ---- one update ---------------------------------------------------------------------------
 
     def update(self, table: Channel, rows: list[int]):
-        """Train on `rows`, the whole update's and the same on every rank; return its metrics.
+        """Train on `rows`, the whole update's and the same on every rank; return its metrics."""
+        return self.apply([self.accumulate(table, rows)])
 
-        Raises FloatingPointError, before any parameter changes, if the gradient is not finite.
+    def accumulate(self, table: Channel, rows: list[int]):
+        """Compute the gradient of the node's `rows`, the same on every rank.
+
+        Returns sums over the response tokens and over the rows, for `apply`.
         """
         tokens = int((table.length[rows] - table.prompt_len[rows]).sum())
         batches = self.micro_batches(table, rows)
         tables = (self.student(table, batch)[1:] for batch in batches)
-        self.loss.look_ahead(tables, partial(from_every_rank, world=self.world))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.look_ahead(tables, from_every_rank)
+        self.optimizer.zero_grad()
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         for batch in batches:
             sums += self.backward(table, batch, tokens)
-        if self.world > 1:
-            dist.all_reduce(sums)
-        metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
-        metrics |= self.step() | self.describe(table, rows)
+        if self.nodes.world > 1:
+            dist.all_reduce(sums, group=self.nodes.ranks)
+        return dict(zip(SUMMED, sums.tolist())) | self.describe(table, rows)
+
+    @torch.no_grad()
+    def apply(self, parts: list[dict]):
+        """Change the parameters by the mean gradient of all nodes; return the update's metrics.
+
+        `parts`: what `accumulate` has returned on each. Raises FloatingPointError, before any
+        parameter changes, if the gradient is not finite, and RoleDied if a node is gone.
+        """
+        total = {name: sum(part[name] for part in parts) for name in parts[0]}
+        tokens = total["tokens"]
+        if len(parts) > 1:
+            gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
+            share = parts[self.nodes.node]["tokens"] / tokens
+            mean = parameters_to_vector(gradients) * share
+            self.nodes.add_up(mean)
+            vector_to_parameters(mean, gradients)
+        metrics = {name: total[name] / tokens for name in SUMMED}
+        metrics |= self.step()
         self.version += 1
-        return metrics
+        return metrics | {
+            "tokens": tokens,
+            "truncated_fraction": total["truncated_fraction"] / len(parts),
+            "lag_mean": total["lag"] / tokens,
+            "lag_max": max(part["lag_max"] for part in parts),
+        }
 
     def micro_batches(self, table, rows):
         """This rank's share of the rows, in groups for one forward pass each.
@@ -149,15 +170,16 @@ class Learner:
         """
         by_length = sorted(rows, key=lambda row: -int(table.length[row]))
         budget = self.config.micro_batch_tokens
-        shares = [row_batches(table, by_length[i :: self.world], budget) for i in range(self.world)]
-        mine = shares[self.rank]
+        world = self.nodes.world
+        shares = [row_batches(table, by_length[i::world], budget) for i in range(world)]
+        mine = shares[self.nodes.rank]
         return mine + [[]] * (max(map(len, shares)) - len(mine))
 
     def backward(self, table, rows, tokens):
         """Add the gradient of one micro-batch; return sums over its positions: SUMMED, float64."""
         total, s, ids, t, b = self.student(table, rows)
         # Sharding averages over the ranks. One denominator for all asks for a sum.
-        (total * (self.world / tokens)).backward()
+        (total * (self.nodes.world / tokens)).backward()
         drift = b[:, 0] - s[:, 0]
         summed = (
             self.loss.reverse_kl(s, t, b),
@@ -190,7 +212,7 @@ class Learner:
         return {
             "tokens": len(lag),
             "truncated_fraction": float(truncated.double().mean()),
-            "lag_mean": float(lag.double().mean()),
+            "lag": int(lag.sum()),
             "lag_max": int(lag.max()),
         }
 
@@ -199,12 +221,12 @@ class Learner:
     def publish(self, channel):
         """Put the weights into the mailbox, in the generator's dtype; returns the seconds.
 
-        Every rank takes part, one parameter after the other. Rank 0 writes.
+        Every rank of the node takes part, one parameter after the other. Rank 0 writes.
         """
         started = time.monotonic()
         dtype = channel.weights.dtype
         parts = (whole(p.detach().to(dtype)) for p in self.parameters)
-        if self.rank == 0:
+        if self.nodes.rank == 0:
             channel.publish(parts, self.version)
         else:
             for _ in parts:
@@ -214,21 +236,17 @@ class Learner:
     def save(self, output, tokenizer, progress):
         """Write step_N: a Hugging Face model (float32) with what `load` needs.
 
-        Every rank takes part, and rank 0 writes. `progress`: what checks.read_progress returns.
+        Every rank of node 0 takes part, and rank 0 writes. `progress`: what checks.read_progress
+        returns. A checkpoint is whole or absent, never half. Raises OSError if that fails.
         """
-        weights = state_dict.get_model_state_dict(self.model, options=WHOLE)
         both = (self.model, self.optimizer)
-        optimizer = state_dict.get_optimizer_state_dict(*both, options=WHOLE)
-        if self.rank > 0:
-            return
-        state = {"version": self.version, "optimizer": optimizer}
-        self.write(output / f"step_{self.version}", weights, tokenizer, (state, progress))
+        weights, optimizer = state_dict.get_state_dict(*both, options=WHOLE)
+        if self.nodes.rank == 0:
+            state = {"version": self.version, "optimizer": optimizer}
+            self.write(output / f"step_{self.version}", weights, tokenizer, state, progress)
 
-    def write(self, target, weights, tokenizer, resumable=()):
-        """Write a Hugging Face model, with (state, progress). It is whole or absent, never half.
-
-        Raises OSError if it cannot be written.
-        """
+    def write(self, target, weights, tokenizer, state, progress):
+        """Rank 0's part of `save`."""
         once = dict(self.model.named_parameters())
         tied = dict(self.model.named_parameters(remove_duplicate=False)).keys() - once.keys()
         unfinished = target.with_name(f".partial_{target.name}")
@@ -237,10 +255,8 @@ class Learner:
             weights = {name: value for name, value in weights.items() if name not in tied}
             self.model.save_pretrained(unfinished, state_dict=weights)
             tokenizer.save_pretrained(unfinished)
-            if resumable:
-                state, progress = resumable
-                torch.save(state, unfinished / "training_state.pt")
-                (unfinished / "progress.yaml").write_text(yaml.safe_dump(progress))
+            torch.save(state, unfinished / "training_state.pt")
+            (unfinished / "progress.yaml").write_text(yaml.safe_dump(progress))
             usual = (unfinished / "config.json").stat().st_mode
             for path in unfinished.glob("*.safetensors"):  # which only the owner could read
                 path.chmod(usual)
@@ -249,18 +265,6 @@ class Learner:
         except Exception as error:  # torch and safetensors have their own for a full disk
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"{target} cannot be written: {error}") from error
-
-    def rescue(self, channel, output, tokenizer):
-        """Write published_N: the weights in the mailbox, without the ranks that have the masters.
-
-        `load` cannot continue from it. It is a model to evaluate, or to start a new run from.
-        """
-        version = int(channel.version)
-        flat = channel.weights[version % 2].split([p.numel() for p in self.parameters])
-        weights = self.model.state_dict()  # for its buffers, which are whole
-        for (name, p), part in zip(self.model.named_parameters(), flat):
-            weights[name] = part.view(p.shape)
-        self.write(output / f"published_{version}", weights, tokenizer)
 
     def load(self, directory):
         """Restore the rest of what `save` wrote; the model was loaded from the same directory.
@@ -271,21 +275,17 @@ class Learner:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         both = (self.model, self.optimizer)
         state_dict.set_optimizer_state_dict(*both, state["optimizer"], options=WHOLE)
-        self.optimizer.param_groups[0]["weight_decay"] = self.config.weight_decay
         self.version = state["version"]
-
-
-def from_every_rank(value, world):
-    """The values of all ranks, in their order."""
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 def whole(tensor):
     """The tensor itself; a sharded one is gathered, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor):
+    """The tensor itself; of a sharded one this rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def of_responses(table, rows, field):

@@ -6,6 +6,7 @@ it in Perfetto to see who waits for whom.
 
 import fcntl
 import json
+import os
 import time
 import zipfile
 from contextlib import contextmanager
@@ -19,17 +20,17 @@ from config import Config, InputError, refusal
 
 
 def lock_output(output: Path):
-    """Make the directory, and keep other runs out of it for as long as the result lives."""
+    """Make the directory, and keep other runs out of it until the file descriptor is closed."""
     with refusal(f"--output-dir {output} cannot be used, choose another"):
         output.mkdir(parents=True, exist_ok=True)
-        file = open(output / ".lock", "w")
+        lock = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"--output-dir {output}: another run uses it, choose another")
     except OSError:
         pass  # a file system without locks
-    return file
+    return lock
 
 
 def checkpoints(output: Path):
@@ -44,6 +45,7 @@ def step_of(checkpoint):
 
 def start_output(config: Config, checkpoint: Path | None):
     """Write config.yaml and drop the metrics of updates that will be made again."""
+    config.output.mkdir(parents=True, exist_ok=True)
     metrics = config.output / "metrics.jsonl"
     kept = metrics_until(step_of(checkpoint), metrics) if checkpoint else []
     write(config.output / "config.yaml", config.dump())
@@ -131,9 +133,8 @@ class Log:
         self.file = open(path, "a", buffering=1)
         self.last = time.monotonic()
         self.started = self.last - before
-        self.busy = channel.busy.clone()
-        self.first = None
-        self.warned = set()
+        self.seconds = channel.busy.clone()
+        self.busy = []  # of every role, before the last update
 
     def write(self, step, metrics):
         """Append the record of update number `step` and show it."""
@@ -141,40 +142,21 @@ class Log:
         elapsed = now - self.last
         self.last = now
         record = {"step": step, **metrics, "tokens_per_second": metrics["tokens"] / elapsed}
-        busy = self.channel.busy.clone()
-        seconds = (busy - self.busy).split((self.config.generators, self.config.teachers, 1))
-        self.busy = busy
-        for role, parts in zip(ROLES, seconds):
-            record[f"{role}_busy"] = float(parts.mean()) / elapsed
-        record |= self.cache_metrics()
-        record["wall_seconds"] = now - self.started
-        if torch.cuda.is_available():
-            record["learner_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.file.write(json.dumps(record) + "\n")
-        self.warn(record)
-        self.show(record)
-
-    def warn(self, record):
-        """Say once what asks for attention; docs/metrics.md says what to do about it."""
-        self.first = self.first or record
-        mass, is_sparse = "support_mass_student", self.config.loss == "sparse_reverse_kl"
-        signs = {
-            "drift_k3 > 0.02 without lag": not record["lag_max"] and record["drift_k3"] > 0.02,
-            "support_mass_student has halved": is_sparse and 2 * record[mass] < self.first[mass],
-            "truncated_fraction is above 0.9": record["truncated_fraction"] > 0.9,
-        }
-        for sign, is_due in signs.items():
-            if is_due and sign not in self.warned:
-                print(f"warning: {sign}")
-                self.warned.add(sign)
-
-    def cache_metrics(self):
+        seconds = self.channel.busy.clone()
+        self.busy = ((seconds - self.seconds) / elapsed).tolist()
+        self.seconds = seconds
+        parts = torch.tensor(self.busy).split((self.config.generators, self.config.teachers, 1))
+        for role, part in zip(ROLES, parts):
+            record[f"{role}_busy"] = float(part.mean())
         hits, misses, used, evicted = self.channel.cache_stats.sum(0).tolist()
-        return {
+        record |= {
             "teacher_cache_hit_rate": hits / max(1, hits + misses),
             "teacher_cache_bytes": used,
             "teacher_cache_evictions": evicted,
+            "wall_seconds": now - self.started,
         }
+        self.file.write(json.dumps(record) + "\n")
+        self.show(record)
 
     def show(self, record):
         text = (

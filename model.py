@@ -71,12 +71,6 @@ def layers_of(model):
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
-def compile_layers(model, is_wanted: bool):
-    """Fuse what is elementwise in a layer. Most batches of another size need no new compilation."""
-    for layer in layers_of(model) if is_wanted else ():
-        layer.forward = torch.compile(layer.forward, dynamic=True)
-
-
 def stop_ids(path: str, tokenizer):
     """Every id that ends a response: those of the generation config, and the tokenizer's."""
     try:

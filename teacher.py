@@ -25,7 +25,7 @@ from config import Config
 from kernels.head import gather, logit_chunks
 from log import Timeline
 from losses import make_loss
-from model import compile_layers, compute_dtype, head_weight, response_hidden, row_batches
+from model import compute_dtype, head_weight, response_hidden, row_batches
 from model import shared_vocabulary
 
 
@@ -148,14 +148,14 @@ class Teacher:
 def ready_rows(waiting, next_turn, config):
     """Take the rows to score now out of `waiting` (turn -> row), in the order of turns.
 
-    Turn i of a teacher is its i-th ticket: teacher k of n has the tickets k, k + n, k + 2 n. In
-    arrival order all rows are ready. In batch order a quarter of the teacher's share of a batch is,
-    once it is whole. Then timing does not decide which rollouts share a forward pass, and so it
-    does not decide the last bits of their scores.
+    Turn i of a teacher is its i-th ticket: of one node, teacher k of n has the tickets k, k + n,
+    k + 2 n. In arrival order all rows are ready. In batch order a quarter of the teacher's share of
+    a batch is, once it is whole. Then timing does not decide which rollouts share a forward pass,
+    and so it does not decide the last bits of their scores.
     """
     group = sorted(waiting)
     if config.order == "batch":
-        share = config.batch_size // config.teachers
+        share = config.batch_size // (config.nodes * config.teachers)
         share_end = (next_turn // share + 1) * share
         group = range(next_turn, min(next_turn + max(1, share // 4), share_end))
     is_whole = all(turn in waiting for turn in group)
@@ -169,15 +169,15 @@ def run(config: Config, channel: Channel, device: torch.device, index: int, next
     """
     dtype = compute_dtype(config, device)
     model = load_model(config.teacher_path, dtype, device, gpus=config.teacher_gpus)
-    compile_layers(model, config.compile)
     teacher = Teacher(model, config, shared_vocabulary(config))
     timeline = Timeline(config, channel, config.generators + index, f"teacher {index}")
-    next_turn = next_ticket // config.teachers
+    turns = config.nodes * config.teachers
+    next_turn = next_ticket // turns
     waiting = {}  # turn -> row
     rows = []
     while channel.running():
         for row in channel.to_teachers[index].get_all(timeout=0.0 if rows else 0.02):
-            waiting[int(channel.ticket[row]) // config.teachers] = row
+            waiting[int(channel.ticket[row]) // turns] = row
         rows = ready_rows(waiting, next_turn, config)
         if not rows:
             timeline.flush()

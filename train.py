@@ -2,7 +2,8 @@
 
 These are the calls of serial.py, each in a process of its own. torchrun starts the learner ranks.
 Rank 0 makes the channel, starts generators and teacher (launch.py), and runs the main loop. All
-ranks train. `--help` lists the settings.
+ranks train. On several nodes each has such a rank 0, its leader (nodes.py). `--help` lists the
+settings.
 """
 
 import fork_server
@@ -25,20 +26,21 @@ from channel import Channel, Tickets
 from checks import check_models, check_output, load_model, load_tokenizer, read_progress
 from config import Config, InputError, parse
 from data import fingerprint, load_prompts
-from launch import Interrupted, RoleDied, Roles, broadcast, join_ranks, role_devices, set_up_process
-from learner import Learner, from_every_rank
+from experiments.memory import plan_memory
+from launch import Roles, role_devices, set_up_process
+from learner import Learner
 from log import Log, Timeline, checkpoints, close_trace, lock_output, start_output
-from memory import plan_memory
 from model import compute_dtype, shared_vocabulary
+from nodes import Interrupted, Nodes, RoleDied, broadcast, from_every_rank, join
 
 
 class Run:
-    """A run as rank 0 leads it."""
+    """A run as the leader of a node sees it."""
 
     def __init__(self, config: Config):
-        """Check and read all input, before anything else starts."""
+        """Check and read all input, before anything else starts. On node 0, for all ranks."""
         self.config = config
-        self.lock = lock_output(config.output)
+        lock_output(config.output)
         notes = check_models(config)
         self.tokenizer = load_tokenizer("--student", config.student_path)
         self.prompts, self.held_out = load_prompts(config, self.tokenizer)
@@ -57,41 +59,46 @@ class Run:
             f"{len(self.prompts)} prompts to train on, {len(self.held_out)} to evaluate on"
         )
 
-    def start(self, learner: Learner, channel: Channel, devices, pids):
-        """Set up the output directory and start the roles. `devices`, `pids`: see Roles."""
+    def start(self, learner: Learner, channel: Channel, devices):
+        """Set up the output directory and start the roles. `devices`: of all roles."""
         config = self.config
-        self.learner, self.channel = learner, channel
-        print(f"learners, generators, teachers on {', '.join(map(str, devices))}", flush=True)
+        self.learner, self.channel, self.nodes = learner, channel, learner.nodes
         start_output(config, self.checkpoint)
         self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
         ahead = read_progress(self.checkpoint)["trained_ahead"] if self.checkpoint else []
         self.tickets = Tickets(config, channel, self.prompts, learner.version, ahead)
         self.saved_version = learner.version
         learner.publish(channel)
-        self.roles = Roles(config, channel, devices, self.held_out, self.tickets.lowest, pids)
+        if config.node > 0:
+            self.held_out = []  # node 0 evaluates
+        self.roles = Roles(config, channel, devices, self.held_out, self.tickets.lowest)
 
     def lead(self):
         """Run the main loop. Whatever ends it, what was learned is saved."""
         try:
-            with suppress(Interrupted):  # `report` says so
-                self.main_loop()
+            self.main_loop()
+            self.leave()
+        except Interrupted:  # `report` says so
+            self.leave("interrupted")
         except BaseException as error:
             if isinstance(error, FloatingPointError):
                 self.set_aside()
-            is_amid_update = isinstance(error, RuntimeError) and self.learner.world > 1
-            (self.rescue if is_amid_update else self.leave)()
+            is_failed_update = isinstance(error, RuntimeError)
+            if not is_failed_update or self.nodes.world == 1:  # else the ranks are out of step
+                self.leave(str(error) or "an error")
+            if is_failed_update and dist.is_initialized():
+                raise RoleDied(f"the update failed, has a rank or node died? {error}") from error
             raise
-        self.leave()
-        self.report()
+        end = "done" if self.learner.version == self.config.steps else "interrupted"
+        where = (checkpoints(self.config.output) or ["no checkpoint"])[-1]
+        print(f"{end} after update {self.learner.version}: {where}", flush=True)
 
-    def leave(self):
-        """Save, and send the other ranks home. Raises RoleDied if one of them is gone."""
+    def leave(self, reason=""):
+        """Tell the other nodes, save, send the ranks home."""
+        self.nodes.say(leaves=reason)
         try:
             self.save()
-            broadcast(None)
-        except RuntimeError:
-            self.rescue()
-            raise
+            self.nodes.tell(None)
         finally:
             self.timeline.flush()
 
@@ -102,16 +109,6 @@ class Run:
         if saved.exists():
             saved.rename(saved.with_name(f"diverged_{version}_{os.getpid()}"))
 
-    def rescue(self):
-        """Save what was published: the other ranks, with their part of the masters, are lost."""
-        self.learner.rescue(self.channel, self.config.output, self.tokenizer)
-        self.roles.check_ranks(timeout=5.0)
-
-    def report(self):
-        end = "done" if self.learner.version == self.config.steps else "interrupted"
-        where = (checkpoints(self.config.output) or ["no checkpoint"])[-1]
-        print(f"{end} after update {self.learner.version}: {where}", flush=True)
-
     def main_loop(self):
         """Wait for rollouts, train, publish, issue tickets, evaluate and log, save."""
         config, learner = self.config, self.learner
@@ -120,42 +117,45 @@ class Run:
         log = Log(config, self.channel)
         while learner.version < config.steps:
             rows = self.wait_for_rows()
-            metrics = self.train_on(rows) | before
+            metrics = self.train_on(rows, log.busy)
             with self.timeline.span("publish"):
                 metrics["publish_seconds"] = learner.publish(self.channel)
             self.tickets.issue(learner.version)
             try:
                 if self.is_due(config.eval_every):
-                    metrics |= self.evaluate("eval_accuracy")
+                    before |= self.evaluate("eval_accuracy")
             finally:  # the update was made, whoever died since
-                log.write(learner.version, metrics)
+                log.write(learner.version, metrics | before)
             if self.is_due(config.save_every):
                 self.save()
             before = {}
 
     def wait_for_rows(self):
         """The rows of the next update. Raises Interrupted or RoleDied."""
-        deadline = time.monotonic() + 60
-        while True:
-            self.roles.check()
-            rows = self.tickets.batch(self.learner.version)
-            if rows:
-                return rows
+        while not (rows := self.tickets.batch(self.learner.version)):
+            self.check()
             self.tickets.receive(self.channel.to_learner.get_all(timeout=0.5))
-            if time.monotonic() > deadline:
-                deadline += 60
-                print(
-                    f"{len(self.tickets.scored)} of {self.config.batch_size} rollouts are there, "
-                    "waiting for generator and teacher",
-                    flush=True,
-                )
+        return rows
 
-    def train_on(self, rows: list[int]):
-        """One update, on every rank; frees the rows."""
-        broadcast(rows)
+    def check(self):
+        """Raise Interrupted or RoleDied if there is nothing to wait for any more."""
+        self.roles.check()
+        self.nodes.check()
+
+    def train_on(self, rows: list[int], busy):
+        """One update, on every rank of every node; frees the rows. `busy`: the node's, to log."""
+        self.nodes.tell(("accumulate", rows))
         with self.timeline.span("update"):
-            metrics = self.learner.update(self.channel, rows)
+            sums = self.learner.accumulate(self.channel, rows)
+        part = sums, busy, self.nodes.waited
+        parts = self.nodes.meet(self.learner.version, part, self.roles.check)
+        sums, busy, waited = zip(*parts)
+        self.nodes.tell(("apply", sums))
+        with self.timeline.span("update"):
+            metrics = self.learner.apply(sums)
         self.tickets.trained(rows)
+        if self.nodes.count > 1:
+            metrics |= {"nodes_busy": busy, "nodes_wait_seconds": waited}
         return metrics
 
     def evaluate(self, name: str):
@@ -165,7 +165,7 @@ class Run:
         channel, version = self.channel, self.learner.version
         channel.eval_due.fill_(version + 1)  # 0 means that none is due
         while int(channel.eval_done) <= version:
-            self.roles.check()
+            self.check()
             time.sleep(0.002)
         accuracy = float(channel.eval_accuracy)
         if version == 0:
@@ -177,12 +177,13 @@ class Run:
         return every > 0 and (version % every == 0 or version == self.config.steps)
 
     def save(self):
-        if self.saved_version < self.learner.version:
-            broadcast("save")  # instead of rows
+        if self.config.node == 0 and self.saved_version < self.learner.version:
+            self.nodes.tell(["save"])
+            ahead = self.tickets.trained_ahead if self.nodes.count == 1 else ()
             progress = {
                 "settings": asdict(self.config),
                 "prompts": self.fingerprint,
-                "trained_ahead": sorted(self.tickets.trained_ahead),
+                "trained_ahead": sorted(ahead),
             }
             for old in checkpoints(self.config.output)[: -self.config.keep_checkpoints]:  # 0: none
                 shutil.rmtree(old)
@@ -191,29 +192,31 @@ class Run:
             self.saved_version = self.learner.version
 
 
-def run_rank(config: Config, rank: int, world: int):
-    """One learner rank: load the student, then lead (rank 0) or follow."""
-    devices = role_devices(config, world)
-    device = devices[rank]
+def run_rank(nodes: Nodes):
+    """One learner rank: load the student, then lead the node (rank 0) or follow."""
+    run = broadcast(Run(parse()) if nodes.rank == nodes.node == 0 else None)
+    config, checkpoint = run.config, run.checkpoint
+    if nodes.node > 0:
+        sys.stdout = open(os.devnull, "w")  # node 0 reports
+    devices = role_devices(config, nodes.world)
+    device = devices[nodes.rank]
     set_up_process(config, device, len(devices))
-    run = Run(config) if rank == 0 else None
-    checkpoint = broadcast(run and run.checkpoint)
-    recompute, memory = broadcast(run and plan_memory(config, world, devices))
+    recompute, memory = broadcast(nodes.rank or plan_memory(config, nodes.world, devices))
     dtype = compute_dtype(config, device)
     model = load_model(str(checkpoint or config.student_path), torch.float32, device)
-    learner = Learner(model, config, shared_vocabulary(config), dtype, rank, world, recompute)
+    learner = Learner(model, config, shared_vocabulary(config), dtype, nodes, recompute)
     if checkpoint:
         learner.load(checkpoint)
-    pids = from_every_rank(os.getpid(), world)
-    if rank > 0:
-        follow(learner, broadcast())
+    from_every_rank(None)  # all have loaded it
+    if nodes.rank > 0:
+        follow(learner, nodes.tell())
         return
-    channel = broadcast(Channel.create(config, sum(p.numel() for p in learner.parameters), dtype))
+    count = sum(p.numel() for p in learner.parameters)
+    channel = nodes.tell(Channel.create(config, count, dtype))
     if device.type == "cuda":
         channel.pin()
-    if memory:
-        print(memory)
-    run.start(learner, channel, devices, pids)
+    print(f"{memory}learners, generators, teachers on {', '.join(map(str, devices))}", flush=True)
+    run.start(learner, channel, devices)
     try:
         run.lead()
     finally:
@@ -222,26 +225,28 @@ def run_rank(config: Config, rank: int, world: int):
 
 
 def follow(learner: Learner, channel: Channel):
-    """Ranks above 0: what rank 0 does in `Run`, until it says that there is no more to do."""
+    """Ranks above 0: what their leader does in `Run`, until it says that there is no more to do."""
     fork_server.ignore_interrupts()
     learner.publish(channel)
-    for command in iter(broadcast, None):
-        if command == "save":
-            learner.save(learner.config.output, None, None)
-        else:
-            with suppress(FloatingPointError):  # rank 0 has raised it, too
-                learner.update(channel, command)
+    for command, *arguments in iter(learner.nodes.tell, None):
+        with suppress(FloatingPointError):  # the leader has raised it, too
+            if command == "accumulate":
+                learner.accumulate(channel, *arguments)
+            elif command == "apply":
+                learner.apply(*arguments)
                 learner.publish(channel)
+            else:
+                learner.save(learner.config.output, None, None)
 
 
 def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        rank, world = join_ranks()
-        run_rank(parse(), rank, world)
-        if world > 1:
+        nodes = join()
+        run_rank(nodes)
+        if dist.is_initialized():
             dist.destroy_process_group()
-        if rank > 0:
+        if nodes.rank > 0:
             os._exit(0)  # gloo's threads may outlive Python, and abort
     except (InputError, MemoryError, FloatingPointError, OSError, RoleDied) as error:
         sys.exit(f"train.py: error: {error}")

@@ -10,12 +10,12 @@ import sys
 import torch
 
 from channel import STOP, Rollout
-from checks import available_memory, check_config, load_model, load_tokenizer, require
+from checks import check_config, load_model, load_tokenizer, require
 from config import Config, model_path, refusal
 from data import is_correct, read_jsonl
 from generate import Generator
 from losses import Greedy, Proposal
-from memory import estimate
+from experiments.memory import available_memory, estimate
 from model import compute_dtype, head_weight, stop_ids, text_config
 
 
@@ -50,7 +50,7 @@ def sample(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = model_path(args.model, "student")
     tokenizer = load_tokenizer("--model", path)
-    prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens, args.drop_long_prompts)
+    prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens)
     longest = max(len(prompt.ids) for prompt in prompts)
     positions = getattr(text_config(path), "max_position_embeddings", None) or longest + 256
     max_new_tokens = args.max_new_tokens or max(1, min(256, positions - longest))

@@ -1,7 +1,7 @@
 """How to split the GPUs of a box between the roles: `python -m experiments.splits`.
 
 For each pair of models it tries every split of the GPUs into learner ranks, generators and teachers, drops those that the
-estimate of memory.py refuses, and prints the one with the shortest update. Nothing here was measured. The times are predicted
+estimate of experiments/memory.py refuses, and prints the one with the shortest update. Nothing here was measured. The times are predicted
 from peaks and assumed efficiencies:
 
     H100 SXM: 989 TFLOP/s in bfloat16 and 3.35 TB/s (NVIDIA's data sheet, without sparsity), 80 GB
@@ -21,9 +21,9 @@ from pathlib import Path
 
 from transformers import Qwen3Config
 
-import memory
+from experiments import memory
 from config import Config
-from memory import USABLE, estimate
+from experiments.memory import USABLE, estimate
 
 model_size = memory.model_size = cache(memory.model_size)  # of each model once
 

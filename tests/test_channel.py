@@ -106,11 +106,11 @@ def test_a_pickup_that_two_publishes_overtake_is_made_again():
 
 
 def test_too_little_memory_is_said_with_the_number_the_limit_and_the_fix(monkeypatch):
-    monkeypatch.setattr(checks, "available_memory", lambda: 100_000_000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 100_000_000)
     with pytest.raises(MemoryError, match=r"need 954 MiB .* 95 MiB\s+are available: lower --batch-size \(4\)"):
-        checks.check_memory(1_000_000_000, CONFIG)
-    checks.check_memory(89_000_000, CONFIG)
-    monkeypatch.setattr(checks, "available_memory", lambda: 1000)
+        memory.check_memory(1_000_000_000, CONFIG)
+    memory.check_memory(89_000_000, CONFIG)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(MemoryError, match="lower --batch-size"):
         make()
 

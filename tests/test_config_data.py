@@ -514,7 +514,7 @@ def test_an_output_directory_belongs_to_one_run_at_a_time(tmp_path):
     with pytest.raises(InputError, match="--output-dir .*run: another run uses it, choose another"):
         lock_output(tmp_path / "run")
     first.close()
-    lock_output(tmp_path / "run").close()
+    os.close(lock_output(tmp_path / "run"))
     (tmp_path / "file").touch()
     for path, message in ((tmp_path / "file" / "x", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
         with pytest.raises(InputError, match=f"--output-dir .* cannot be used, choose another: .*{message}"):

@@ -12,7 +12,7 @@ import checks
 from config import Config, InputError
 from launch import role_devices
 from learner import Learner
-from memory import estimate, model_size, plan_memory
+from experiments.memory import estimate, model_size, plan_memory
 
 GIB = 2**30
 GPU, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -106,7 +106,7 @@ def test_checkpointing_is_switched_on_when_memory_asks_and_what_cannot_fit_is_re
 def test_a_teacher_on_several_gpus_holds_its_share_of_the_parameters_on_each(model_dir, gpus, monkeypatch):
     one, two = (estimate(Config(student=model_dir(), teacher=model_dir(), teacher_gpus=n), 1, False, 2)[2] for n in (1, 2))
     assert one - two == pytest.approx(2 * model_size(model_dir())[0] / 2)  # its activations are as large on every GPU
-    monkeypatch.setattr("memory.estimate", lambda *args: (GIB, 2 * GIB, 3 * GIB))
+    monkeypatch.setattr("experiments.memory.estimate", lambda *args: (GIB, 2 * GIB, 3 * GIB))
     gpus(1 << 40)
     devices = [torch.device("cuda", i) for i in (0, 1, 2, 4)]  # teachers on 2 and 3, and on 4 and 5
     _, text = plan_memory(Config(dtype="bfloat16", teacher_gpus=2, teachers=2), 1, devices)

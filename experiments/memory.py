@@ -1,9 +1,12 @@
-"""What a run needs of each GPU's memory, estimated before a model is loaded.
+"""What a run needs of the memory there is, before a model is loaded.
 
 Letters of shapes: serial.py. A layer of n parameters keeps about 9 sqrt(n) values of every token
 for the backward pass (counted in tests/test_memory.py, for dense models). With checkpointing it
 keeps its input, D values. USABLE leaves room for what CUDA and the libraries take.
 """
+
+import re
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +15,9 @@ from config import Config, InputError
 from model import compute_dtype, shared_vocabulary, text_config
 
 USABLE = 0.9  # of a device's memory
+
+
+# ---- GPUs -------------------------------------------------------------------------------------
 
 
 def model_size(path):
@@ -71,10 +77,41 @@ def plan_memory(config: Config, world: int, devices):
             fits &= needed <= limit
             text += f"; {device}: {needed / 2**30:.1f} of {limit / 2**30:.1f}"
         if fits or choice != "auto":
-            return recompute, text
+            return recompute, f"{text}\n"
     raise InputError(
         f"{text}: lower --micro-batch-tokens ({config.micro_batch_tokens}) for learner and "
         f"teacher, --slots ({config.slots}) for a generator, or raise --nproc-per-node or "
         f"--teacher-gpus ({config.teacher_gpus}). "
         "--checkpoint-activations on or off starts it all the same"
     )
+
+
+# ---- the machine's own ------------------------------------------------------------------------
+
+
+def available_memory():
+    """Bytes that may still be used: what the kernel calls available, or a cgroup's limit."""
+    free = 1024 * number_after("MemAvailable:", Path("/proc/meminfo"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        return min(free, limit - used + number_after("inactive_file", group / "memory.stat"))
+    except (OSError, ValueError):  # no cgroup, or its limit is "max"
+        return free
+
+
+def number_after(name, path):
+    return int(re.search(rf"^{name}\s+(\d+)", path.read_text(), re.MULTILINE)[1])
+
+
+def check_memory(needed, config):
+    """Raises MemoryError before anything is allocated."""
+    free = available_memory()
+    if needed > 0.9 * free:
+        raise MemoryError(
+            f"the rollout table and the weight mailbox need {needed / 2**20:,.0f} MiB of shared "
+            f"memory, {free / 2**20:,.0f} MiB are available: lower --batch-size "
+            f"({config.batch_size}), --max-staleness ({config.max_staleness}), --max-new-tokens "
+            f"({config.max_new_tokens}) or the candidates per position ({config.num_candidates}), "
+            "or give the container more memory"
+        )
