@@ -143,26 +143,24 @@ class Nodes:
                 time.sleep(BEAT)
 
     def check(self):
-        """What the nodes have said. Raises Interrupted or RoleDied if one has left or is dead."""
+        """What the nodes have said. Raises RoleDied if one has left or is dead."""
         if not self.store:
             return []
         keys = [f"{kind} {node}" for kind in ("word", "beat") for node in range(self.count)]
         try:
             values = self.store.multi_get(keys)
         except RuntimeError:
-            raise RoleDied("node 0 died: its store does not answer") from None
+            raise RoleDied("node 0 is gone: its store does not answer") from None
         words = [json.loads(value) for value in values[: self.count]]
         for node, (word, beat) in enumerate(zip(words, values[self.count :])):
             reason = word.get("leaves")
-            if reason == "interrupted":
-                raise Interrupted
             last, since = self.heard.get(node, (None, 0.0))
             if last != beat:
                 self.heard[node] = beat, time.monotonic()
             elif time.monotonic() - since > SILENCE and reason is None:
                 reason = f"no sign of life for {SILENCE:.0f} s"
             if reason:
-                raise RoleDied(f"node {node} ({word['host']}) died: {reason}")
+                raise RoleDied(f"node {node} ({word['host']}) is gone: {reason}")
         return words
 
     def meet(self, update: int, part, check):

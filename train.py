@@ -40,7 +40,7 @@ class Run:
     def __init__(self, config: Config):
         """Check and read all input, before anything else starts. On node 0, for all ranks."""
         self.config = config
-        lock_output(config.output)
+        self.lock = lock_output(config.output)
         notes = check_models(config)
         self.tokenizer = load_tokenizer("--student", config.student_path)
         self.prompts, self.held_out = load_prompts(config, self.tokenizer)

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-import checks
 from channel import Channel, Field, Tickets, may_start
 from config import Config
 from data import Prompt
+from experiments import memory
 from log import Timeline, close_trace, start_output
 
 CONFIG = Config(batch_size=4, max_staleness=2, max_prompt_tokens=8, max_new_tokens=8, slots=2)

@@ -42,7 +42,7 @@ WAITS = {
     "learner.py:<genexpr> to device",  # the candidates of a micro-batch
     "learner.py:forward to device",
     "baselines.py:look_ahead to host",  # M2PO
-    "learner.py:update to host",  # the metrics of an update
+    "learner.py:accumulate to host",  # the metrics of an update
     "learner.py:step to host",  # the gradient norm: for the check in clip_grad_norm_, and for us
     "learner.py:step _local_scalar_dense",
     "channel.py:publish to host",

@@ -17,10 +17,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import yaml
-from conftest import ROOT, load
+from conftest import ROOT
 
 import fork_server
 import launch
+import nodes
 import train
 from config import Config, InputError, parse
 from kill import alive, children, trial
@@ -192,19 +193,15 @@ def die_and_collect(process, victim, within=20.0):
 
 @pytest.mark.parametrize("victim, message", [
     ("generator", "generator 0 died: .*SIGKILL"), ("teacher", "teacher 0 died: .*SIGKILL"), ("learner", r"exitcode *: -9 .*"),
-    ("rank 1", "train.py: error: learner rank 1 died"),
+    ("rank 1", r"train.py: error: (a learner rank died: torchrun says how|the update failed, has a rank or node died)"),
 ])  # fmt: skip
 def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path):
     before = set(os.listdir("/dev/shm"))
     ranks = {"learner": 1, "rank 1": 2}.get(victim, 0)  # torchrun is who names rank 0
     out = die_and_collect(start(tmp_path / "run", *pair, "--steps=100000", "--eval-every=0", ranks=ranks), victim)
     assert re.search(message, out), out
-    kept = {"learner": [], "rank 1": ["published_*/model.safetensors"]}.get(victim, ["step_*/training_state.pt"])
-    assert all(list((tmp_path / "run").glob(files)) for files in kept)  # what was learned
-    if victim == "rank 1":  # its part of the masters is gone: what was published is kept, as a model
-        (directory,) = (tmp_path / "run").glob("published_*")
-        assert int(directory.name.split("_")[1]) == len(metrics(tmp_path / "run"))
-        load(str(directory))
+    if ranks == 0:  # else a part of the masters is gone
+        assert list((tmp_path / "run").glob("step_*/training_state.pt"))
     assert set(os.listdir("/dev/shm")) <= before
 
 
@@ -248,13 +245,13 @@ class StubContext:
 
 @pytest.fixture
 def stub_roles(monkeypatch):
-    """roles(exits, pids) -> launch.Roles with its real signal handlers over processes that do not exist."""
+    """roles(exits) -> launch.Roles with its real signal handlers over processes that do not exist."""
     handlers = {number: signal.getsignal(number) for number in fork_server.INTERRUPTS}
 
-    def make(exits=(), pids=()):
+    def make(exits=()):
         monkeypatch.setattr(launch.mp, "start_processes", lambda *args, **kwargs: StubContext(exits))
         channel = SimpleNamespace(stop=torch.zeros(1), running=lambda: not channel.stop.item())
-        return launch.Roles(Config(), channel, [], [], 0, pids)
+        return launch.Roles(Config(), channel, [], [], 0)
 
     yield make
     for number, handler in handlers.items():
@@ -268,7 +265,7 @@ def waits(roles):
     channel = SimpleNamespace(to_learner=to_learner, eval_due=torch.zeros(1), eval_done=torch.zeros(1), eval_accuracy=torch.zeros(1))
     run = train.Run.__new__(train.Run)
     run.config, run.channel, run.roles, run.held_out = Config(), channel, roles, ["prompt"]
-    run.learner = SimpleNamespace(version=3)
+    run.learner, run.nodes = SimpleNamespace(version=3), nodes.Nodes()
     run.tickets = SimpleNamespace(batch=lambda version: None, receive=lambda rows: None)
     return roles.check, run.wait_for_rows, lambda: run.evaluate("eval_accuracy")
 
@@ -282,21 +279,9 @@ def test_waiting_ends_with_the_name_and_the_reason_when_a_role_is_gone(stub_role
         roles.context.living[index] = False
         for wait in waits(roles):
             roles.channel.stop.fill_(0)
-            with pytest.raises(launch.RoleDied, match=message):
+            with pytest.raises(nodes.RoleDied, match=message):
                 wait()
             assert roles.channel.stop.item()  # the others are told to leave
-
-
-def test_waiting_ends_when_a_learner_rank_is_gone_and_says_which_though_torchrun_sends_a_signal_then(stub_roles):
-    rank = subprocess.Popen(["sleep", "60"])
-    roles = stub_roles(pids=[os.getpid(), rank.pid])
-    roles.check()
-    rank.kill()
-    rank.wait()
-    signal.raise_signal(signal.SIGTERM)
-    for wait in waits(roles):
-        with pytest.raises(launch.RoleDied, match="learner rank 1 died"):
-            wait()
 
 
 @pytest.mark.parametrize("number", fork_server.INTERRUPTS)
@@ -307,7 +292,7 @@ def test_waiting_ends_after_a_signal_even_if_a_role_is_gone_too(number, stub_rol
     for living in (True, False):
         roles.context.living[0] = living
         for wait in waits(roles):
-            with pytest.raises(launch.Interrupted):
+            with pytest.raises(nodes.Interrupted):
                 wait()
 
 
@@ -322,7 +307,7 @@ def test_waiting_ends_when_torchrun_is_gone(stub_roles):
     roles = stub_roles()
     roles.channel.running = lambda: False
     for wait in waits(roles):
-        with pytest.raises(launch.Interrupted):
+        with pytest.raises(nodes.Interrupted):
             wait()
 
 
@@ -358,7 +343,7 @@ def test_a_second_run_in_one_directory_is_refused(pair, tmp_path):
     first.kill()
     first.communicate()
     assert not still_alive(family)
-    lock_output(tmp_path / "run").close()  # the kernel has freed it
+    os.close(lock_output(tmp_path / "run"))  # the kernel has freed it
 
 
 def test_weights_that_diverged_are_set_aside_and_good_ones_are_left(sync_run, pair, tmp_path):
@@ -368,7 +353,7 @@ def test_weights_that_diverged_are_set_aside_and_good_ones_are_left(sync_run, pa
     (output / "diverged_7_1" / "model.safetensors").touch()
     flags = [*pair, *SYNC, "--steps=9", "--eval-every=0", "--save-every=1", "--keep-checkpoints=1", "--warmup-steps=0", "--lr=1e30", "--resume"]
     out = finish(start(output, *flags), expect=1)
-    assert f"resuming from {output}/step_6" in out and "lr was 0.001 and is now 1e+30" in out
+    assert f"resuming from {output}/step_6" in out
     assert re.search(r"train.py: error: update 8: gradient norm is nan: lower --lr; --resume takes the checkpoint before, if there is one", out), out
     assert len(list(output.glob("diverged_7_*"))) == 2 and checkpoints(output) == [output / "step_6"]
 
@@ -387,14 +372,14 @@ def test_a_run_whose_prompts_have_changed_is_not_resumed(pair, tmp_path):
     prompts.write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(5)))
     config = parse([*pair, f"--prompts={prompts}", f"--output-dir={tmp_path}/run", "--eval-every=0"])
     run = train.Run(config)
-    run.lock.close()
+    os.close(run.lock)
     checkpoint = tmp_path / "run" / "step_3"
     checkpoint.mkdir()
     torch.save({}, checkpoint / "training_state.pt")
     progress = {"settings": asdict(config), "prompts": run.fingerprint, "trained_ahead": []}
     (checkpoint / "progress.yaml").write_text(yaml.safe_dump(progress))
     again = train.Run(replace(config, resume=True))
-    again.lock.close()
+    os.close(again.lock)
     assert again.checkpoint == checkpoint
     prompts.write_text(prompts.read_text() + '{"prompt": "7+8="}\n')
     with pytest.raises(InputError, match="--resume: the prompts are not what they were"):
@@ -448,6 +433,7 @@ def test_a_save_that_failed_is_made_again_at_the_end(tmp_path):
 
     run = object.__new__(train.Run)
     run.config, run.tokenizer, run.saved_version, run.fingerprint = Config(output_dir=str(tmp_path)), None, 1, "of the prompts"
+    run.nodes = nodes.Nodes()
     run.learner = SimpleNamespace(version=2, save=save)
     run.tickets = SimpleNamespace(trained_ahead={5, 3})
     run.timeline = SimpleNamespace(span=lambda name: suppress())
@@ -466,6 +452,7 @@ def test_checkpoints_beside_the_newest_are_kept(keep, left, tmp_path):
 
     run = object.__new__(train.Run)
     run.config, run.tokenizer, run.saved_version, run.fingerprint = Config(output_dir=str(tmp_path), keep_checkpoints=keep), None, 0, ""
+    run.nodes = nodes.Nodes()
     run.tickets = SimpleNamespace(trained_ahead=set())
     run.timeline = SimpleNamespace(span=lambda name: suppress())
     for version in (1, 2, 3, 4):
@@ -480,25 +467,18 @@ def test_bad_input_gives_one_line_also_with_two_ranks(tmp_path):
     assert "run_rank" not in run.stderr  # the other rank waited in there
 
 
-def test_each_warning_is_given_once_and_only_when_it_is_due(tmp_path, monkeypatch):
+def test_the_log_adds_up_the_caches_of_all_teachers_and_averages_what_is_busy(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").touch()
-    fine = dict(lag_max=0, drift_k3=0.01, support_mass_student=0.9, truncated_fraction=0.5)
-    bad = dict(lag_max=0, drift_k3=0.03, support_mass_student=0.4, truncated_fraction=0.95)
-    for loss, lag, expected in (("sparse_reverse_kl", 0, 3), ("stratified_reverse_kl", 0, 2), ("sparse_reverse_kl", 2, 2)):
-        said = []
-        monkeypatch.setattr("builtins.print", said.append)
-        log = Log(Config(output_dir=str(tmp_path), loss=loss), SimpleNamespace(busy=torch.zeros(3)))
-        log.warn(fine)
-        assert not said
-        for _ in range(2):
-            log.warn(bad | {"lag_max": lag})
-        assert len(said) == len(set(said)) == expected and all(text.startswith("warning: ") for text in said)
-
-
-def test_the_caches_of_all_teachers_are_one_number():
-    log = SimpleNamespace(channel=SimpleNamespace(cache_stats=torch.tensor([[1, 3, 100, 5], [2, 2, 50, 0]])))
-    expected = {"teacher_cache_hit_rate": 3 / 8, "teacher_cache_bytes": 150, "teacher_cache_evictions": 5}
-    assert Log.cache_metrics(log) == expected
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr("log.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    channel = SimpleNamespace(busy=torch.zeros(4), cache_stats=torch.tensor([[1, 3, 100, 5], [2, 2, 50, 0]]))
+    log = Log(Config(output_dir=str(tmp_path), teachers=2), channel)
+    channel.busy += torch.tensor([1.0, 0.5, 1.5, 2.0])
+    log.write(1, {"tokens": 10, "reverse_kl": 0.5, "lag_mean": 0.0})
+    (record,) = metrics(tmp_path)
+    expected = {"teacher_cache_hit_rate": 3 / 8, "teacher_cache_bytes": 150, "teacher_cache_evictions": 5, "tokens_per_second": 5.0}
+    assert record | expected | {"generator_busy": 0.5, "teacher_busy": 0.5, "learner_busy": 1.0} == record
+    assert log.busy == [0.5, 0.25, 0.75, 1.0]
 
 
 def test_a_roles_process_does_not_use_cudnns_attention():
