@@ -104,7 +104,13 @@ class Channel:
     busy = Field(f64, "Q")  # each role its own -> rank 0; seconds
     cache_stats = Field(i64, "Z 4")  # each teacher -> rank 0; hits, misses, bytes, evictions
 
-    def __init__(self, config: Config, num_parameters: int, dtype: torch.dtype, paths: list[str]):
+    def __init__(
+        self,
+        config: Config,
+        num_parameters: int,
+        dtype: torch.dtype,
+        paths: list[str],
+    ):
         """Open the channel that `create` made: `paths` are its own. `dtype`: of the weights."""
         places, size = memory_layout(config, num_parameters, dtype)
         block = torch.from_file(paths[0], shared=True, size=size, dtype=torch.uint8)

@@ -162,7 +162,13 @@ def ready_rows(waiting, next_turn, config):
     return [waiting.pop(turn) for turn in group] if is_whole else []
 
 
-def run(config: Config, channel: Channel, device: torch.device, index: int, next_ticket: int):
+def run(
+    config: Config,
+    channel: Channel,
+    device: torch.device,
+    index: int,
+    next_ticket: int,
+):
     """Teacher process number `index`, until rank 0 says stop or is gone.
 
     1. take finished rows   2. score those that are ready   3. pass them on to the learner

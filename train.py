@@ -215,7 +215,7 @@ def run_rank(nodes: Nodes):
     channel = nodes.tell(Channel.create(config, count, dtype))
     if device.type == "cuda":
         channel.pin()
-    print(f"{memory}learners, generators, teachers on {', '.join(map(str, devices))}", flush=True)
+    print(f"{memory}learners, generators, teachers on {', '.join(map(str, devices))}")
     run.start(learner, channel, devices)
     try:
         run.lead()
