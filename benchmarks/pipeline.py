@@ -30,17 +30,25 @@ STOPS = list(range(130, 134))
 MODES = {"sync": ["--max-staleness=0"], "async": [], "arrival": ["--order=arrival"]}
 
 
-def long_tailed_student(directory: Path) -> Path:
+def long_tailed(directory: Path) -> list[str]:
+    """Flags for the mix `tail`: its student, and the teacher with room for its sequences."""
     from assets.task import build_tokenizer
     from checks import load_model
 
     torch.manual_seed(0)
-    reference = load_model(str(ROOT / "assets" / "student"), torch.float32, torch.device("cpu"))
-    student = type(reference)(reference.config)
+    student, teacher = (
+        load_model(str(ROOT / "assets" / name), torch.float32, torch.device("cpu"))
+        for name in ("student", "teacher")
+    )
+    student = type(student)(student.config)
     student.generation_config.eos_token_id = STOPS
-    student.save_pretrained(directory)
-    build_tokenizer().save_pretrained(directory)
-    return directory
+    flags = ["--lr=1e-9", "--max-new-tokens=160"]
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.config.max_position_embeddings = 256
+        model.save_pretrained(directory / name)
+        build_tokenizer().save_pretrained(directory / name)
+        flags.append(f"--{name}={directory / name}")
+    return flags
 
 
 def run(mode: str, threads: int, flags: list[str], skip: int) -> dict:
@@ -70,11 +78,11 @@ def main():
     os.environ["HF_HUB_OFFLINE"] = "1"
     table = []
     with tempfile.TemporaryDirectory() as directory:
-        student = long_tailed_student(Path(directory))
+        tail = long_tailed(Path(directory))
         for mix in args.mix:
             flags = [f"--steps={args.steps}", *args.flags.split()]
             if mix == "tail":
-                flags += [f"--student={student}", "--lr=1e-9", "--max-new-tokens=160"]
+                flags += tail
             threads = {}
             for mode in MODES:
                 pilot = {count: run(mode, count, flags, args.skip)["tokens_per_second"] for count in args.threads}

@@ -1,0 +1,238 @@
+"""What the stages of the pipeline cost: seconds as functions of the work.
+
+`measured` times them on this machine, one thread each, in serial.Serial. `fitted` scales them so that the simulation of one
+finished run takes as long as that run did. `h100` computes them from peaks and assumed efficiencies; nothing was measured there.
+"""
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from checks import load_tokenizer
+from config import Config
+from data import load_prompts
+from serial import Serial
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Each pair is (seconds a call, seconds an item)."""
+
+    step: tuple  # of decoding; (a step, an active slot, a position that a slot attends to)
+    fill: tuple  # prefill; a prompt token
+    pass_teacher: tuple  # a forward pass; a padded token
+    pass_learner: tuple  # forward and backward; a padded token
+    update: float  # clipping, optimiser and metrics
+    publishing: float
+    picking_up: float
+    exchange: tuple = (0.0, 0.0)  # between nodes: an update; a node
+    contention: float = 0.0
+
+    def attended(self, lengths: list[int]):
+        """Positions that each slot attends to: a masked step reads as many as the longest has."""
+        return max(lengths)
+
+    def decode(self, active: int, length: float, steps: int):
+        """`steps` steps of `active` slots that attend to `length` positions before the first."""
+        call, slot, position = self.step
+        positions = steps * length + steps * (steps - 1) / 2
+        return steps * (call + slot * active) + position * active * positions
+
+    def prefill(self, tokens: int):
+        return self.fill[0] + self.fill[1] * tokens
+
+    def score(self, passes: list[tuple]):
+        """`passes`: (rows, longest sequence) of each forward pass."""
+        call, token = self.pass_teacher
+        return sum(call + token * rows * longest for rows, longest in passes)
+
+    def accumulate(self, passes: list[tuple]):
+        call, token = self.pass_learner
+        return sum(call + token * rows * longest for rows, longest in passes)
+
+    def apply(self, nodes: int):
+        return self.update + (self.exchange[0] + self.exchange[1] * nodes) * (nodes > 1)
+
+    def publish(self):
+        return self.publishing
+
+    def pick_up(self):
+        return self.picking_up
+
+    def scaled(self, generator=1.0, teacher=1.0, learner=1.0):
+        """The same with the roles slower by these factors."""
+
+        def times(pair, factor):
+            return tuple(factor * value for value in pair)
+
+        return replace(
+            self,
+            step=times(self.step, generator),
+            fill=times(self.fill, generator),
+            picking_up=generator * self.picking_up,
+            pass_teacher=times(self.pass_teacher, teacher),
+            pass_learner=times(self.pass_learner, learner),
+            update=learner * self.update,
+            publishing=learner * self.publishing,
+        )
+
+
+# ---- measured on this machine -------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Collects (what a call worked on, its seconds), by stage."""
+
+    def __init__(self):
+        self.found: dict[str, list] = {}
+
+    def wrap(self, stage: str, function, items):
+        """`function`, timed. `items(*arguments)`: what it works on, asked before the call."""
+
+        def timed(*arguments):
+            work = items(*arguments)
+            began = time.perf_counter()
+            result = function(*arguments)
+            self.found.setdefault(stage, []).append((work, time.perf_counter() - began))
+            return result
+
+        return timed
+
+    def fit(self, stage: str):
+        """Least squares of seconds = a + b items[0] + ..., relative to the seconds."""
+        table = np.array([(1.0, *work) for work, _ in self.found[stage]])
+        seconds = np.array([seconds for _, seconds in self.found[stage]])
+        solution, *_ = np.linalg.lstsq(table / seconds[:, None], np.ones(len(table)), rcond=None)
+        return tuple(float(max(0.0, value)) for value in solution)
+
+    def median(self, stage: str):
+        return statistics.median(seconds for _, seconds in self.found[stage])
+
+
+def measured(configs: list[Config], updates: int = 5) -> Stages:
+    """From updates of serial.Serial with each of `configs`, on one thread."""
+    torch.set_num_threads(1)
+    watch = Stopwatch()
+    for config in configs:
+        watch_serial(watch, config, updates)
+    return Stages(
+        step=watch.fit("step"),
+        fill=watch.fit("fill"),
+        pass_teacher=watch.fit("teacher"),
+        pass_learner=watch.fit("learner"),
+        update=watch.median("update"),
+        publishing=watch.median("publish"),
+        picking_up=watch.median("pick up"),
+    )
+
+
+def watch_serial(watch: Stopwatch, config: Config, updates: int):
+    prompts, held_out = load_prompts(config, load_tokenizer("--student", config.student_path))
+    serial = Serial(config, 0, prompts, held_out)
+    serial.update()  # sets libraries up
+    generator, learner, teacher = serial.sampler.generator, serial.learner, serial.teacher
+
+    def slots():
+        longest = max((rollout.length for rollout in generator.active), default=0)
+        return len(generator.active), len(generator.active) * longest
+
+    def padded(table, rows):
+        return (len(rows) * int(table.length[rows].max()),)
+
+    generator.step = watch.wrap("step", generator.step, slots)
+    generator.add = watch.wrap(
+        "fill", generator.add, lambda rollouts: (sum(len(one.prompt_ids) for one in rollouts),)
+    )
+    teacher.compute = watch.wrap("teacher", teacher.compute, padded)
+    learner.backward = watch.wrap(
+        "learner", learner.backward, lambda table, rows, tokens: padded(table, rows)
+    )
+    learner.step = watch.wrap("update", learner.step, lambda: ())
+    for number in range(updates):
+        # Batches of several sizes, or calls and items could not be told apart.
+        teacher.config = learner.config = replace(config, micro_batch_tokens=8192 >> number % 4)
+        serial.update()
+        watch.wrap("publish", learner.publish, lambda _: ())(serial.channel)
+        watch.wrap("pick up", serial.channel.pick_up, lambda _: ())(serial.sampler.weights)
+
+
+# ---- predicted for an H100 ----------------------------------------------------------------------
+
+FLOPS, BYTES, MEMORY = 989e12, 3.35e12, 80e9  # H100 SXM: NVIDIA's data sheet, bfloat16 without sparsity
+NETWORK = 50e9  # bytes/s and GPU between nodes: NVIDIA's DGX H100 has one 400 Gb/s adapter a GPU
+MATMUL, BANDWIDTH = 0.4, 0.6  # the parts of FLOPS and BYTES that are reached (assumed)
+EXPERTS = 0.5  # a mixture of experts reaches this part of MATMUL (assumed)
+LAYER, SAMPLING = 30e-6, 1e-3  # of a decode step: seconds a layer, seconds (assumed)
+LINK, PUBLISH = 2e11, 5e9  # bytes/s: parameters to a rank, weights into the mailbox (assumed)
+HOP = 20e-6  # seconds that a step of the ring between nodes takes besides its bytes (assumed)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the costs depend on."""
+
+    parameters: float
+    active: float  # parameters that a token uses
+    layers: int
+    width: int  # of all query heads together
+    keys: int  # of all key-value heads together
+
+
+@dataclass(frozen=True)
+class H100:
+    """The costs of a node of H100s, in the place of Stages. No GPU was at hand: nothing is measured."""
+
+    student: Model
+    teacher: Model
+    ranks: int
+    recompute: bool
+    teacher_gpus: int = 1
+    own_lengths: bool = False  # a decode step reads each slot's own keys, not the longest's
+    contention = 0.0
+
+    def attended(self, lengths: list[int]):
+        return sum(lengths) / len(lengths) if self.own_lengths else max(lengths)
+
+    def decode(self, active: int, length: float, steps: int):
+        model = self.student
+        length += (steps - 1) / 2
+        read = 2 * model.parameters + 4 * active * length * model.layers * model.keys
+        slowest = max(read / (BYTES * BANDWIDTH), self.matmuls(model, active, 1))
+        return steps * (slowest + model.layers * LAYER + SAMPLING)
+
+    def matmuls(self, model: Model, rows: int, longest: int):
+        """A forward pass: 2 operations a parameter and token, and causal attention."""
+        tokens = rows * longest
+        reached = MATMUL * (EXPERTS if model.active < model.parameters else 1.0)
+        attention = 2 * model.layers * model.width * longest * tokens
+        return (2 * model.active * tokens + attention) / (FLOPS * reached)
+
+    def prefill(self, tokens: int):
+        return self.matmuls(self.student, 1, tokens)
+
+    def score(self, passes: list[tuple]):
+        """The layers lie on `teacher_gpus` GPUs and work one after the other."""
+        read = 2 * self.teacher.parameters / (BYTES * BANDWIDTH)
+        return sum(max(read, self.matmuls(self.teacher, *one)) for one in passes)
+
+    def accumulate(self, passes: list[tuple]):
+        """Forward, and backward twice as much; the ranks share the passes."""
+        products = sum(self.matmuls(self.student, *one) for one in passes)
+        gathers = len(passes) * (3 * 2 + 4) * self.student.parameters / LINK
+        return max((4 if self.recompute else 3) * products, gathers * (self.ranks > 1)) / self.ranks
+
+    def apply(self, nodes: int):
+        """AdamW reads and writes 20 bytes a parameter; a ring adds up 4 bytes a parameter."""
+        share = self.student.parameters / self.ranks
+        ring = 2 * (nodes - 1) * (4 * share / nodes / NETWORK + HOP)
+        return 20 * share / (BYTES * BANDWIDTH) + ring
+
+    def publish(self):
+        return 2 * self.student.parameters / PUBLISH
+
+    def pick_up(self):
+        return 2 * self.student.parameters / PUBLISH

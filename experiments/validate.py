@@ -1,0 +1,198 @@
+"""Does the simulation tell the truth? It predicts whole runs that its calibration has not seen, then they are made.
+
+    python -m experiments.simulate --validate
+
+The calibration sees the stages alone, on one thread, and one synchronous run. The runs that it predicts have other staleness,
+order, batch size, slots, generators, refresh, length mix and number of nodes. Their learning rate is 1e-9, so that the student
+keeps its lengths: the same tickets have the same lengths in the simulation. Goals: tokens/s within 10 %, lag within 0.2 updates.
+"""
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.pipeline import ROOT, long_tailed
+from channel import Rollout
+from checks import load_tokenizer
+from config import Config, parse
+from data import load_prompts, prompt_of
+from experiments.simulate import Result, Simulation
+from experiments.stages import Stages, measured
+from generate import Sampler
+
+RESULTS = Path(__file__).resolve().parent / "results" / "simulated.csv"
+SPEED, LAG = 0.10, 0.2  # the goals: a part of tokens/s, updates
+CORES = 2
+STEPS, SKIP = 60, 10
+COMMON = ["--lr=1e-9", "--eval-every=0", "--cpu-threads=1", f"--steps={STEPS}"]
+SEEN = ["--max-staleness=0"]
+TAIL = "tail"  # stands for the student whose responses have a long tail
+RUNS = {  # name -> (nodes, flags)
+    "staleness 1": (1, []),
+    "staleness 4": (1, ["--max-staleness=4"]),
+    "arrival": (1, ["--order=arrival"]),
+    "refresh between batches": (1, ["--refresh=batch"]),
+    "batch 32": (1, ["--batch-size=32"]),
+    "batch 128, synchronous": (1, ["--batch-size=128", "--max-staleness=0"]),
+    "16 slots": (1, ["--slots=16"]),
+    "2 generators": (1, ["--generators=2", "--max-staleness=2"]),
+    "long tail": (1, [TAIL]),
+    "long tail, synchronous": (1, [TAIL, "--max-staleness=0"]),
+    "long tail, arrival": (1, [TAIL, "--order=arrival"]),
+    "2 nodes": (2, []),
+}
+
+
+# ---- what the simulation needs to know ----------------------------------------------------------
+
+
+def response_lengths(config: Config, prompts):
+    """Ticket -> response tokens, sampled with the student: what a run with these weights draws."""
+    torch.set_num_threads(1)
+    count = (config.steps + config.max_staleness) * config.batch_size
+    sampler = Sampler(config, torch.device("cpu"), config.slots, [])
+    rollouts = [
+        Rollout(prompts[prompt_of(ticket, len(prompts), config)].ids, ticket)
+        for ticket in range(count)
+    ]
+    sampler.generator.generate(rollouts)
+    return [len(rollout.weight_version) for rollout in rollouts].__getitem__
+
+
+def simulate(config: Config, stages: Stages, nodes=1, cores=CORES, skip=SKIP) -> Result:
+    prompts, _ = load_prompts(config, load_tokenizer("--student", config.student_path))
+    lengths = response_lengths(config, prompts)
+    return Simulation(config, stages, lengths, prompts, nodes, cores).run(skip)
+
+
+def with_contention(configs: list[Config]) -> Stages:
+    """The stages alone, and by how much two processes that work at the same time slow each other."""
+    alone = measured(configs)
+    with ProcessPoolExecutor(2) as pool:
+        both = list(pool.map(measured, [configs, configs]))
+
+    def typical(stages):
+        work = (stages.decode(32, 30, 30), stages.score([(50, 30)] * 4), stages.accumulate([(50, 30)] * 2))
+        return statistics.geometric_mean(work)
+
+    ratio = statistics.mean(map(typical, both)) / typical(alone)
+    return replace(alone, contention=max(0.0, ratio - 1.0))
+
+
+def fitted(stages: Stages, config: Config, run: Result, nodes=1, cores=CORES) -> Stages:
+    """Scale the roles so that each is at work as long in the simulation of `config` as in `run`."""
+    for _ in range(4):
+        mine = simulate(config, stages, nodes, cores)
+        factors = {
+            role: run.busy[role] * run.seconds / (mine.busy[role] * mine.seconds)
+            for role in ("generator", "teacher", "learner")
+        }
+        stages = stages.scaled(**factors)
+    return stages
+
+
+# ---- real runs ----------------------------------------------------------------------------------
+
+
+def make_run(flags: list[str], nodes: int, output: Path):
+    """Train, on `nodes` torchrun agents on this machine."""
+    agents = []
+    for node in range(nodes):
+        torchrun = [f"--nnodes={nodes}", f"--node-rank={node}", "--nproc-per-node=1"]
+        torchrun += ["--master-addr=127.0.0.1", "--master-port=29517"]
+        command = [sys.executable, "-m", "torch.distributed.run", *torchrun, "--", "train.py"]
+        command += [f"--output-dir={output}", *flags]
+        agents.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL))
+    if any([agent.wait() for agent in agents]):
+        raise RuntimeError(f"the run with {' '.join(flags)} failed")
+
+
+def result_of(output: Path, skip=SKIP) -> Result:
+    """What the metrics of a run say of its updates after the first `skip`."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    kept = records[skip:]
+    elapsed = records[-1]["wall_seconds"] - records[skip - 1]["wall_seconds"]
+    tokens = sum(record["tokens"] for record in kept)
+    lags = sum(record["tokens"] * record["lag_mean"] for record in kept)
+    busy = {
+        role: statistics.mean(record[f"{role}_busy"] for record in kept)
+        for role in ("generator", "teacher", "learner")
+    }
+    return Result(tokens / elapsed, lags / tokens, busy, elapsed / len(kept))
+
+
+# ---- the comparison -----------------------------------------------------------------------------
+
+
+def main():
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        tail = long_tailed(place)
+
+        def flags_of(flags):
+            return COMMON + [part for flag in flags for part in (tail if flag == TAIL else [flag])]
+
+        seen = parse(flags_of(SEEN))
+        stages = with_contention([seen, parse(flags_of([TAIL]))])
+        make_run(flags_of(SEEN), 1, place / "seen")
+        stages = fitted(stages, seen, result_of(place / "seen"))
+        print(f"two busy cores slow each other by {stages.contention:.0%}\n{stages}\n")
+        rows = []
+        for number, (name, (nodes, flags)) in enumerate(RUNS.items()):
+            predicted = simulate(parse(flags_of(flags)), stages, nodes)
+            make_run(flags_of(flags), nodes, place / str(number))
+            rows.append(compare(name, predicted, result_of(place / str(number))))
+    with open(RESULTS, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    speed, lag = (max(abs(row[name]) for row in rows) for name in ("speed_error", "lag_error"))
+    print(f"\nlargest errors: tokens/s {speed:.1%} (goal {SPEED:.0%}), lag {lag:.2f} (goal {LAG})")
+    sys.exit(speed > SPEED or lag > LAG)
+
+
+def predict(directory: Path, flags: list[str]):
+    """Calibrate with the run in `directory`, and predict it again with other `flags`."""
+    config = parse(["--config", str(directory / "config.yaml")])
+    run = result_of(directory)
+    stages = fitted(with_contention([config]), config, run)
+    compare("itself", simulate(config, stages), run)
+    other = parse(["--config", str(directory / "config.yaml"), *flags])
+    result = simulate(other, stages)
+    busy = ", ".join(f"{role} {value:.0%}" for role, value in result.busy.items())
+    print(
+        f"{' '.join(flags)}: {result.tokens_per_second:.0f} tokens/s "
+        f"({result.tokens_per_second / run.tokens_per_second:.2f}x), lag {result.lag_mean:.2f}, "
+        f"busy: {busy} (simulated)"
+    )
+
+
+def compare(name: str, predicted: Result, run: Result):
+    """A line of the table, printed."""
+    row = {"run": name}
+    for kind, result in (("predicted", predicted), ("measured", run)):
+        row[f"{kind}_tokens_per_second"] = round(result.tokens_per_second, 1)
+        row[f"{kind}_lag"] = round(result.lag_mean, 3)
+        row |= {f"{kind}_{role}": round(value, 3) for role, value in result.busy.items()}
+    row["speed_error"] = round(predicted.tokens_per_second / run.tokens_per_second - 1.0, 4)
+    row["lag_error"] = round(predicted.lag_mean - run.lag_mean, 3)
+    busy = "  ".join(
+        f"{role} {predicted.busy[role]:.0%} {run.busy[role]:.0%}" for role in predicted.busy
+    )
+    print(
+        f"{name:24s} tokens/s {predicted.tokens_per_second:6.0f} {run.tokens_per_second:6.0f} "
+        f"({row['speed_error']:+.1%})  lag {predicted.lag_mean:.2f} {run.lag_mean:.2f}  {busy}",
+        flush=True,
+    )
+    return row

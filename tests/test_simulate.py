@@ -1,0 +1,207 @@
+"""Claims about the simulation: where the answer is known exactly, it gives that answer."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from channel import may_start
+from config import Config
+from experiments import scaling, validate
+from experiments.simulate import Machine, Queue, Result, Simulation
+from experiments.stages import H100, Model, Stages
+
+PROMPTS = [SimpleNamespace(ids=[0] * 10)]
+FREE = Stages((0.0, 0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 0.0, 0.0, 0.0)
+SLOW = Stages(
+    step=(0.5, 0.0, 0.0), fill=(0.25, 0.0), pass_teacher=(2.0, 0.0), pass_learner=(3.0, 0.0),
+    update=0.125, publishing=0.0625, picking_up=0.03125,
+)  # fmt: skip
+
+
+def simulate(stages, lengths=lambda ticket: 8, nodes=1, cores=float("inf"), skip=0, stride=1, pool=False, **settings):
+    settings = {"steps": 6, "batch_size": 4, "slots": 64, "max_staleness": 0} | settings
+    simulation = Simulation(Config(**settings), stages, lengths, PROMPTS, nodes, cores, stride, pool)
+    return simulation, simulation.run(skip)
+
+
+def test_a_synchronous_update_is_the_sum_of_its_stages():
+    """One rollout an update: nothing overlaps. 8 steps, one forward pass each."""
+    _, result = simulate(SLOW, batch_size=1, steps=5)
+    alone = 8 * 0.5 + 0.25 + 2.0 + 3.0 + 0.125 + 0.0625 + 0.03125
+    assert result.seconds == pytest.approx(alone)
+    assert result.lag_mean == 0.0
+    assert result.busy["teacher"] == pytest.approx(2.0 / result.seconds)
+    assert result.tokens_per_second == pytest.approx(8 / result.seconds)
+
+
+def test_equal_answers_take_one_wave_of_decoding_a_batch():
+    """All roles but the generator are free. 4 rollouts in 2 slots of equal length: two waves of (prefill, 8 steps)."""
+    stages = replace(FREE, step=(0.5, 0.1, 0.0), fill=(0.25, 0.0))
+    assert simulate(stages)[1].seconds == pytest.approx(0.25 + 8 * (0.5 + 4 * 0.1))
+    assert simulate(stages, slots=2)[1].seconds == pytest.approx(2 * (0.25 + 8 * (0.5 + 2 * 0.1)))
+
+
+@pytest.mark.parametrize("stride", [1, 3, 100])
+def test_steps_of_one_event_cost_what_they_cost_one_by_one(stride):
+    """Also where the cost grows with the length. Answers of 3, 5, 8, 13 tokens."""
+    stages = replace(FREE, step=(0.5, 0.1, 0.01))
+    lengths = (3, 5, 8, 13)
+    _, result = simulate(stages, lambda ticket: lengths[ticket % 4], stride=stride)
+    expected = 0.0
+    for step in range(13):
+        active = sum(length > step for length in lengths)
+        expected += 0.5 + 0.1 * active + 0.01 * active * (10 + step)
+    assert result.seconds == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("role, stages, seconds", [
+    ("teacher", replace(FREE, pass_teacher=(1.5, 0.0)), 4 * 1.5),  # in batch order it scores a quarter of a batch at a time
+    ("learner", replace(FREE, pass_learner=(2.5, 0.0), update=0.5), 2.5 + 0.5),
+    ("generator", replace(FREE, step=(0.5, 0.0, 0.0)), 8 * 0.5),
+])  # fmt: skip
+def test_with_staleness_the_only_role_that_costs_anything_sets_the_pace(role, stages, seconds):
+    """It is never idle, and the others take no time. So lag cannot make it faster."""
+    for staleness in (0, 1, 3):
+        _, result = simulate(stages, max_staleness=staleness, slots=4)
+        assert result.seconds == pytest.approx(seconds)
+        assert result.busy[role] == pytest.approx(1.0)
+
+
+def test_two_roles_of_equal_cost_take_turns_without_lag_and_overlap_with_it():
+    stages = replace(FREE, step=(0.5, 0.0, 0.0), pass_learner=(4.0, 0.0))
+    assert simulate(stages, max_staleness=0, slots=4)[1].seconds == pytest.approx(8.0)
+    overlapped = simulate(stages, max_staleness=1, slots=4, skip=2)[1]
+    assert overlapped.seconds == pytest.approx(4.0) and overlapped.lag_mean == pytest.approx(1.0)
+
+
+def test_no_token_is_drawn_by_weights_that_the_inequality_forbids():
+    simulation, _ = simulate(SLOW, lambda ticket: 1 + ticket % 7, max_staleness=2, slots=2, generators=2, order="arrival", steps=12)
+    assert simulation.updates and all(lags >= 0 for _, _, lags, _ in simulation.updates.values())
+    (node,) = simulation.at
+    for response in node.responses.values():
+        assert may_start(response.ticket, response.parts[0][0], simulation.config)
+
+
+def test_littles_law_holds_on_every_queue():
+    """Rows in a queue at a time, on average, are arrivals a second times the seconds that each stays."""
+    stages = replace(SLOW, step=(0.05, 0.0, 0.0))
+    simulation, _ = simulate(stages, lambda ticket: 1 + (7 * ticket) % 5, max_staleness=3, slots=3, steps=20)
+    channel = simulation.at[0].channel
+    for queue in (channel.to_generator, *channel.to_teachers, channel.to_learner):
+        queue.count()
+        still = sum(simulation.machine.now - entered for entered in queue.entered)
+        assert queue.area == pytest.approx(sum(queue.waits) + still) and queue.waits
+    assert max(channel.to_generator.waits) > 0
+
+
+def test_a_queue_counts_a_row_from_put_to_get():
+    machine = Machine()
+    queue = Queue(machine)
+    queue.put([1, 2])
+    machine.now = 2.0
+    assert queue.get() == 1
+    machine.now = 5.0
+    assert queue.get_all() == [2] and queue.get() is None
+    queue.count()
+    assert queue.waits == [2.0, 5.0] and queue.area == 2 * 2.0 + 1 * 3.0
+
+
+def test_processes_share_cores_and_slow_each_other():
+    """Three that need 2, 4 and 6 seconds of two cores, of which busy ones are a quarter slower together."""
+
+    def work(seconds):
+        yield seconds
+        while True:
+            yield None
+
+    machine = Machine(cores=2, contention=0.25)
+    ends = {}
+    for seconds in (2.0, 4.0, 6.0):
+        ends[machine.add(0, work(seconds))] = seconds
+    when = []
+    while machine.step():
+        when.append(machine.now)
+    # 2 s each at 2/3 of a core, 1.25 times as long; then two at a whole core; then one alone, undisturbed.
+    assert when == pytest.approx([2 * 1.5 * 1.25, 3.75 + 2 * 1.25, 6.25 + 2.0])
+
+
+def test_nodes_wait_for_the_slowest_and_add_up_what_they_train():
+    """Node 1 has the odd tickets, whose answers are twice as long."""
+    stages = replace(FREE, step=(0.5, 0.0, 0.0), exchange=(0.25, 0.125))
+    simulation, result = simulate(stages, lambda ticket: 16 if ticket % 2 else 8, nodes=2)
+    assert result.seconds == pytest.approx(16 * 0.5 + 0.25 + 2 * 0.125)
+    assert result.tokens_per_second == pytest.approx((2 * 16 + 2 * 8) / result.seconds)
+    waited = [sum(node.waited) for node in simulation.at]
+    assert waited == pytest.approx([6 * 4.0, 0.0]) and result.waited == pytest.approx(2.0 / result.seconds)
+
+
+def test_a_shared_pool_does_not_wait_for_the_slowest_node():
+    stages = replace(FREE, step=(0.5, 0.0, 0.0))
+    common = dict(lengths=lambda ticket: 32 if ticket % 2 else 4, nodes=2, order="arrival", max_staleness=2, steps=20, slots=2, batch_size=8)
+    plain, pooled = (simulate(stages, pool=pool, **common)[1] for pool in (False, True))
+    assert pooled.waited < plain.waited and pooled.seconds < plain.seconds
+
+
+def test_a_run_in_which_all_wait_for_ever_is_an_error():
+    simulation = Simulation(Config(steps=2, batch_size=4), FREE, lambda ticket: 8, PROMPTS)
+    simulation.at[0].channel.to_teachers[0].put = lambda rows: None  # lost on the way
+    with pytest.raises(RuntimeError, match="all wait for each other after 0 updates"):
+        simulation.run()
+
+
+def test_scales_are_found_that_give_a_run_back(monkeypatch):
+    """From other costs, without seeing these: the run of `truth` comes out, also at a staleness it was not fitted to."""
+    truth = replace(SLOW, step=(0.05, 0.0, 0.0))
+    config = Config(steps=6, batch_size=4, max_staleness=0)
+
+    def run(config, stages, nodes=1, cores=2, skip=0):
+        return Simulation(config, stages, lambda ticket: 8, PROMPTS, nodes, cores).run(skip)
+
+    monkeypatch.setattr(validate, "simulate", run)
+    guess = truth.scaled(generator=0.7, teacher=1.4, learner=0.5)
+    found = validate.fitted(guess, config, run(config, truth))
+    for staleness in (0, 2):
+        other = replace(config, max_staleness=staleness)
+        assert run(other, found).seconds == pytest.approx(run(other, truth).seconds, rel=0.001)
+
+
+# ---- the costs of a GPU, the lengths --------------------------------------------------------------------
+
+
+def test_costs_of_a_gpu_follow_from_its_peaks():
+    model = Model(parameters=1e9, active=1e9, layers=10, width=1000, keys=500)
+    costs = H100(model, model, ranks=4, recompute=False)
+    read = (2e9 + 4 * 8 * 100 * 10 * 500) / (3.35e12 * 0.6)
+    assert costs.decode(8, 100, 1) == pytest.approx(read + 10 * 30e-6 + 1e-3)  # bound by memory
+    assert costs.decode(8, 100, 3) == pytest.approx(sum(costs.decode(8, 100 + i, 1) for i in range(3)))
+    products = (2 * 1e9 * 1e6 + 2 * 10 * 1000 * 1000 * 1e6) / (989e12 * 0.4)
+    assert costs.score([(1000, 1000)]) == pytest.approx(products)
+    assert costs.accumulate([(1000, 1000)]) == pytest.approx(3 * products / 4)
+    again = H100(model, model, ranks=4, recompute=True)
+    assert again.accumulate([(1000, 1000)]) == pytest.approx(4 * products / 4)
+    # A ring over 8 nodes: each rank sends its quarter of the gradient 2 * 7 / 8 times.
+    assert costs.apply(8) - costs.apply(1) == pytest.approx(2 * 7 * (1e9 / 8 / 50e9 + 20e-6))
+
+
+@pytest.mark.parametrize("spread", [0.2, 0.8, 1.2])
+def test_lengths_have_the_mean_that_is_asked_for_and_never_more_than_the_longest(spread):
+    lengths = scaling.response_lengths(1000, 4096, spread)
+    drawn = [lengths(ticket) for ticket in range(4000)]
+    assert sum(drawn) / 4000 == pytest.approx(1000, rel=0.05) and 1 <= min(drawn) and max(drawn) <= 4096
+    assert drawn[:5] == [scaling.response_lengths(1000, 4096, spread)(ticket) for ticket in range(5)]
+
+
+def test_a_plan_fits_the_gpus_it_is_for():
+    job = scaling.Job("0.6B", "8B", 256, 512, batch=64)
+    found = scaling.candidates(job)
+    assert found and all(one.ranks + one.generators + one.teachers * one.teacher_gpus == 8 for one in found)
+    split, result = scaling.best(job, tries=2)
+    assert isinstance(result, Result) and result.tokens_per_second > 0 and split in found
+
+
+def test_the_committed_comparison_meets_its_goals():
+    import csv
+
+    rows = list(csv.DictReader(open(validate.RESULTS)))
+    assert {row["run"] for row in rows} == set(validate.RUNS)
+    assert all(abs(float(row["speed_error"])) <= validate.SPEED and abs(float(row["lag_error"])) <= validate.LAG for row in rows)
