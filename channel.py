@@ -296,7 +296,7 @@ class Tickets:
     def batch(self, version: int):
         """Rows of the update after `version`, in ticket order or as they came; None: not yet."""
         size, nodes = self.config.batch_size, self.config.nodes
-        wanted = list(range(version * size + self.config.node, (version + 1) * size, nodes))
+        wanted = list(range(version * size, (version + 1) * size))  # of all nodes
         if self.config.order == "arrival":
             wanted = list(self.scored)[: size // nodes]
         ready = [self.scored[ticket] for ticket in wanted if ticket in self.scored]

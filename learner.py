@@ -147,9 +147,12 @@ class Learner:
         total = {name: sum(part[name] for part in parts) for name in parts[0]}
         tokens = total["tokens"]
         if len(parts) > 1:
-            gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
-            share = parts[self.nodes.node]["tokens"] / tokens
-            mean = parameters_to_vector(gradients) * share
+            for p in self.parameters:  # an expert that no token has used
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            gradients = [local(p.grad) for p in self.parameters]
+            mean = parameters_to_vector(gradients)
+            mean *= parts[self.nodes.node]["tokens"] / tokens
             self.nodes.add_up(mean)
             vector_to_parameters(mean, gradients)
         metrics = {name: total[name] / tokens for name in SUMMED}

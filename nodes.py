@@ -47,13 +47,15 @@ def join():
     rank, world = from_torchrun("LOCAL_RANK", 0), from_torchrun("LOCAL_WORLD_SIZE", 1)
     node, count = from_torchrun("GROUP_RANK", 0), from_torchrun("GROUP_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count()
-    if gpus and world > gpus:
+    if from_torchrun("WORLD_SIZE", 1) != world * count:
+        raise InputError("the nodes have different --nproc-per-node: make them the same")
+    if world > gpus > 0:
         raise InputError(f"{world} learner ranks, {gpus} GPUs: lower --nproc-per-node")
     check_torchrun()
     if world * count > 1:
         # What a leader says travels on gloo: waiting for it costs no GPU.
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        dist.init_process_group(backend, timeout=WEEK)
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     return Nodes(rank, world, node, count)
 
 
@@ -77,11 +79,10 @@ def broadcast(value=None, group=None):
     if dist.is_initialized():
         try:
             dist.broadcast_object_list(box, group=group, group_src=0)
-        except RuntimeError as error:
+        except RuntimeError:
             if dist.get_rank(group) == 0:
-                raise RoleDied("a learner rank died: torchrun says how") from error
-            reason = str(error).splitlines()[0]
-            sys.exit(f"train.py: rank {dist.get_rank()} leaves, its leader is gone: {reason}")
+                raise RoleDied("a rank or a node died: torchrun says how")
+            sys.exit(f"train.py: rank {dist.get_rank()} leaves, its leader is gone")
     return box[0]
 
 
@@ -90,10 +91,7 @@ def from_every_rank(value):
     values = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()
-        try:
-            dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise RoleDied(f"a rank has left, see what it says: {error}") from None
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -150,7 +148,7 @@ class Nodes:
         try:
             values = self.store.multi_get(keys)
         except RuntimeError:
-            raise RoleDied("node 0 is gone: its store does not answer") from None
+            raise RoleDied("torchrun's store does not answer: its node is gone") from None
         words = [json.loads(value) for value in values[: self.count]]
         for node, (word, beat) in enumerate(zip(words, values[self.count :])):
             reason = word.get("leaves")

@@ -74,24 +74,27 @@ class Run:
         self.roles = Roles(config, channel, devices, self.held_out, self.tickets.lowest)
 
     def lead(self):
-        """Run the main loop. Whatever ends it, what was learned is saved."""
+        """Run the main loop. Whatever ends it, what was learned is saved, if ranks can agree."""
+        reason = ""
         try:
             self.main_loop()
-            self.leave()
-        except Interrupted:  # `report` says so
-            self.leave("interrupted")
+        except Interrupted:
+            reason = "interrupted"
+        except RuntimeError as error:  # in the update: the ranks of this node are out of step
+            self.nodes.say(leaves=str(error))
+            if self.nodes.world == 1:
+                self.leave(str(error))
+            error.add_note("Has a rank or a node died? torchrun says how.")
+            raise
         except BaseException as error:
             if isinstance(error, FloatingPointError):
                 self.set_aside()
-            is_failed_update = isinstance(error, RuntimeError)
-            if not is_failed_update or self.nodes.world == 1:  # else the ranks are out of step
-                self.leave(str(error) or "an error")
-            if is_failed_update and dist.is_initialized():
-                raise RoleDied(f"the update failed, has a rank or node died? {error}") from error
+            self.leave(str(error) or "an error")
             raise
+        self.leave(reason)
         end = "done" if self.learner.version == self.config.steps else "interrupted"
         where = (checkpoints(self.config.output) or ["no checkpoint"])[-1]
-        print(f"{end} after update {self.learner.version}: {where}", flush=True)
+        print(f"{end} after update {self.learner.version}: {where}")
 
     def leave(self, reason=""):
         """Tell the other nodes, save, send the ranks home."""
@@ -132,8 +135,7 @@ class Run:
 
     def wait_for_rows(self):
         """The rows of the next update. Raises Interrupted or RoleDied."""
-        while not (rows := self.tickets.batch(self.learner.version)):
-            self.check()
+        while self.check() or not (rows := self.tickets.batch(self.learner.version)):
             self.tickets.receive(self.channel.to_learner.get_all(timeout=0.5))
         return rows
 
@@ -169,7 +171,7 @@ class Run:
             time.sleep(0.002)
         accuracy = float(channel.eval_accuracy)
         if version == 0:
-            print(f"accuracy before training {accuracy:.1%}", flush=True)
+            print(f"accuracy before training {accuracy:.1%}")
         return {name: accuracy}
 
     def is_due(self, every: int):

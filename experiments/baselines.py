@@ -80,6 +80,10 @@ class Corrected(SampledReverseKL):
         super().__init__(config)
         self.signal = config.signal
         self.correction = config.correction
+        if config.nodes > 1 and self.correction.startswith("m2po"):
+            from config import InputError  # which imports this file
+
+            raise InputError(f"--correction {self.correction} needs all samples at once: use one node")
         self.m2_bound = inf
 
     def advantage(self, s, t, b):

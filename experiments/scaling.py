@@ -13,16 +13,15 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from config import Config
 from experiments import memory, splits
-from experiments.simulate import Result, Simulation
+from experiments.simulate import Result, Simulation, config_on
 from experiments.stages import H100, Model
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SPREAD = 0.8
 PROMPT = 512
 UPDATES, SKIP = 24, 8
-STRIDE = 128  # decode steps in one event
+STRIDE = 256  # decode steps in one event
 PAPER = {"student": "1.7B", "teacher": "30B-A3B", "mean": 6144, "longest": 16_384, "batch": 256}
 
 
@@ -90,8 +89,8 @@ def model_of(name: str):
     return path, Model(parameters, parameters - idle, layers, heads * head, keys)
 
 
-def config_of(job: Job, split: Split):
-    return Config(
+def config_of(job: Job, split: Split, nodes=1):
+    return config_on(0, nodes)(
         student=model_of(job.student)[0],
         teacher=model_of(job.teacher)[0],
         max_prompt_tokens=PROMPT,
@@ -114,7 +113,8 @@ def simulated(job: Job, split: Split, nodes=1, spread=SPREAD, stages=None, **opt
     prompts = [SimpleNamespace(ids=[0] * PROMPT)]
     options = {"nodes": nodes, "stride": STRIDE} | options
     stages = stages or costs(job, split)
-    return Simulation(config_of(job, split), stages, lengths, prompts, **options).run(SKIP)
+    config = config_of(job, split, nodes)
+    return Simulation(config, stages, lengths, prompts, **options).run(SKIP)
 
 
 def costs(job: Job, split: Split, kind=H100):

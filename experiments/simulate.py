@@ -22,6 +22,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,7 +163,13 @@ class Response:
 
 def on_node(config: Config, node: int, nodes: int):
     """The settings as a process of that node sees them."""
-    return type("Config", (Config,), {"node": node, "nodes": nodes})(**asdict(config))
+    return config_on(node, nodes)(**asdict(config))
+
+
+@cache
+def config_on(node: int, nodes: int):
+    """Config, but with these numbers in the place of torchrun's."""
+    return type("Config", (Config,), {"node": node, "nodes": nodes})
 
 
 class Node:
@@ -232,12 +239,13 @@ class Node:
 
     def teacher(self, index: int) -> Process:
         config, channel = self.config, self.channel
-        waiting, next_turn = {}, 0
+        waiting, next_turn, rows = {}, 0, []
         while True:
-            for row in channel.to_teachers[index].get_all():
+            finished = channel.to_teachers[index].get_all()
+            for row in finished:
                 turn = int(channel.ticket[row]) // (config.nodes * config.teachers)
                 waiting[turn] = row
-            rows = ready_rows(waiting, next_turn, config)
+            rows = ready_rows(waiting, next_turn, config) if finished or rows else []
             if not rows:
                 yield None
                 continue
@@ -256,8 +264,11 @@ class Node:
         tickets.issue(0)
         for version in range(self.config.steps):
             while not (rows := self.simulation.batch(self, version)):
-                yield None
-                tickets.receive(channel.to_learner.get_all())
+                while not (scored := channel.to_learner.get_all()) and not self.simulation.pool:
+                    yield None
+                tickets.receive(scored)
+                if not scored:
+                    yield None
             yield stages.accumulate(self.passes(rows))
             ready = self.simulation.machine.now
             self.simulation.arrive(version)

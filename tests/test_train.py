@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -62,12 +63,18 @@ def still_alive(family, within=20.0):
     return [line for pid, line in family.items() if alive(pid)]
 
 
-def read_until(process, pattern):
+def read_until(process, pattern, within=120.0):
+    """What is printed up to the pattern. A process that does not come to it is killed, with its session."""
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if re.search(pattern, line):
-            return "".join(lines)
+    alarm = threading.Timer(within, os.killpg, (process.pid, signal.SIGKILL))
+    alarm.start()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if re.search(pattern, line):
+                return "".join(lines)
+    finally:
+        alarm.cancel()
     raise AssertionError(f"{pattern!r} never appeared:\n{''.join(lines)}")
 
 
@@ -193,7 +200,7 @@ def die_and_collect(process, victim, within=20.0):
 
 @pytest.mark.parametrize("victim, message", [
     ("generator", "generator 0 died: .*SIGKILL"), ("teacher", "teacher 0 died: .*SIGKILL"), ("learner", r"exitcode *: -9 .*"),
-    ("rank 1", r"train.py: error: (a learner rank died: torchrun says how|the update failed, has a rank or node died)"),
+    ("rank 1", "a rank or a node died"),
 ])  # fmt: skip
 def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path):
     before = set(os.listdir("/dev/shm"))
