@@ -11,8 +11,7 @@ which rollout may start, `take_rows` and `Generator.room` when slots are refille
 `row_batches` which rows share a forward pass. What a stage costs comes from experiments/stages.py, how long a response is from
 a list or from a distribution.
 
-A process is a Python generator. It yields the seconds of work that it does next, or None while it has nothing to do. On a CPU
-the processes share the cores: with more of them than cores all slow down alike. A GPU belongs to one role.
+A process is a Python generator. It yields the seconds of work that it does next, or None while it has nothing to do.
 """
 
 import argparse
@@ -41,21 +40,16 @@ Process = Iterator[float | None]
 # ---- time ---------------------------------------------------------------------------------------
 
 
-@dataclass
 class Machine:
-    """Runs processes in order of their events. All that work at once progress at the same rate."""
+    """Runs processes in order of their events. Each has a GPU of its own: none slows another."""
 
-    cores: float = float("inf")  # of all nodes together
-    contention: float = 0.0  # two busy cores are slower by this part than one
-    now: float = 0.0
-
-    def __post_init__(self):
-        self.progress = 0.0  # seconds of work that one who works all the time would have done
-        self.working = []  # heap of (progress at which it is done, number, process)
+    def __init__(self):
+        self.now = 0.0
+        self.working = []  # heap of (when it will be done, number, process)
         self.numbers = itertools.count()
         self.homes: dict[int, list[Process]] = {}  # node -> its processes
         self.waiting: dict[Process, int] = {}  # -> its node
-        self.begun: dict[Process, float] = {}
+        self.begun: dict[Process, tuple] = {}  # -> (its node, when)
         self.busy: dict[Process, float] = {}  # seconds spent at work
         self.changed: set[int] = set()  # nodes whose processes must be asked again
 
@@ -66,19 +60,13 @@ class Machine:
         self.changed.add(node)
         return process
 
-    def rate(self):
-        busy = len(self.working)
-        slowdown = 1.0 + self.contention * (1 < busy and self.cores < float("inf"))
-        return min(1.0, self.cores / busy) / slowdown
-
     def step(self):
         """Let everything begin that can, then go on to the next event. False: all wait for ever."""
         while self.changed:
             self.ask(self.changed.pop())
-        if not self.working:
+        if not self.begun:
             return False
-        self.now += (self.working[0][0] - self.progress) / self.rate()
-        self.progress, _, process = heapq.heappop(self.working)
+        process = self.advance()
         node, begun = self.begun.pop(process)
         self.busy[process] += self.now - begun
         self.waiting[process] = node
@@ -97,9 +85,61 @@ class Machine:
                 if seconds is not None:
                     del self.waiting[process]
                     self.begun[process] = node, self.now
-                    entry = (self.progress + seconds, next(self.numbers), process)
-                    heapq.heappush(self.working, entry)
+                    self.begin(process, seconds)
                     quiet = 0
+
+    def begin(self, process: Process, seconds: float):
+        heapq.heappush(self.working, (self.now + seconds, next(self.numbers), process))
+
+    def advance(self):
+        """Go on to the next event; returns the process whose work is done."""
+        self.now, _, process = heapq.heappop(self.working)
+        return process
+
+
+class Cores(Machine):
+    """The processes of all nodes share a few cores, as Linux shares them.
+
+    A process that goes on without a pause stays on its core. One that has waited goes to the core
+    with the fewest. Those on one core share it. A core without any takes one from a core that has
+    several. So of three processes on two cores one has a whole core until it waits.
+    """
+
+    def __init__(self, count: int, contention: float = 0.0):
+        """`contention`: by this part cores are slower while several are at work."""
+        super().__init__()
+        self.contention = contention
+        self.cores: list[dict[Process, float]] = [{} for _ in range(count)]  # -> work left
+        self.left: dict[Process, tuple] = {}  # -> (when it was done, on which core)
+
+    def begin(self, process: Process, seconds: float):
+        when, core = self.left.get(process, (-1.0, None))
+        if when < self.now:
+            core = min(self.cores, key=len)
+        core[process] = seconds
+
+    def balance(self):
+        fullest = max(self.cores, key=len)
+        for core in self.cores:
+            if not core and len(fullest) > 1:
+                moved = next(iter(fullest))  # the one that is there longest
+                core[moved] = fullest.pop(moved)
+
+    def advance(self):
+        self.balance()
+        occupied = [core for core in self.cores if core]
+        slowness = 1.0 + self.contention * (len(occupied) > 1)
+        elapsed, core = min(
+            ((min(core.values()) * len(core), core) for core in occupied), key=lambda one: one[0]
+        )
+        self.now += elapsed * slowness
+        for other in occupied:
+            for process in other:
+                other[process] -= elapsed / len(other)
+        process = min(core, key=core.get)
+        del core[process]
+        self.left[process] = self.now, core
+        return process
 
 
 class Queue(deque):
@@ -305,12 +345,14 @@ class Simulation:
     lengths: Callable[[int], int]
     prompts: list  # with `ids`, as data.Prompt
     nodes: int = 1
-    cores: float = float("inf")
+    cores: int = 0  # that all processes share; 0: each has a GPU
     stride: int = 1  # decode steps that are one event, at most
     pool: bool = False  # an update takes what all nodes have, not an equal share of each
 
     def __post_init__(self):
-        self.machine = Machine(self.cores, self.stages.contention)
+        self.machine = Machine()
+        if self.cores:
+            self.machine = Cores(self.cores, self.stages.contention)
         self.arrived: dict[int, int] = {}
         self.updates: dict[int, list] = {}  # version -> [when, tokens, sum of their lags, nodes]
         self.marks: list[dict] = []  # busy seconds at the end of each update

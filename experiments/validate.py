@@ -5,6 +5,9 @@
 The calibration sees the stages alone, on one thread, and one synchronous run. The runs that it predicts have other staleness,
 order, batch size, slots, generators, refresh, length mix and number of nodes. Their learning rate is 1e-9, so that the student
 keeps its lengths: the same tickets have the same lengths in the simulation. Goals: tokens/s within 10 %, lag within 0.2 updates.
+
+The machine's own speed drifts by more than that within minutes. So a probe, a few updates of serial.Serial, runs before and
+after every run, and the costs are scaled by what it takes.
 """
 
 import csv
@@ -14,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +32,7 @@ from data import load_prompts, prompt_of
 from experiments.simulate import Result, Simulation
 from experiments.stages import Stages, measured
 from generate import Sampler
+from serial import Serial
 
 RESULTS = Path(__file__).resolve().parent / "results" / "simulated.csv"
 SPEED, LAG = 0.10, 0.2  # the goals: a part of tokens/s, updates
@@ -100,6 +105,32 @@ def fitted(stages: Stages, config: Config, run: Result, nodes=1, cores=CORES) ->
     return stages
 
 
+class Probe:
+    """How fast is this machine now? `slowness`: what a few serial updates take, against the first time."""
+
+    def __init__(self, config: Config):
+        torch.set_num_threads(1)
+        prompts, _ = load_prompts(config, load_tokenizer("--student", config.student_path))
+        self.serial = Serial(replace(config, batch_size=32, steps=10_000), 0, prompts, [])
+        self.serial.update()
+        self.first = 1.0
+        self.first = self.slowness()
+
+    def slowness(self):
+        seconds = []
+        for _ in range(8):
+            began = time.perf_counter()
+            self.serial.update()
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds) / self.first
+
+    def around(self, call, *arguments):
+        """(what `call` returns, how slow the machine was meanwhile)."""
+        before = self.slowness()
+        result = call(*arguments)
+        return result, (before + self.slowness()) / 2
+
+
 # ---- real runs ----------------------------------------------------------------------------------
 
 
@@ -144,14 +175,17 @@ def main():
             return COMMON + [part for flag in flags for part in (tail if flag == TAIL else [flag])]
 
         seen = parse(flags_of(SEEN))
+        probe = Probe(seen)
         stages = with_contention([seen, parse(flags_of([TAIL]))])
-        make_run(flags_of(SEEN), 1, place / "seen")
+        _, then = probe.around(make_run, flags_of(SEEN), 1, place / "seen")
         stages = fitted(stages, seen, result_of(place / "seen"))
         print(f"two busy cores slow each other by {stages.contention:.0%}\n{stages}\n")
         rows = []
         for number, (name, (nodes, flags)) in enumerate(RUNS.items()):
-            predicted = simulate(parse(flags_of(flags)), stages, nodes)
-            make_run(flags_of(flags), nodes, place / str(number))
+            _, now = probe.around(make_run, flags_of(flags), nodes, place / str(number))
+            slower = now / then
+            scaled = stages.scaled(generator=slower, teacher=slower, learner=slower)
+            predicted = simulate(parse(flags_of(flags)), scaled, nodes)
             rows.append(compare(name, predicted, result_of(place / str(number))))
     with open(RESULTS, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -7,7 +7,7 @@ import pytest
 from channel import may_start
 from config import Config
 from experiments import scaling, validate
-from experiments.simulate import Machine, Queue, Result, Simulation
+from experiments.simulate import Cores, Machine, Queue, Result, Simulation
 from experiments.stages import H100, Model, Stages
 
 PROMPTS = [SimpleNamespace(ids=[0] * 10)]
@@ -18,7 +18,7 @@ SLOW = Stages(
 )  # fmt: skip
 
 
-def simulate(stages, lengths=lambda ticket: 8, nodes=1, cores=float("inf"), skip=0, stride=1, pool=False, **settings):
+def simulate(stages, lengths=lambda ticket: 8, nodes=1, cores=0, skip=0, stride=1, pool=False, **settings):
     settings = {"steps": 6, "batch_size": 4, "slots": 64, "max_staleness": 0} | settings
     simulation = Simulation(Config(**settings), stages, lengths, PROMPTS, nodes, cores, stride, pool)
     return simulation, simulation.run(skip)
@@ -106,23 +106,37 @@ def test_a_queue_counts_a_row_from_put_to_get():
     assert queue.waits == [2.0, 5.0] and queue.area == 2 * 2.0 + 1 * 3.0
 
 
-def test_processes_share_cores_and_slow_each_other():
-    """Three that need 2, 4 and 6 seconds of two cores, of which busy ones are a quarter slower together."""
+def test_processes_share_cores_as_linux_shares_them():
+    """Three that need 2, 4 and 6 seconds on two cores, which are a quarter slower while both work."""
 
     def work(seconds):
         yield seconds
         while True:
             yield None
 
-    machine = Machine(cores=2, contention=0.25)
-    ends = {}
+    machine = Cores(2, contention=0.25)
     for seconds in (2.0, 4.0, 6.0):
-        ends[machine.add(0, work(seconds))] = seconds
+        machine.add(0, work(seconds))
     when = []
     while machine.step():
         when.append(machine.now)
-    # 2 s each at 2/3 of a core, 1.25 times as long; then two at a whole core; then one alone, undisturbed.
-    assert when == pytest.approx([2 * 1.5 * 1.25, 3.75 + 2 * 1.25, 6.25 + 2.0])
+    # 2 s and 6 s share a core, 4 s has the other: 4 s until both of the short ones are done. Of the 6 s, 4 are left then.
+    assert when == pytest.approx([1.25 * 4, 1.25 * 4, 1.25 * 4 + 4.0])
+
+
+def test_a_core_without_work_takes_some_from_a_full_one():
+    def work(*parts):
+        yield from parts
+        while True:
+            yield None
+
+    machine = Cores(2)
+    for parts in ((1.0,), (3.0,), (3.0,)):  # the first and the third share a core; at 2 s it has one left, like the other
+        machine.add(0, work(*parts))
+    when = []
+    while machine.step():
+        when.append(machine.now)
+    assert when == pytest.approx([2.0, 3.0, 4.0])
 
 
 def test_nodes_wait_for_the_slowest_and_add_up_what_they_train():
