@@ -16,6 +16,14 @@ from pathlib import Path
 from experiments.run_figure import Span, draw_run, draw_timeline, keep_window, label_ends, plt
 
 RESULTS = Path(__file__).parent / "results"
+NODES = {  # variants of experiments/scaling.py
+    "as built": ("#000000", "o"),
+    "arrival order": ("#787878", "s"),
+    "own lengths": ("#1F67AE", "o"),
+    "own lengths, arrival order": ("#4A9FDB", "s"),
+    "own lengths, shared pool": ("#2BA87F", "D"),
+    "own lengths, staleness 1": ("#D98300", "^"),
+}
 STYLE = {
     # nothing is drawn: black and grey
     "forward KL 16": ("#000000", "o"),
@@ -251,6 +259,32 @@ def draw_timelines(path: Path, out: Path):
     figure.savefig(out)
 
 
+def draw_nodes(path: Path, out: Path):
+    """Tokens/s a node against nodes, for both kinds of batch, with what one node makes as 1."""
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    kinds = list(dict.fromkeys(line["batch"] for line in lines))
+    figure, axes = plt.subplots(2, len(kinds), figsize=(10, 6.5), sharex=True, sharey="row")
+    for column, kind in zip(axes.T, kinds):
+        here = [line for line in lines if line["batch"] == kind]
+        for name, (colour, marker) in NODES.items():
+            found = [line for line in here if line["variant"] == name]
+            nodes = [int(line["nodes"]) for line in found]
+            each = [float(line["tokens_per_second"]) / int(line["nodes"]) for line in found]
+            waits = [100 * float(line["waiting_for_nodes"]) for line in found]
+            look = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 5}
+            column[0].plot(nodes, each, label=name, **look)
+            column[1].plot(nodes, waits, **look)
+        column[0].set(title=f"simulated: {kind} an update", xscale="log", ylim=(0, None))
+        column[1].set(xlabel="nodes of 8 GPUs", xticks=nodes, xticklabels=nodes, ylim=(0, 100))
+        column[1].minorticks_off()
+    axes[0, 0].set_ylabel("tokens/s, a node")
+    axes[1, 0].set_ylabel("waiting for other nodes, % of the time")
+    axes[0, 1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out)
+
+
 # ---- all of them ------------------------------------------------------------------------------
 
 
@@ -277,6 +311,7 @@ def draw_study(results: Path):
     draw_real_curves(values, results / "real_curves.png")
     draw_real_model(real_model.read(results / "real_model.csv"), results / "real_model.png")
     draw_timelines(results / "timelines.csv", results / "timelines.png")
+    draw_nodes(results / "simulated_nodes.csv", results / "simulated_nodes.png")
 
 
 def options() -> argparse.ArgumentParser:

@@ -35,6 +35,7 @@ from model import row_batches
 from teacher import ready_rows
 
 Process = Iterator[float | None]
+ROTATION = 0.03  # seconds (assumed)
 
 
 # ---- time ---------------------------------------------------------------------------------------
@@ -102,7 +103,8 @@ class Cores(Machine):
 
     A process that goes on without a pause stays on its core. One that has waited goes to the core
     with the fewest. Those on one core share it. A core without any takes one from a core that has
-    several. So of three processes on two cores one has a whole core until it waits.
+    several. Every ROTATION seconds a core passes one of several on to the core with the fewest: of
+    three processes on two cores each has a whole core in turn.
     """
 
     def __init__(self, count: int, contention: float = 0.0):
@@ -111,6 +113,7 @@ class Cores(Machine):
         self.contention = contention
         self.cores: list[dict[Process, float]] = [{} for _ in range(count)]  # -> work left
         self.left: dict[Process, tuple] = {}  # -> (when it was done, on which core)
+        self.rotated = 0.0
 
     def begin(self, process: Process, seconds: float):
         when, core = self.left.get(process, (-1.0, None))
@@ -119,11 +122,12 @@ class Cores(Machine):
         core[process] = seconds
 
     def balance(self):
-        fullest = max(self.cores, key=len)
-        for core in self.cores:
-            if not core and len(fullest) > 1:
-                moved = next(iter(fullest))  # the one that is there longest
-                core[moved] = fullest.pop(moved)
+        fullest, emptiest = max(self.cores, key=len), min(self.cores, key=len)
+        is_time = self.now - self.rotated > ROTATION
+        if len(fullest) > 1 and (is_time or not emptiest) and fullest is not emptiest:
+            moved = next(iter(fullest))  # the one that is there longest
+            emptiest[moved] = fullest.pop(moved)
+            self.rotated = self.now
 
     def advance(self):
         self.balance()

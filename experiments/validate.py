@@ -2,7 +2,8 @@
 
     python -m experiments.simulate --validate
 
-The calibration sees the stages alone, on one thread, and one synchronous run. The runs that it predicts have other staleness,
+The calibration sees the stages alone, on one thread, one synchronous run, and one asynchronous run for what the cores lose
+when they work at the same time. The runs that it predicts have other staleness,
 order, batch size, slots, generators, refresh, length mix and number of nodes. Their learning rate is 1e-9, so that the student
 keeps its lengths: the same tickets have the same lengths in the simulation. Goals: tokens/s within 10 %, lag within 0.2 updates.
 
@@ -12,6 +13,7 @@ after every run, and the costs are scaled by what it takes.
 
 import csv
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -20,9 +22,11 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.pipeline import ROOT, long_tailed
 from channel import Rollout
@@ -32,6 +36,7 @@ from data import load_prompts, prompt_of
 from experiments.simulate import Result, Simulation
 from experiments.stages import Stages, measured
 from generate import Sampler
+from nodes import Nodes
 from serial import Serial
 
 RESULTS = Path(__file__).resolve().parent / "results" / "simulated.csv"
@@ -39,7 +44,8 @@ SPEED, LAG = 0.10, 0.2  # the goals: a part of tokens/s, updates
 CORES = 2
 STEPS, SKIP = 60, 10
 COMMON = ["--lr=1e-9", "--eval-every=0", "--cpu-threads=1", f"--steps={STEPS}"]
-SEEN = ["--max-staleness=0"]
+ALONE = ["--max-staleness=0"]  # the calibration sees these two runs
+TOGETHER = ["--max-staleness=2", "--batch-size=48"]
 TAIL = "tail"  # stands for the student whose responses have a long tail
 RUNS = {  # name -> (nodes, flags)
     "staleness 1": (1, []),
@@ -60,8 +66,10 @@ RUNS = {  # name -> (nodes, flags)
 # ---- what the simulation needs to know ----------------------------------------------------------
 
 
-def response_lengths(config: Config, prompts):
-    """Ticket -> response tokens, sampled with the student: what a run with these weights draws."""
+@cache
+def inputs(config: Config):
+    """(prompts, ticket -> response tokens), sampled with the student: what a run with it draws."""
+    prompts, _ = load_prompts(config, load_tokenizer("--student", config.student_path))
     torch.set_num_threads(1)
     count = (config.steps + config.max_staleness) * config.batch_size
     sampler = Sampler(config, torch.device("cpu"), config.slots, [])
@@ -70,27 +78,12 @@ def response_lengths(config: Config, prompts):
         for ticket in range(count)
     ]
     sampler.generator.generate(rollouts)
-    return [len(rollout.weight_version) for rollout in rollouts].__getitem__
+    return prompts, [len(rollout.weight_version) for rollout in rollouts].__getitem__
 
 
 def simulate(config: Config, stages: Stages, nodes=1, cores=CORES, skip=SKIP) -> Result:
-    prompts, _ = load_prompts(config, load_tokenizer("--student", config.student_path))
-    lengths = response_lengths(config, prompts)
+    prompts, lengths = inputs(config)
     return Simulation(config, stages, lengths, prompts, nodes, cores).run(skip)
-
-
-def with_contention(configs: list[Config]) -> Stages:
-    """The stages alone, and by how much two processes that work at the same time slow each other."""
-    alone = measured(configs)
-    with ProcessPoolExecutor(2) as pool:
-        both = list(pool.map(measured, [configs, configs]))
-
-    def typical(stages):
-        work = (stages.decode(32, 30, 30), stages.score([(50, 30)] * 4), stages.accumulate([(50, 30)] * 2))
-        return statistics.geometric_mean(work)
-
-    ratio = statistics.mean(map(typical, both)) / typical(alone)
-    return replace(alone, contention=max(0.0, ratio - 1.0))
 
 
 def fitted(stages: Stages, config: Config, run: Result, nodes=1, cores=CORES) -> Stages:
@@ -103,6 +96,39 @@ def fitted(stages: Stages, config: Config, run: Result, nodes=1, cores=CORES) ->
         }
         stages = stages.scaled(**factors)
     return stages
+
+
+def slowed(stages: Stages, config: Config, run: Result, cores=CORES) -> Stages:
+    """Choose by how much busy cores slow each other, so that the simulation is as fast as `run`."""
+    low, high = 0.0, 0.5
+    for _ in range(12):
+        middle = (low + high) / 2
+        mine = simulate(config, replace(stages, contention=middle), cores=cores)
+        low, high = (middle, high) if mine.seconds < run.seconds else (low, middle)
+    return replace(stages, contention=low)
+
+
+def exchange_seconds(parameters: int) -> float:
+    """What two nodes on this machine need to meet and to add up a gradient, with nothing to wait for."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        found = [pool.submit(exchange, node, store.port, parameters) for node in range(2)]
+        return statistics.mean(one.result() for one in found)
+
+
+def exchange(node: int, port: int, parameters: int):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    store = dist.TCPStore("127.0.0.1", port)
+    dist.init_process_group("gloo", store=store, rank=node, world_size=2)
+    nodes, gradient, seconds = Nodes(0, 1, node, 2), torch.zeros(parameters), []
+    for update in range(40):
+        began = time.perf_counter()
+        nodes.meet(update, {}, lambda: None)
+        nodes.add_up(gradient)
+        seconds.append(time.perf_counter() - began)
+    dist.destroy_process_group()
+    return statistics.median(seconds)
 
 
 class Probe:
@@ -129,6 +155,10 @@ class Probe:
         before = self.slowness()
         result = call(*arguments)
         return result, (before + self.slowness()) / 2
+
+
+def slower(stages: Stages, factor: float):
+    return stages.scaled(generator=factor, teacher=factor, learner=factor)
 
 
 # ---- real runs ----------------------------------------------------------------------------------
@@ -174,18 +204,22 @@ def main():
         def flags_of(flags):
             return COMMON + [part for flag in flags for part in (tail if flag == TAIL else [flag])]
 
-        seen = parse(flags_of(SEEN))
-        probe = Probe(seen)
-        stages = with_contention([seen, parse(flags_of([TAIL]))])
-        _, then = probe.around(make_run, flags_of(SEEN), 1, place / "seen")
-        stages = fitted(stages, seen, result_of(place / "seen"))
-        print(f"two busy cores slow each other by {stages.contention:.0%}\n{stages}\n")
+        alone, together = parse(flags_of(ALONE)), parse(flags_of(TOGETHER))
+        probe = Probe(alone)
+        _, then = probe.around(make_run, flags_of(ALONE), 1, place / "alone")
+        stages = measured([alone, parse(flags_of([TAIL]))])
+        stages = fitted(stages, alone, result_of(place / "alone"))
+        _, now = probe.around(make_run, flags_of(TOGETHER), 1, place / "together")
+        stages = slower(stages, now / then)
+        stages = slowed(stages, together, result_of(place / "together"))
+        then = now
+        parameters = sum(p.numel() for p in probe.serial.learner.parameters)
+        stages = replace(stages, exchange=(exchange_seconds(parameters), 0.0))
+        print(f"two busy cores slow each other by {stages.contention:.0%}\n{stages}\n", flush=True)
         rows = []
         for number, (name, (nodes, flags)) in enumerate(RUNS.items()):
             _, now = probe.around(make_run, flags_of(flags), nodes, place / str(number))
-            slower = now / then
-            scaled = stages.scaled(generator=slower, teacher=slower, learner=slower)
-            predicted = simulate(parse(flags_of(flags)), scaled, nodes)
+            predicted = simulate(parse(flags_of(flags)), slower(stages, now / then), nodes)
             rows.append(compare(name, predicted, result_of(place / str(number))))
     with open(RESULTS, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -200,7 +234,7 @@ def predict(directory: Path, flags: list[str]):
     """Calibrate with the run in `directory`, and predict it again with other `flags`."""
     config = parse(["--config", str(directory / "config.yaml")])
     run = result_of(directory)
-    stages = fitted(with_contention([config]), config, run)
+    stages = fitted(measured([config]), config, run)
     compare("itself", simulate(config, stages), run)
     other = parse(["--config", str(directory / "config.yaml"), *flags])
     result = simulate(other, stages)
