@@ -1,7 +1,9 @@
-"""What the simulation says where we cannot measure: `python -m experiments.simulate --paper`, `--scale`, `--plan`.
+"""What the simulation says where we cannot measure: `python -m experiments.simulate --paper`,
+`--scale`, `--plan`.
 
-Everything here is simulated, from peaks of an H100 and assumed efficiencies (experiments/stages.py). Response lengths are
-log-normal, cut at the longest (SPREAD: the standard deviation of their logarithm, assumed).
+Everything here is simulated, from peaks of an H100 and assumed efficiencies
+(experiments/stages.py). Response lengths are log-normal, cut at the longest (SPREAD: the standard
+deviation of their logarithm, assumed).
 """
 
 import csv
@@ -20,7 +22,7 @@ from experiments.stages import H100, Model
 RESULTS = Path(__file__).resolve().parent / "results"
 SPREAD = 0.8
 PROMPT = 512
-UPDATES, SKIP = 24, 8
+UPDATES, SKIP = 20, 8
 STRIDE = 256  # decode steps in one event
 PAPER = {"student": "1.7B", "teacher": "30B-A3B", "mean": 6144, "longest": 16_384, "batch": 256}
 
@@ -40,6 +42,7 @@ class Job:
     gpus: int = 8
     staleness: int = 4
     order: str = "batch"
+    updates: int = UPDATES
     own_lengths: bool = False  # decoding reads each slot's own keys, which this project's does not
 
 
@@ -103,7 +106,7 @@ def config_of(job: Job, split: Split, nodes=1):
         teacher_gpus=split.teacher_gpus,
         max_staleness=job.staleness,
         order=job.order,
-        steps=UPDATES,
+        steps=job.updates,
     )
 
 
@@ -243,7 +246,7 @@ def paper():
     write("simulated_paper.csv", rows)
 
 
-NODES = (1, 2, 4, 8, 16, 32, 64)
+NODES = (1, 4, 16, 64)
 
 
 def scale():
@@ -262,7 +265,7 @@ def scale():
         for name, (changes, options) in variants.items():
             for nodes in NODES:
                 batch = 256 * nodes if growth.endswith("node") else 1024
-                job = replace(Job(batch=batch), **changes)
+                job = replace(Job(batch=batch, updates=14), **changes)
                 rows.append(scaled_row(growth, name, nodes, job, split, options))
                 print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     write("simulated_nodes.csv", rows)

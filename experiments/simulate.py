@@ -1,17 +1,19 @@
 """A simulation of the pipeline: throughput, lag and busy fractions of runs that nobody made.
 
-    python -m experiments.simulate --validate     predicts eleven runs on this machine, makes them, compares
-    python -m experiments.simulate --paper        the paper's setting on 8 GPUs
-    python -m experiments.simulate --scale        1 to 64 nodes, and what would help there
-    python -m experiments.simulate --plan         the best split of 8 GPUs, for several pairs of models
-    python -m experiments.simulate --calibrate runs/x -- --max-staleness 4        a run like runs/x, with other flags
+    python -m experiments.simulate --validate    predict twelve runs on this machine, make them, compare
+    python -m experiments.simulate --paper       the paper's setting on 8 GPUs
+    python -m experiments.simulate --scale       1 to 64 nodes, and what would help there
+    python -m experiments.simulate --plan        the best split of 8 GPUs, for several pairs of models
+    python -m experiments.simulate --calibrate runs/x -- --max-staleness 4    like runs/x, other flags
 
-Time goes from event to event. Nothing is computed but times. The rules are the project's own: `Tickets` and `may_start` say
-which rollout may start, `take_rows` and `Generator.room` when slots are refilled, `ready_rows` what a teacher scores together,
-`row_batches` which rows share a forward pass. What a stage costs comes from experiments/stages.py, how long a response is from
-a list or from a distribution.
+Time goes from event to event. Nothing is computed but times. The rules are the project's own:
+`Tickets` and `may_start` say which rollout may start, `take_rows` and `Generator.room` when slots
+are refilled, `ready_rows` what a teacher scores together, `row_batches` which rows share a forward
+pass. What a stage costs comes from experiments/stages.py, how long a response is from a list or
+from a distribution.
 
-A process is a Python generator. It yields the seconds of work that it does next, or None while it has nothing to do.
+A process is a Python generator. It yields the seconds of work that it does next, or None while it
+has nothing to do.
 """
 
 import argparse
@@ -217,7 +219,7 @@ def config_on(node: int, nodes: int):
 
 
 class Node:
-    """The roles of one node, as generate.run, teacher.run and train.Run are without what they compute."""
+    """The roles of one node: generate.run, teacher.run, train.Run without what they compute."""
 
     def __init__(self, simulation, number: int):
         self.simulation, self.number = simulation, number

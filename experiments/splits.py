@@ -1,6 +1,7 @@
 """Shapes of models, and the splits of a node's GPUs between the roles that fit into memory.
 
-What fits is decided by the estimate of experiments/memory.py. Which one is the fastest: `python -m experiments.simulate --plan`.
+What fits is decided by the estimate of experiments/memory.py. Which one is the fastest: `python -m
+experiments.simulate --plan`.
 """
 
 from functools import cache

@@ -1,10 +1,10 @@
 """What the stages of the pipeline cost: seconds as functions of the work.
 
-`measured` times them on this machine, one thread each, in serial.Serial. `fitted` scales them so that the simulation of one
-finished run takes as long as that run did. `h100` computes them from peaks and assumed efficiencies; nothing was measured there.
+`measured` times them on this machine, one thread each, in serial.Serial. `fitted` scales them so
+that the simulation of one finished run takes as long as that run did. `h100` computes them from
+peaks and assumed efficiencies; nothing was measured there.
 """
 
-import json
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -162,7 +162,8 @@ def watch_serial(watch: Stopwatch, config: Config, updates: int):
 
 # ---- predicted for an H100 ----------------------------------------------------------------------
 
-FLOPS, BYTES, MEMORY = 989e12, 3.35e12, 80e9  # H100 SXM: NVIDIA's data sheet, bfloat16 without sparsity
+# H100 SXM: NVIDIA's data sheet, bfloat16 without sparsity
+FLOPS, BYTES, MEMORY = 989e12, 3.35e12, 80e9
 NETWORK = 50e9  # bytes/s and GPU between nodes: NVIDIA's DGX H100 has one 400 Gb/s adapter a GPU
 MATMUL, BANDWIDTH = 0.4, 0.6  # the parts of FLOPS and BYTES that are reached (assumed)
 EXPERTS = 0.5  # a mixture of experts reaches this part of MATMUL (assumed)
@@ -184,7 +185,7 @@ class Model:
 
 @dataclass(frozen=True)
 class H100:
-    """The costs of a node of H100s, in the place of Stages. No GPU was at hand: nothing is measured."""
+    """The costs of a node of H100s, in the place of Stages. Nothing is measured."""
 
     student: Model
     teacher: Model

@@ -1,14 +1,16 @@
-"""Does the simulation tell the truth? It predicts whole runs that its calibration has not seen, then they are made.
+"""Does the simulation tell the truth? It predicts whole runs that its calibration has not seen,
+then they are made.
 
     python -m experiments.simulate --validate
 
-The calibration sees the stages alone, on one thread, one synchronous run, and one asynchronous run for what the cores lose
-when they work at the same time. The runs that it predicts have other staleness,
-order, batch size, slots, generators, refresh, length mix and number of nodes. Their learning rate is 1e-9, so that the student
-keeps its lengths: the same tickets have the same lengths in the simulation. Goals: tokens/s within 10 %, lag within 0.2 updates.
+The calibration sees the stages alone, on one thread, one synchronous run, and one asynchronous run
+for what the cores lose when they work at the same time. The runs that it predicts have other
+staleness, order, batch size, slots, generators, refresh, length mix and number of nodes. Their
+learning rate is 1e-9, so that the student keeps its lengths: the same tickets have the same lengths
+in the simulation. Goals: tokens/s within 10 %, lag within 0.2 updates.
 
-The machine's own speed drifts by more than that within minutes. So a probe, a few updates of serial.Serial, runs before and
-after every run, and the costs are scaled by what it takes.
+The machine's own speed drifts by more than that within minutes. So a probe, a few updates of
+serial.Serial, runs before and after every run, and the costs are scaled by what it takes.
 """
 
 import csv
@@ -109,7 +111,7 @@ def slowed(stages: Stages, config: Config, run: Result, cores=CORES) -> Stages:
 
 
 def exchange_seconds(parameters: int) -> float:
-    """What two nodes on this machine need to meet and to add up a gradient, with nothing to wait for."""
+    """What two nodes on this machine need to meet and to add up a gradient."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         found = [pool.submit(exchange, node, store.port, parameters) for node in range(2)]
@@ -132,7 +134,7 @@ def exchange(node: int, port: int, parameters: int):
 
 
 class Probe:
-    """How fast is this machine now? `slowness`: what a few serial updates take, against the first time."""
+    """How fast is this machine now? `slowness`: seconds of a few updates, against the first."""
 
     def __init__(self, config: Config):
         torch.set_num_threads(1)

@@ -135,7 +135,7 @@ def test_torchrun_leaves_our_flags_to_us():
 def test_every_flag_in_the_readme_exists():
     from config import Config, new_option
 
-    known = {new_option(item).opts[0] for item in fields(Config)} | {"--config", "--help", "--standalone", "--nproc-per-node", "--shutdown-timeout", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
+    known = {new_option(item).opts[0] for item in fields(Config)} | {"--config", "--help", "--standalone", "--nproc-per-node", "--shutdown-timeout", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--plan"}
     known |= {"--model", "--json", "--seeds", "--threads", "--quick", "--starts", "--losses", "--out", "--run", "--lags"}  # generate.py, benchmarks
     # not an arrow of the picture, --row#-->
     assert set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)(?!#)\b", (ROOT / "README.md").read_text())) <= known
