@@ -280,7 +280,7 @@ def draw_nodes(path: Path, out: Path):
         column[1].minorticks_off()
     axes[0, 0].set_ylabel("tokens/s, a node")
     axes[1, 0].set_ylabel("waiting for other nodes, % of the time")
-    axes[0, 1].legend(fontsize=8)
+    axes[1, 0].legend(*axes[0, 0].get_legend_handles_labels(), loc="upper left", fontsize=8)
     figure.tight_layout()
     figure.savefig(out)
 

@@ -36,6 +36,14 @@ def place(monkeypatch, node, count):
     monkeypatch.setenv("GROUP_WORLD_SIZE", str(count))
 
 
+def close(channel):
+    """Files would be many: `select` takes numbers below 1,024, and pytest is one process."""
+    paths = channel.arguments[-1]
+    for number in [int(path.rsplit("/", 1)[1]) for path in paths] + [queue.fd for queue in (channel.to_generator, channel.to_learner, *channel.to_teachers)]:
+        os.close(number)
+    os.close(channel.watched)
+
+
 # ---- tickets ------------------------------------------------------------------------------------------
 
 
@@ -59,6 +67,7 @@ def test_the_nodes_together_issue_and_train_the_tickets_of_one(count, order, mon
             batch = books.batch(version)
             updates.append((version, channel.ticket[batch].tolist()))
             books.trained(batch)
+        close(channel)
         assert not books.trained_ahead or order == "arrival"
     for version in range(config.steps):
         tickets = sorted(ticket for at, some in updates if at == version for ticket in some)
@@ -85,7 +94,9 @@ def test_a_batch_that_the_nodes_cannot_share_equally_is_refused(monkeypatch):
 def test_tickets_trained_ahead_are_forgotten_with_several_nodes(monkeypatch):
     place(monkeypatch, 1, 2)
     config = Config(batch_size=4, order="arrival", max_prompt_tokens=8, max_new_tokens=8)
-    books = Tickets(config, make(config, 4), [Prompt("x", [1])], version=3, trained_ahead=[13, 14])
+    channel = make(config, 4)
+    books = Tickets(config, channel, [Prompt("x", [1])], version=3, trained_ahead=[13, 14])
+    close(channel)
     assert books.next == 13 and not books.trained_ahead
 
 
