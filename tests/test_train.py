@@ -212,7 +212,7 @@ def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path
     assert set(os.listdir("/dev/shm")) <= before
 
 
-@pytest.mark.parametrize("seed", [3, 7])  # of tests/kill.py; most hit rank 0, torchrun or the fork server while they start
+@pytest.mark.parametrize("seed", [3, pytest.param(7, marks=pytest.mark.slow)])  # of tests/kill.py; most hit rank 0, torchrun or the fork server while they start
 def test_a_process_killed_at_a_random_moment_ends_the_run(seed):
     assert trial(seed) == ""
 
@@ -253,7 +253,7 @@ class StubContext:
 @pytest.fixture
 def stub_roles(monkeypatch):
     """roles(exits) -> launch.Roles with its real signal handlers over processes that do not exist."""
-    handlers = {number: signal.getsignal(number) for number in fork_server.INTERRUPTS}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in fork_server.INTERRUPTS}  # a shell's background job ignores some
 
     def make(exits=()):
         monkeypatch.setattr(launch.mp, "start_processes", lambda *args, **kwargs: StubContext(exits))
@@ -318,7 +318,7 @@ def test_waiting_ends_when_torchrun_is_gone(stub_roles):
             wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP))])
 def test_a_signal_saves_and_leaves(number, pair, tmp_path):
     """To every process at once: what a terminal does, also when it is closed, and a cluster's scheduler at the time limit."""
     output = tmp_path / "run"
