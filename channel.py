@@ -295,12 +295,13 @@ class Tickets:
 
     def batch(self, version: int):
         """Rows of the update after `version`, in ticket order or as they came; None: not yet."""
-        size, nodes = self.config.batch_size, self.config.nodes
+        size = self.config.batch_size
+        own = size // self.config.nodes
         wanted = list(range(version * size, (version + 1) * size))  # of all nodes
         if self.config.order == "arrival":
-            wanted = list(self.scored)[: size // nodes]
+            wanted = list(self.scored)[:own]
         ready = [self.scored[ticket] for ticket in wanted if ticket in self.scored]
-        return ready if len(ready) == size // nodes else None
+        return ready if len(ready) == own else None
 
     def trained(self, rows: list[int]):
         """Free the rows of an update and remember their tickets."""

@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from config import InputError, from_torchrun
 
-BEAT, SILENCE = 5.0, 30.0  # seconds between two signs of life, and until a node counts as dead
+BEAT = 5.0  # seconds between two signs of life
+SILENCE = 30.0  # seconds without one, until a node counts as dead
 TRANSFER = timedelta(minutes=10)  # for the gradient, once all nodes have met
 WEEK = timedelta(days=7)  # ranks wait for their leader as long as rollouts take
 
@@ -44,8 +45,10 @@ class Interrupted(Exception):
 
 def join():
     """Connect the learner ranks that torchrun has started, if there are several."""
-    rank, world = from_torchrun("LOCAL_RANK", 0), from_torchrun("LOCAL_WORLD_SIZE", 1)
-    node, count = from_torchrun("GROUP_RANK", 0), from_torchrun("GROUP_WORLD_SIZE", 1)
+    rank = from_torchrun("LOCAL_RANK", 0)
+    world = from_torchrun("LOCAL_WORLD_SIZE", 1)
+    node = from_torchrun("GROUP_RANK", 0)
+    count = from_torchrun("GROUP_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count()
     if from_torchrun("WORLD_SIZE", 1) != world * count:
         raise InputError("the nodes have different --nproc-per-node: make them the same")
@@ -105,7 +108,10 @@ class Nodes:
     """
 
     def __init__(self, rank=0, world=1, node=0, count=1):
-        self.rank, self.world, self.node, self.count = rank, world, node, count
+        self.rank = rank
+        self.world = world
+        self.node = node
+        self.count = count
         self.ranks = self.peers = self.store = None
         self.waited = 0.0  # seconds for the others, before the last update
         self.heard = {}  # node -> (its last sign of life, when that was new)

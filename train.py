@@ -74,16 +74,17 @@ class Run:
         self.roles = Roles(config, channel, devices, self.held_out, self.tickets.lowest)
 
     def lead(self):
-        """Run the main loop. Whatever ends it, what was learned is saved, if ranks can agree."""
+        """Run the main loop. What was learned is saved, unless an update of several ranks broke."""
         reason = ""
         try:
             self.main_loop()
         except Interrupted:
             reason = "interrupted"
-        except RuntimeError as error:  # in the update: the ranks of this node are out of step
-            self.nodes.say(leaves=str(error))
+        except RuntimeError as error:  # in the update
             if self.nodes.world == 1:
                 self.leave(str(error))
+            else:  # the ranks are out of step, and cannot save together
+                self.nodes.say(leaves=str(error))
             error.add_note("Has a rank or a node died? torchrun says how.")
             raise
         except BaseException as error:
@@ -135,9 +136,12 @@ class Run:
 
     def wait_for_rows(self):
         """The rows of the next update. Raises Interrupted or RoleDied."""
-        while self.check() or not (rows := self.tickets.batch(self.learner.version)):
+        while True:
+            self.check()
+            rows = self.tickets.batch(self.learner.version)
+            if rows:
+                return rows
             self.tickets.receive(self.channel.to_learner.get_all(timeout=0.5))
-        return rows
 
     def check(self):
         """Raise Interrupted or RoleDied if there is nothing to wait for any more."""
@@ -203,6 +207,7 @@ def run_rank(nodes: Nodes):
     devices = role_devices(config, nodes.world)
     device = devices[nodes.rank]
     set_up_process(config, device, len(devices))
+    # Each leader checks its GPUs; node 0 decides for all.
     recompute, memory = broadcast(nodes.rank or plan_memory(config, nodes.world, devices))
     dtype = compute_dtype(config, device)
     model = load_model(str(checkpoint or config.student_path), torch.float32, device)

@@ -10,21 +10,19 @@ import csv
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 
 from experiments import memory, splits
-from experiments.simulate import Result, Simulation, config_on
-from experiments.stages import H100, Model
+from experiments.simulate import Result, Simulation, config_on, write
+from experiments.stages import H100, MEMORY, Model
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SPREAD = 0.8
 PROMPT = 512
 UPDATES, SKIP = 20, 8
 STRIDE = 256  # decode steps in one event
-PAPER = {"student": "1.7B", "teacher": "30B-A3B", "mean": 6144, "longest": 16_384, "batch": 256}
 
 
 # ---- the run to be simulated --------------------------------------------------------------------
@@ -32,13 +30,13 @@ PAPER = {"student": "1.7B", "teacher": "30B-A3B", "mean": 6144, "longest": 16_38
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained on one node's GPUs. `batch`: rollouts of an update, of all nodes."""
+    """What is to be trained on one node's GPUs. By default the paper's setting, its mean assumed."""
 
-    student: str = PAPER["student"]
-    teacher: str = PAPER["teacher"]
-    mean: int = PAPER["mean"]
-    longest: int = PAPER["longest"]
-    batch: int = PAPER["batch"]
+    student: str = "1.7B"
+    teacher: str = "30B-A3B"
+    mean: int = 6144  # response tokens
+    longest: int = 16_384
+    batch: int = 256  # rollouts of an update, of all nodes
     gpus: int = 8
     staleness: int = 4
     order: str = "batch"
@@ -129,11 +127,26 @@ def costs(job: Job, split: Split, kind=H100):
 # ---- the best split -----------------------------------------------------------------------------
 
 
+def fitting(job: Job, teacher_gpus: int):
+    """Every split of the GPUs that fits into memory."""
+    budgets = {max(tokens, PROMPT + job.longest): None for tokens in (16_384, 8192, 4096)}
+    choices = product((128, 64, 32, 16, 8), budgets, (False, True))
+    roles = product(range(1, job.gpus), repeat=2)
+    for (ranks, teachers), (slots, tokens, recompute) in product(roles, choices):
+        generators = job.gpus - ranks - teachers * teacher_gpus
+        if generators < 1 or job.batch % teachers:
+            continue
+        split = Split(ranks, generators, teachers, slots, tokens, recompute, teacher_gpus)
+        needed = memory.estimate(config_of(job, split), ranks, recompute, 2)
+        if max(needed) <= memory.USABLE * MEMORY:
+            yield split
+
+
 def candidates(job: Job):
     """Splits that fit into memory, those that should be fastest by a closed formula first."""
     found = []
     for teacher_gpus in (1, 2, 4):
-        for split in splits.fitting(job, config_of, Split, teacher_gpus):
+        for split in fitting(job, teacher_gpus):
             times = closed_form(job, split)
             total = max(times) if job.staleness else sum(times)
             found.append((total, sum(times), split))
@@ -172,20 +185,13 @@ def best(job: Job, tries: int = 4):
 # ---- questions ----------------------------------------------------------------------------------
 
 
-def write(name: str, rows: list[dict]):
-    with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def all_in_turn(job: Job, spread: float):
     """Tokens/s of synchronous training where all GPUs generate, then score, then learn.
 
     Nothing is charged for moving weights between the three, so real systems are slower.
     """
     gpus = job.gpus
-    split = next(one for one in candidates(replace(job, staleness=0)))
+    split = candidates(replace(job, staleness=0))[0]
     split = replace(split, generators=gpus, teachers=1, ranks=gpus)
     alone = costs(job, split, OnlyDecode)
     generating = simulated(replace(job, staleness=0), split, stages=alone, spread=spread)

@@ -17,6 +17,7 @@ has nothing to do.
 """
 
 import argparse
+import csv
 import heapq
 import itertools
 import sys
@@ -37,7 +38,8 @@ from model import row_batches
 from teacher import ready_rows
 
 Process = Iterator[float | None]
-ROTATION = 0.03  # seconds (assumed)
+ROTATION = 0.03  # seconds (assumed), see Cores
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 # ---- time ---------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ class Node:
     """The roles of one node: generate.run, teacher.run, train.Run without what they compute."""
 
     def __init__(self, simulation, number: int):
-        self.simulation, self.number = simulation, number
+        self.simulation = simulation
         self.config = config = on_node(simulation.config, number, simulation.nodes)
         self.stages: Stages = simulation.stages
         machine = simulation.machine
@@ -309,11 +311,13 @@ class Node:
         channel.version = 0
         tickets.issue(0)
         for version in range(self.config.steps):
-            while not (rows := self.simulation.batch(self, version)):
-                while not (scored := channel.to_learner.get_all()) and not self.simulation.pool:
-                    yield None
-                tickets.receive(scored)
-                if not scored:
+            rows = self.simulation.batch(self, version)
+            while not rows:
+                scored = channel.to_learner.get_all()
+                if scored or self.simulation.pool:
+                    tickets.receive(scored)
+                    rows = self.simulation.batch(self, version)
+                if not rows:
                     yield None
             yield stages.accumulate(self.passes(rows))
             ready = self.simulation.machine.now
@@ -417,6 +421,14 @@ class Simulation:
         }
         waited = sum(sum(node.waited[skip:]) for node in self.at) / self.nodes / elapsed
         return Result(tokens / elapsed, lags / tokens, busy, elapsed / (last + 1 - skip), waited)
+
+
+def write(name: str, rows: list[dict]):
+    """A CSV in experiments/results."""
+    with open(RESULTS / name, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # ---- the command line ---------------------------------------------------------------------------

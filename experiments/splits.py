@@ -1,24 +1,18 @@
-"""Shapes of models, and the splits of a node's GPUs between the roles that fit into memory.
-
-What fits is decided by the estimate of experiments/memory.py. Which one is the fastest: `python -m
-experiments.simulate --plan`.
-"""
+"""Shapes of the models that `python -m experiments.simulate --plan` knows."""
 
 from functools import cache
-from itertools import product
 from pathlib import Path
 
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from config import InputError
 from experiments import memory
-from experiments.stages import MEMORY
 
-estimate, model_size = memory.estimate, cache(memory.model_size)
-memory.model_size = model_size  # of each model once
+memory.model_size = cache(memory.model_size)  # of each model once
 
 VOCAB = 151_936
-SHAPES = {  # hidden, layers, MLP, query heads, key-value heads, size of a head, tied: the models' own config.json
+# The models' own config.json: hidden, layers, MLP, query heads, key-value heads, head size, tied.
+SHAPES = {
     "0.5B": (896, 24, 4864, 14, 2, 64, True),  # Qwen2.5; the others are Qwen3
     "1.5B": (1536, 28, 8960, 12, 2, 128, True),  # Qwen2.5
     "0.6B": (1024, 28, 3072, 16, 8, 128, True),
@@ -59,23 +53,3 @@ def idle_parameters(name):
     """Parameters that a token does not use."""
     hidden, layers, mlp, *_ = SHAPES[name]
     return layers * (EXPERTS - USED) * 3 * hidden * mlp if name == "30B-A3B" else 0
-
-
-def fitting(job, config_of, make_split, teacher_gpus):
-    """Every split of `job.gpus` that fits, the largest slots and micro-batches of each first."""
-    roles = [
-        (ranks, teachers, job.gpus - ranks - teachers * teacher_gpus)
-        for ranks, teachers in product(range(1, job.gpus), repeat=2)
-        if job.batch % teachers == 0
-    ]
-    for (ranks, teachers, generators), slots, tokens, recompute in product(
-        roles, (128, 64, 32, 16, 8), (16_384, 8192, 4096), (False, True)
-    ):
-        if generators < 1:
-            continue
-        if tokens < 512 + job.longest and tokens > 4096:
-            continue  # all of these are the same
-        tokens = max(tokens, 512 + job.longest)
-        split = make_split(ranks, generators, teachers, slots, tokens, recompute, teacher_gpus)
-        if max(estimate(config_of(job, split), ranks, recompute, 2)) <= memory.USABLE * MEMORY:
-            yield split

@@ -1,8 +1,7 @@
 """What the stages of the pipeline cost: seconds as functions of the work.
 
-`measured` times them on this machine, one thread each, in serial.Serial. `fitted` scales them so
-that the simulation of one finished run takes as long as that run did. `h100` computes them from
-peaks and assumed efficiencies; nothing was measured there.
+`Stages` are linear; `measured` times them on this machine, one thread each, in serial.Serial.
+`H100` computes them from peaks and assumed efficiencies; nothing was measured there.
 """
 
 import statistics

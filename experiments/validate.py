@@ -13,7 +13,6 @@ The machine's own speed drifts by more than that within minutes. So a probe, a f
 serial.Serial, runs before and after every run, and the costs are scaled by what it takes.
 """
 
-import csv
 import json
 import multiprocessing
 import os
@@ -35,16 +34,17 @@ from channel import Rollout
 from checks import load_tokenizer
 from config import Config, parse
 from data import load_prompts, prompt_of
-from experiments.simulate import Result, Simulation
+from experiments.simulate import Result, Simulation, write
 from experiments.stages import Stages, measured
 from generate import Sampler
 from nodes import Nodes
 from serial import Serial
 
-RESULTS = Path(__file__).resolve().parent / "results" / "simulated.csv"
-SPEED, LAG = 0.10, 0.2  # the goals: a part of tokens/s, updates
+SPEED = 0.10  # the goals: a part of tokens/s
+LAG = 0.2  # and updates
 CORES = 2
-STEPS, SKIP = 60, 10
+STEPS = 60
+SKIP = 10
 COMMON = ["--lr=1e-9", "--eval-every=0", "--cpu-threads=1", f"--steps={STEPS}"]
 ALONE = ["--max-staleness=0"]  # the calibration sees these two runs
 TOGETHER = ["--max-staleness=2", "--batch-size=48"]
@@ -223,10 +223,7 @@ def main():
             _, now = probe.around(make_run, flags_of(flags), nodes, place / str(number))
             predicted = simulate(parse(flags_of(flags)), slower(stages, now / then), nodes)
             rows.append(compare(name, predicted, result_of(place / str(number))))
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write("simulated.csv", rows)
     speed, lag = (max(abs(row[name]) for row in rows) for name in ("speed_error", "lag_error"))
     print(f"\nlargest errors: tokens/s {speed:.1%} (goal {SPEED:.0%}), lag {lag:.2f} (goal {LAG})")
     sys.exit(speed > SPEED or lag > LAG)
