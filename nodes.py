@@ -122,6 +122,7 @@ class Nodes:
         if count > 1 and rank == 0:
             self.store = dist.TCPStore(*store_address(), timeout=timedelta(seconds=SILENCE))
             self.say()
+            self.store.add(f"beat {node}", 1)  # before `check`, which keeps the store busy
             threading.Thread(target=self.beat, daemon=True).start()
 
     def tell(self, value=None):

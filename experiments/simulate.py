@@ -20,6 +20,7 @@ import argparse
 import csv
 import heapq
 import itertools
+import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ from model import row_batches
 from teacher import ready_rows
 
 Process = Iterator[float | None]
-ROTATION = 0.03  # seconds (assumed), see Cores
+MOVES = 0.15  # seconds, see Cores
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -107,17 +108,20 @@ class Cores(Machine):
 
     A process that goes on without a pause stays on its core. One that has waited goes to the core
     with the fewest. Those on one core share it. A core without any takes one from a core that has
-    several. Every ROTATION seconds a core passes one of several on to the core with the fewest: of
-    three processes on two cores each has a whole core in turn.
+    several. Now and then, every MOVES seconds on average, a core passes one of several on to the
+    core with the fewest: of three processes on two cores each has a whole core in turn. Runs with a
+    staleness of 3 and 96 rollouts an update have the lag of the simulation with these MOVES.
     """
 
-    def __init__(self, count: int, contention: float = 0.0):
-        """`contention`: by this part cores are slower while several are at work."""
+    def __init__(self, count: int, beside: float = 0.0, shared: float = 0.0):
+        """A core is slower by `beside` while others are busy, by `shared` with several processes."""
         super().__init__()
-        self.contention = contention
+        self.beside = beside
+        self.shared = shared
         self.cores: list[dict[Process, float]] = [{} for _ in range(count)]  # -> work left
         self.left: dict[Process, tuple] = {}  # -> (when it was done, on which core)
-        self.rotated = 0.0
+        self.random = random.Random(0)
+        self.next_move = 0.0
 
     def begin(self, process: Process, seconds: float):
         when, core = self.left.get(process, (-1.0, None))
@@ -127,23 +131,24 @@ class Cores(Machine):
 
     def balance(self):
         fullest, emptiest = max(self.cores, key=len), min(self.cores, key=len)
-        is_time = self.now - self.rotated > ROTATION
+        is_time = self.now > self.next_move
         if len(fullest) > 1 and (is_time or not emptiest) and fullest is not emptiest:
             moved = next(iter(fullest))  # the one that is there longest
             emptiest[moved] = fullest.pop(moved)
-            self.rotated = self.now
+            self.next_move = self.now + self.random.expovariate(1 / MOVES)
 
     def advance(self):
         self.balance()
         occupied = [core for core in self.cores if core]
-        slowness = 1.0 + self.contention * (len(occupied) > 1)
-        elapsed, core = min(
-            ((min(core.values()) * len(core), core) for core in occupied), key=lambda one: one[0]
-        )
-        self.now += elapsed * slowness
-        for other in occupied:
+        beside = self.beside * (len(occupied) > 1)
+        slowness = [len(c) * (1 + beside) * (1 + self.shared * (len(c) > 1)) for c in occupied]
+        times = [min(core.values()) * slow for core, slow in zip(occupied, slowness)]
+        elapsed = min(times)
+        core = occupied[times.index(elapsed)]
+        self.now += elapsed
+        for other, slow in zip(occupied, slowness):
             for process in other:
-                other[process] -= elapsed / len(other)
+                other[process] -= elapsed / slow
         process = min(core, key=core.get)
         del core[process]
         self.left[process] = self.now, core
@@ -362,7 +367,7 @@ class Simulation:
     def __post_init__(self):
         self.machine = Machine()
         if self.cores:
-            self.machine = Cores(self.cores, self.stages.contention)
+            self.machine = Cores(self.cores, *self.stages.crowding)
         self.arrived: dict[int, int] = {}
         self.updates: dict[int, list] = {}  # version -> [when, tokens, sum of their lags, nodes]
         self.marks: list[dict] = []  # busy seconds at the end of each update

@@ -29,7 +29,7 @@ class Stages:
     publishing: float
     picking_up: float
     exchange: tuple = (0.0, 0.0)  # between nodes: an update; a node
-    contention: float = 0.0
+    crowding: tuple = (0.0, 0.0)  # cores are slower: with another busy; with several processes
 
     def attended(self, lengths: list[int]):
         """Positions that each slot attends to: a masked step reads as many as the longest has."""
@@ -192,7 +192,7 @@ class H100:
     recompute: bool
     teacher_gpus: int = 1
     own_lengths: bool = False  # a decode step reads each slot's own keys, not the longest's
-    contention = 0.0
+    crowding = (0.0, 0.0)
 
     def attended(self, lengths: list[int]):
         return sum(lengths) / len(lengths) if self.own_lengths else max(lengths)

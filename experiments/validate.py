@@ -3,9 +3,9 @@ then they are made.
 
     python -m experiments.simulate --validate
 
-The calibration sees the stages alone, on one thread, one synchronous run, and one asynchronous run
-for what the cores lose when they work at the same time. The runs that it predicts have other
-staleness, order, batch size, slots, generators, refresh, length mix and number of nodes. Their
+The calibration sees the stages alone, on one thread, what two processes lose on two cores and on
+one, and one synchronous run. The runs that it predicts have other staleness, order, batch size,
+slots, generators, refresh, length mix and number of nodes. Their
 learning rate is 1e-9, so that the student keeps its lengths: the same tickets have the same lengths
 in the simulation. Goals: tokens/s within 10 %, lag within 0.2 updates.
 
@@ -46,8 +46,7 @@ CORES = 2
 STEPS = 60
 SKIP = 10
 COMMON = ["--lr=1e-9", "--eval-every=0", "--cpu-threads=1", f"--steps={STEPS}"]
-ALONE = ["--max-staleness=0"]  # the calibration sees these two runs
-TOGETHER = ["--max-staleness=2", "--batch-size=48"]
+ALONE = ["--max-staleness=0"]  # the run that the calibration sees
 TAIL = "tail"  # stands for the student whose responses have a long tail
 RUNS = {  # name -> (nodes, flags)
     "staleness 1": (1, []),
@@ -100,16 +99,6 @@ def fitted(stages: Stages, config: Config, run: Result, nodes=1, cores=CORES) ->
     return stages
 
 
-def slowed(stages: Stages, config: Config, run: Result, cores=CORES) -> Stages:
-    """Choose by how much busy cores slow each other, so that the simulation is as fast as `run`."""
-    low, high = 0.0, 0.5
-    for _ in range(12):
-        middle = (low + high) / 2
-        mine = simulate(config, replace(stages, contention=middle), cores=cores)
-        low, high = (middle, high) if mine.seconds < run.seconds else (low, middle)
-    return replace(stages, contention=low)
-
-
 def exchange_seconds(parameters: int) -> float:
     """What two nodes on this machine need to meet and to add up a gradient."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -159,6 +148,33 @@ class Probe:
         return result, (before + self.slowness()) / 2
 
 
+def updates_until(config: Config, began, stop):
+    probe = Probe(config)
+    began.set()
+    while not stop.is_set():
+        probe.serial.update()
+
+
+def crowding(config: Config, probe: Probe):
+    """How much slower is a process beside a busy core, and on one core with another process?"""
+    spawn = multiprocessing.get_context("spawn")
+    cores = os.sched_getaffinity(0)
+    found = []
+    for allowed in (cores, {min(cores)}):
+        os.sched_setaffinity(0, allowed)
+        began, stop = spawn.Event(), spawn.Event()
+        other = spawn.Process(target=updates_until, args=(config, began, stop))
+        other.start()
+        began.wait()
+        together = statistics.median(probe.slowness() for _ in range(5))
+        stop.set()
+        other.join()
+        alone = statistics.median(probe.slowness() for _ in range(5))
+        found.append(together / alone)
+    os.sched_setaffinity(0, cores)
+    return found[0] - 1, found[1] / 2 - 1
+
+
 def slower(stages: Stages, factor: float):
     return stages.scaled(generator=factor, teacher=factor, learner=factor)
 
@@ -206,18 +222,15 @@ def main():
         def flags_of(flags):
             return COMMON + [part for flag in flags for part in (tail if flag == TAIL else [flag])]
 
-        alone, together = parse(flags_of(ALONE)), parse(flags_of(TOGETHER))
+        alone = parse(flags_of(ALONE))
         probe = Probe(alone)
         _, then = probe.around(make_run, flags_of(ALONE), 1, place / "alone")
         stages = measured([alone, parse(flags_of([TAIL]))])
         stages = fitted(stages, alone, result_of(place / "alone"))
-        _, now = probe.around(make_run, flags_of(TOGETHER), 1, place / "together")
-        stages = slower(stages, now / then)
-        stages = slowed(stages, together, result_of(place / "together"))
-        then = now
         parameters = sum(p.numel() for p in probe.serial.learner.parameters)
-        stages = replace(stages, exchange=(exchange_seconds(parameters), 0.0))
-        print(f"two busy cores slow each other by {stages.contention:.0%}\n{stages}\n", flush=True)
+        exchange = exchange_seconds(parameters), 0.0
+        stages = replace(stages, exchange=exchange, crowding=crowding(alone, probe))
+        print(f"{stages}\n", flush=True)
         rows = []
         for number, (name, (nodes, flags)) in enumerate(RUNS.items()):
             _, now = probe.around(make_run, flags_of(flags), nodes, place / str(number))

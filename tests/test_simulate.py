@@ -110,21 +110,21 @@ def test_a_queue_counts_a_row_from_put_to_get():
 
 
 def test_processes_share_cores_as_linux_shares_them():
-    """Three that need 2, 4 and 6 seconds on two cores, which are a quarter slower while both work."""
+    """Three that need 2, 4 and 6 seconds on two cores, a quarter slower while both work, and half as fast with several."""
 
     def work(seconds):
         yield seconds
         while True:
             yield None
 
-    machine = Cores(2, contention=0.25)
+    machine = Cores(2, beside=0.25, shared=1.0)
     for seconds in (2.0, 4.0, 6.0):
         machine.add(0, work(seconds))
     when = []
     while machine.step():
         when.append(machine.now)
-    # 2 s and 6 s share a core, 4 s has the other: 4 s until both of the short ones are done. Of the 6 s, 4 are left then.
-    assert when == pytest.approx([1.25 * 4, 1.25 * 4, 1.25 * 4 + 4.0])
+    # 2 s and 6 s share a core, 4 s has the other and is done after 5 s. Each of those that share has done 1 s then, and has a core.
+    assert when == pytest.approx([1.25 * 4, 1.25 * 4 + 1.25, 1.25 * 4 + 1.25 + 4.0])
 
 
 def test_a_core_without_work_takes_some_from_a_full_one():

@@ -120,6 +120,7 @@ def test_two_synchronous_runs_with_one_seed_write_identical_losses(sync_run, pai
     assert [r["loss"] for r in metrics(tmp_path / "run")] == [r["loss"] for r in metrics(sync_run[0])]
 
 
+@pytest.mark.slow
 def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path):
     """Two prompts, nearly greedy: sequences recur. A hit was computed in another batch shape, hence float rounding."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "47+58="}\n')
@@ -157,6 +158,7 @@ def test_two_generators_in_arrival_order_train_to_the_end_with_lag(pair, tmp_pat
     assert not any("eval_accuracy" in r for r in records)
 
 
+@pytest.mark.slow
 def test_two_teachers_score_like_one(sync_run, pair, tmp_path):
     finish(start(tmp_path / "run", *pair, *SYNC, "--teachers=2"))
     for ours, one in zip(metrics(tmp_path / "run"), metrics(sync_run[0]), strict=True):
@@ -212,7 +214,8 @@ def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path
     assert set(os.listdir("/dev/shm")) <= before
 
 
-@pytest.mark.parametrize("seed", [3, pytest.param(7, marks=pytest.mark.slow)])  # of tests/kill.py; most hit rank 0, torchrun or the fork server while they start
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [3, 7])  # of tests/kill.py; most hit rank 0, torchrun or the fork server while they start
 def test_a_process_killed_at_a_random_moment_ends_the_run(seed):
     assert trial(seed) == ""
 
