@@ -254,11 +254,11 @@ def test_a_node_without_a_sign_of_life_is_dead_unless_it_was_done(meet_on, monke
     first.check()
     for _ in range(5):  # it beats, however long its update takes
         now[0] += 29.0
-        first.beat()
-        second.beat()
+        first.store.add("beat 0", 1)
+        second.store.add("beat 1", 1)
         first.check()
     now[0] += 31.0
-    first.beat()
+    first.store.add("beat 0", 1)
     with pytest.raises(RoleDied, match=r"node 1 \(.*\) is gone: no sign of life for 30 s"):
         first.check()
     second.say(leaves="")

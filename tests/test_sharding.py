@@ -107,7 +107,7 @@ def places(tmp_path_factory):
     return tmp_path_factory.mktemp("ranks")
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])  # in this order: four ranks continue what two have saved
+@pytest.mark.parametrize("world", [2, 4])  # in this order: four ranks continue what two have saved
 def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(world, of_one, places, model_dir, tokenizer):
     paths = {family: model_dir(family, seed=2) for family in ("qwen3", "llama")}
     count = sum(p.numel() for p in of_one[0][1].parameters)

@@ -201,7 +201,7 @@ def die_and_collect(process, victim, within=20.0):
 
 
 @pytest.mark.parametrize("victim, message", [
-    ("generator", "generator 0 died: .*SIGKILL"), ("teacher", "teacher 0 died: .*SIGKILL"), ("learner", r"exitcode *: -9 .*"),
+    pytest.param("generator", "generator 0 died: .*SIGKILL", marks=pytest.mark.slow), ("teacher", "teacher 0 died: .*SIGKILL"), ("learner", r"exitcode *: -9 .*"),
     ("rank 1", "a rank or a node died"),
 ])  # fmt: skip
 def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path):
