@@ -1,0 +1,247 @@
+"""Cut an assignment out of the source: `python -m course.build --out DIR` (or `make assignment`).
+
+    DIR/student/      what students get: the source with the exercises blank, public tests, grade.py
+    DIR/instructor/   solution/ (the student's tree with the solutions), hidden tests, the graders
+
+exercises.toml says what is blank. `--solved 3 7` leaves those exercises in, as for a course that
+does without them; their tests and points go too. DIR/student and DIR/instructor must not exist.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+from course import syntax
+
+COURSE = Path(__file__).resolve().parent
+ROOT = COURSE.parent
+ASSETS = ("*.json", "*.jinja", "*.safetensors")
+
+
+class Exercise:
+    """One entry of exercises.toml."""
+
+    def __init__(self, number, name, title, week, hours, functions, success, twins=(), docstrings=None):
+        self.number = number
+        self.name = name
+        self.title = title
+        self.week = week
+        self.hours = hours
+        self.functions = functions
+        self.success = success
+        self.twins = list(twins)
+        self.docstrings = docstrings or {}
+
+    @property
+    def slug(self):
+        return f"{self.number:02d}_{self.name}"
+
+    @property
+    def files(self):
+        """The files that a student edits for it."""
+        return sorted({place_of(name)[0] for name in self.functions})
+
+
+def place_of(name: str):
+    """(file, qualified name in it): "kernels.head.CandidateLoss.forward" -> kernels/head.py and
+    CandidateLoss.forward. The second is empty where `name` is a file's."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        path = "/".join(parts[:count]) + ".py"
+        if (ROOT / path).is_file() or (COURSE / "student" / path).is_file():
+            return path, ".".join(parts[count:])
+    raise KeyError(f"exercises.toml: no file has {name}")
+
+
+def read_toml():
+    return tomllib.loads((COURSE / "exercises.toml").read_text())
+
+
+def load_exercises():
+    return [Exercise(**one) for one in read_toml()["exercise"]]
+
+
+# ---- blanking ---------------------------------------------------------------------------------
+
+
+def blanked(files: dict, exercise: Exercise):
+    """The files (path -> text) with one exercise blank."""
+    files = dict(files)
+    docstrings = dict(exercise.docstrings)
+    stubs = {path: COURSE / "student" / path for path in exercise.files}
+    if all(stub.is_file() for stub in stubs.values()):  # a file that exists for the course alone
+        return files | {path: stub.read_text() for path, stub in stubs.items()}
+    messages = {name: f"exercise {exercise.number}: {exercise.title}" for name in exercise.functions}
+    messages |= {name: f"shows the answer to exercise {exercise.number}" for name in exercise.twins}
+    for name, message in messages.items():
+        path, inner = place_of(name)
+        files[path] = syntax.blank(files[path], inner, message, docstrings.pop(name, None))
+    for name, docstring in docstrings.items():
+        path, inner = place_of(name)
+        if inner:
+            files[path] = syntax.set_class_docstring(files[path], inner, docstring)
+        else:
+            files[path] = syntax.set_module_docstring(files[path], docstring)
+    return files
+
+
+def solution_files():
+    """path -> text of the student's Python files with every solution in."""
+    toml = read_toml()
+    files = {path: (ROOT / path).read_text() for path in toml["source"] if path.endswith(".py")}
+    for name, new in toml["replace"].items():
+        path, inner = place_of(name)
+        files[path] = syntax.graft(files[path], inner, new.lstrip())
+    return files | {"estimator.py": (COURSE / "instructor" / "estimator.py").read_text()}
+
+
+def all_blank(files: dict, exercises):
+    for exercise in exercises:
+        files = blanked(files, exercise)
+    return files
+
+
+def with_solutions(files: dict, solution: dict, names):
+    """The files with the functions `names` taken from the solution."""
+    files = dict(files)
+    for name in names:
+        path, inner = place_of(name)
+        files[path] = syntax.graft(files[path], inner, solution[path])
+    return files
+
+
+# ---- the two trees ----------------------------------------------------------------------------
+
+
+def copy(source: Path, target: Path):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def copy_tree(source: Path, target: Path):
+    """Without compiled leftovers."""
+    shutil.copytree(
+        source,
+        target,
+        ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".pytest_cache"),
+        copy_function=shutil.copyfile,
+    )
+
+
+def write_tree(tree: Path, files: dict, exercises):
+    """A student's tree with these Python files."""
+    copy_tree(COURSE / "student", tree)
+    for path in read_toml()["source"]:
+        if path not in files:
+            copy(ROOT / path, tree / path)
+    for path, text in files.items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_text(text)
+    for name in ("student", "teacher"):
+        for pattern in ASSETS:
+            for file in (ROOT / "assets" / name).glob(pattern):
+                copy(file, tree / "assets" / name / file.name)
+    for file in (COURSE / "tests").glob("*.py"):
+        if not file.name.startswith("test_"):
+            copy(file, tree / "tests" / file.name)
+    copy(COURSE / "fixture" / "rollouts.safetensors", tree / "tests" / "rollouts.safetensors")
+    for exercise in exercises:
+        copy(COURSE / f"{exercise.slug}.md", tree / "handouts" / f"{exercise.slug}.md")
+        test = f"test_{exercise.slug}.py"
+        copy(COURSE / "tests" / test, tree / "tests" / test)
+        picture = COURSE / "pictures" / f"{exercise.slug}.png"
+        if picture.exists():
+            copy(picture, tree / "handouts" / "pictures" / picture.name)
+    package = tree / "package.py"
+    names = sorted({path for exercise in exercises for path in exercise.files})
+    package.write_text(package.read_text().replace("FILES = ()", f"FILES = {tuple(names)!r}"))
+    readme = tree / "README.md"
+    readme.write_text(readme.read_text().replace("<!-- exercises -->", table(exercises)))
+
+
+def table(exercises):
+    """The exercises, for the student's README."""
+    lines = ["| | exercise | week | hours | you write, in |", "|---|---|---|---|---|"]
+    for one in exercises:
+        link = f"[{one.title}](handouts/{one.slug}.md)"
+        files = ", ".join(f"`{path}`" for path in one.files)
+        lines.append(f"| {one.number} | {link} | {one.week} | {one.hours} | {files} |")
+    return "\n".join(lines)
+
+
+def points_of(path: Path):
+    """test -> (points, whether it needs a GPU), from the decorator `worth` of each."""
+    found = {}
+    for name, node in syntax.functions(path.read_text()).items():
+        if name.startswith("test_"):
+            (call,) = node.decorator_list
+            needs = {keyword.arg: keyword.value.value for keyword in call.keywords}
+            found[name] = call.args[0].value, needs.get("gpu", False)
+    return found
+
+
+def points_toml(instructor: Path, exercises):
+    """points.toml: what every test is worth. grade_all.py reads it, so it can be edited."""
+    lines = ["# points of every test; `gpu`: it is graded where there is a GPU, and blocked elsewhere"]
+    for one in exercises:
+        lines += ["", f"[{one.slug}]", f"title = {toml_text(one.title)}"]
+        lines += [f"files = [{', '.join(map(toml_text, one.files))}]"]
+        places = {"public": instructor / "solution" / "tests", "hidden": instructor / "hidden"}
+        for kind, place in places.items():
+            lines.append(f"[{one.slug}.{kind}]")
+            for name, (points, gpu) in points_of(place / f"test_{one.slug}.py").items():
+                lines.append(f"{name} = {{ points = {points}{', gpu = true' * gpu} }}")
+    (instructor / "points.toml").write_text("\n".join(lines) + "\n")
+
+
+def toml_text(text: str):
+    return f'"{text}"'
+
+
+def build(out: Path, solved=()):
+    """Write both trees. Raises FileExistsError if one is there."""
+    exercises = load_exercises()
+    unknown = set(solved) - {one.number for one in exercises}
+    if unknown:
+        raise KeyError(f"--solved {sorted(unknown)}: there are 1 to {len(exercises)}")
+    exercises = [one for one in exercises if one.number not in solved]
+    for name in ("student", "instructor"):
+        if (out / name).exists():
+            raise FileExistsError(f"{out / name} exists: delete it or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    # Whole or not at all: what is interrupted leaves nothing.
+    with tempfile.TemporaryDirectory(dir=out) as place:
+        made = Path(place)
+        solution = solution_files()
+        write_tree(made / "student", all_blank(solution, exercises), exercises)
+        copy_tree(COURSE / "instructor", made / "instructor")
+        (made / "instructor" / "estimator.py").unlink()
+        write_tree(made / "instructor" / "solution", solution, exercises)
+        for exercise in exercises:
+            test = f"test_{exercise.slug}.py"
+            copy(COURSE / "hidden" / test, made / "instructor" / "hidden" / test)
+        copy_tree(made / "student", made / "instructor" / "clean")
+        points_toml(made / "instructor", exercises)
+        for name in ("student", "instructor"):
+            (made / name).rename(out / name)
+    return exercises
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("build/assignment"))
+    parser.add_argument("--solved", type=int, nargs="+", default=[], metavar="N")
+    args = parser.parse_args()
+    try:
+        exercises = build(args.out, args.solved)
+    except (FileExistsError, KeyError) as error:
+        sys.exit(f"course.build: error: {error.args[0]}")
+    print(f"{args.out}/student: {len(exercises)} exercises, none solved")
+    print(f"{args.out}/instructor: solutions, hidden tests, graders; read docs/teaching.md")
+
+
+if __name__ == "__main__":
+    main()

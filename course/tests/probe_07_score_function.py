@@ -1,0 +1,22 @@
+"""Exercise 7: score-function reverse KL."""
+
+import torch
+
+
+def loss_and_gradient(loss: str, settings: dict, s, t, b):
+    """(value [T], its derivative with respect to s [T,C]) of a loss of losses.LOSSES."""
+    from config import Config
+    from losses import LOSSES
+
+    s = s.clone().requires_grad_()
+    value = LOSSES[loss](Config(loss=loss, **settings)).value(s, t, b)
+    (gradient,) = torch.autograd.grad(value.sum(), s)
+    return value.detach(), gradient
+
+
+def reverse_kl_estimate(loss: str, settings: dict, s, t, b):
+    """Loss.reverse_kl of each position [T]."""
+    from config import Config
+    from losses import LOSSES
+
+    return LOSSES[loss](Config(loss=loss, **settings)).reverse_kl(s, t, b)
