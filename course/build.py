@@ -218,6 +218,8 @@ def build(out: Path, solved=()):
         solution = solution_files()
         write_tree(made / "student", all_blank(solution, exercises), exercises)
         copy_tree(COURSE / "instructor", made / "instructor")
+        for name in ("setup.sh", "run_autograder"):
+            (made / "instructor" / name).chmod(0o755)
         (made / "instructor" / "estimator.py").unlink()
         write_tree(made / "instructor" / "solution", solution, exercises)
         for exercise in exercises:
@@ -225,6 +227,10 @@ def build(out: Path, solved=()):
             copy(COURSE / "hidden" / test, made / "instructor" / "hidden" / test)
         copy_tree(made / "student", made / "instructor" / "clean")
         points_toml(made / "instructor", exercises)
+        bundle = made / "instructor" / "classroom50"  # students can download it: no hidden tests
+        copy_tree(made / "student", bundle / "clean")
+        for name in ("grade_all.py", "sandbox.py", "points.toml"):
+            copy(made / "instructor" / name, bundle / name)
         for name in ("student", "instructor"):
             (made / name).rename(out / name)
     return exercises

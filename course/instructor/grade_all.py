@@ -2,6 +2,7 @@
 
     python grade_all.py submissions/*                   table, grades.json and report.json
     python grade_all.py alice bob --exercises 6 7       these exercises only
+    python grade_all.py alice --public                  the public tests only
     python grade_all.py DIR --gradescope results.json   one submission, for Gradescope
 
 Of a submission only the files that a student may edit count. They go into a clean tree. Every test
@@ -25,7 +26,9 @@ import tempfile
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "clean" / "tests")]
@@ -101,7 +104,7 @@ def grade(submission: Path, exercises: dict, nursery, limit: float = LIMIT):
         sha, notes = clean_tree(submission, tree, files)
         for slug, exercise in exercises.items():
             for kind, where in KINDS.items():
-                tests = tests_of(where / f"test_{slug}.py")
+                tests = tests_of(where / f"test_{slug}.py") if exercise[kind] else {}
                 for name, worth in exercise[kind].items():
                     status, message, seconds = run_test(nursery, tree, tests[name], limit)
                     report.append(
@@ -182,7 +185,8 @@ def write_json(path: Path, value):
 # ---- the command line -------------------------------------------------------------------------
 
 
-def chosen(numbers):
+def chosen(numbers, only_public=False):
+    """slug -> its table of points.toml, with the tests that are to run."""
     exercises = tomllib.loads((HERE / "points.toml").read_text())
     if numbers:
         known = {int(slug[:2]) for slug in exercises}
@@ -190,6 +194,9 @@ def chosen(numbers):
         if unknown:
             raise UsageError(f"--exercises {unknown}: there are {sorted(known)}")
         exercises = {slug: one for slug, one in exercises.items() if int(slug[:2]) in numbers}
+    if only_public:
+        for exercise in exercises.values():
+            exercise["hidden"] = {}
     return exercises
 
 
@@ -207,14 +214,20 @@ def grade_class(paths, exercises, jobs, limit):
     """name -> report, in the order of `paths`. `jobs` submissions at a time."""
     if os.geteuid() == 0:
         HERE.chmod(0o700)  # closed to the user that submissions run as
-    with Nursery() as nursery:
-        print(f"submissions are guarded by: {nursery.guards}", file=sys.stderr)
+    free = SimpleQueue()
 
     def one(path):
-        with Nursery() as nursery:
+        nursery = free.get()
+        try:
             return grade(path, exercises, nursery, limit)
+        finally:
+            free.put(nursery)
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
+        for _ in range(jobs):
+            nursery = stack.enter_context(Nursery())
+            free.put(nursery)
+        print(f"submissions are guarded by: {nursery.guards}", file=sys.stderr)
         reports = {}
         for path, report in zip(paths, pool.map(one, paths)):
             reports[path.resolve().name] = report
@@ -230,13 +243,14 @@ def main(argv=None):
     parser.add_argument("submissions", type=Path, nargs="+", metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("."), help="where the JSON files go")
     parser.add_argument("--exercises", type=int, nargs="+", default=[], metavar="N")
+    parser.add_argument("--public", action="store_true", help="the public tests only")
     parser.add_argument("--jobs", type=int, default=1, help="submissions at a time")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a test")
     parser.add_argument("--gradescope", type=Path, help="write Gradescope's results.json here")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
-        exercises = chosen(args.exercises)
+        exercises = chosen(args.exercises, args.public)
         check_directories(args.submissions)
         if args.gradescope and len(args.submissions) > 1:
             raise UsageError("--gradescope takes one submission")

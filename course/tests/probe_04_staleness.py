@@ -1,1 +1,105 @@
-"""Exercise 04."""
+"""Exercise 4: the staleness rule."""
+
+import os
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+MOST_ROUNDS = 2000  # of a pipeline; then it counts as standing still
+
+
+class TicketQueue(list):
+    """What channel.RowQueue is to Tickets."""
+
+    def put(self, rows):
+        self.extend(rows)
+
+
+def on_node(node: int, nodes: int):
+    """Inside of this `with`, a Config believes to be on node `node` of `nodes`."""
+    return mock.patch.dict(os.environ, GROUP_RANK=str(node), GROUP_WORLD_SIZE=str(nodes))
+
+
+def new_tickets(config):
+    """channel.Tickets on a table of its own."""
+    from channel import Tickets
+    from data import Prompt
+
+    rows = config.table_rows
+    table = SimpleNamespace(
+        tokens=torch.zeros(rows, 4, dtype=torch.int32),
+        prompt_len=torch.zeros(rows, dtype=torch.int32),
+        ticket=torch.zeros(rows, dtype=torch.int64),
+        to_generator=TicketQueue(),
+    )
+    return Tickets(config, table, [Prompt("1", [1])])
+
+
+def admitted(settings: dict, version: int, count: int, node: int = 0, nodes: int = 1):
+    """The tickets below `count` that may_start admits to weights of `version`."""
+    from channel import may_start
+    from config import Config
+
+    with on_node(node, nodes):
+        config = Config(**settings)
+        return [ticket for ticket in range(count) if may_start(ticket, version, config)]
+
+
+def batches(settings: dict, version: int, arrivals, node: int = 0, nodes: int = 1):
+    """What Tickets.batch returns after each arrival. `arrivals`: pairs of a ticket and its row."""
+    from config import Config
+
+    with on_node(node, nodes):
+        tickets = new_tickets(Config(**settings))
+        found = []
+        for ticket, row in arrivals:
+            tickets.channel.ticket[row] = ticket
+            tickets.receive([row])
+            rows = tickets.batch(version)
+            found.append(None if rows is None else [int(one) for one in rows])
+        return found
+
+
+def pipeline(settings: dict, responses: list[int], training: int):
+    """A run without models: one entry (update, ticket, version that sampled it, round) a rollout.
+
+    Time passes in rounds. The rollout of a ticket takes responses[ticket % len(responses)] of them,
+    an update takes `training`. Scoring takes none. As in train.py, a ticket may start on the
+    weights that the generator has, and these change when the refresh of the settings allows it.
+    """
+    from channel import may_start
+    from config import Config
+
+    config = Config(**settings)
+    tickets = new_tickets(config)
+    table = tickets.channel
+    version = weights = 0  # of the learner, of the generator
+    active, sampled_by, in_training, trained = {}, {}, [], []
+    until = None  # the round in which the update at hand ends
+    tickets.issue(version)
+    for now in range(MOST_ROUNDS):
+        if until == now:
+            tickets.trained(in_training)
+            version, until = version + 1, None
+            if version == config.steps:
+                break
+            tickets.issue(version)
+        if config.refresh == "in_flight" or not active:
+            weights = version
+        while table.to_generator and len(active) < config.slots:
+            row = table.to_generator[0]
+            ticket = int(table.ticket[row])
+            if not may_start(ticket, weights, config):
+                break
+            table.to_generator.pop(0)
+            active[row] = now + responses[ticket % len(responses)]
+            sampled_by[ticket] = weights
+        done = [row for row, end in active.items() if end == now + 1]
+        active = {row: end for row, end in active.items() if row not in done}
+        tickets.receive(done)
+        if until is None and (rows := tickets.batch(version)):
+            in_training, until = rows, now + 1 + training
+            of_rows = [int(table.ticket[row]) for row in rows]
+            trained += [(version, ticket, sampled_by[ticket], now) for ticket in of_rows]
+    return trained

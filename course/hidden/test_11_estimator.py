@@ -1,0 +1,69 @@
+"""Hidden tests of exercise 11."""
+
+import math
+
+import torch
+
+from claims import check, close, worth
+from test_11_estimator import check_mean, check_variance, columns_of, situation
+
+
+@worth(1)
+def test_the_mean_gradient_is_exact_elsewhere(student):
+    """The mean gradient is exact at flat distributions, peaked ones and larger lags, too."""
+    for seed, slope, lag in ((4, 0.3, 1.0), (5, 1.5, 0.0), (6, 1.5, 1.0)):
+        s, t, b = situation(seed, slope, lag)
+        check_mean(student, s, t, b, seed, f"at slope {slope} and lag {lag}")
+
+
+@worth(1)
+def test_positions_do_not_mix(student):
+    """Each position has a value of its own, as if it were alone."""
+    width = sum(columns_of(student))
+    random = torch.Generator().manual_seed(7)
+    tables = -3 * torch.rand(3, 9, width, generator=random, dtype=torch.float64) - 0.1
+    value, c = student.estimator_gradient(*tables)
+    alone, c_alone = student.estimator_gradient(*tables[:, 3:4])
+    close(alone, value[3:4], "the value of a position that is alone")
+    close(c_alone, c[3:4], "the derivative of a position that is alone")
+
+
+@worth(1)
+def test_its_variance_is_below_half(student):
+    """Its variance is below half of that of 32 plain draws, without lag and with it."""
+    for seed, slope, lag in ((8, 1.5, 0.0), (9, 1.5, 0.7), (10, 1.8, 0.7)):
+        s, t, b = situation(seed, slope, lag)
+        check_variance(student, s, t, b, seed, 0.5, f"at slope {slope} and lag {lag}")
+
+
+@worth(1)
+def test_it_is_finite_at_the_edges(student):
+    """In float32 the derivative is finite where ratios are e^40 or e^-60, where all draws agree,
+    where student and teacher agree, and where the top has all of the mass."""
+    draws, top, tail = columns_of(student)
+    is_top = torch.zeros(draws + top + tail, dtype=torch.bool)
+    is_top[draws : draws + top] = True
+    at_top = math.log(0.5 / max(1, top))
+
+    def table(of_top, of_others):
+        return torch.where(is_top, float(of_top), float(of_others))[None]
+
+    cases = {
+        "where ratios are e^40": (
+            table(at_top, -5.0), table(-2.0, -9.0), table(at_top - 40.0, -45.0),
+        ),
+        "where ratios are e^-60": (
+            table(at_top - 60.0, -65.0), table(-2.0, -9.0), table(at_top, -5.0),
+        ),
+        "where s and b are below -100": (
+            table(at_top, -130.0), table(-2.0, -9.0), table(at_top, -140.0),
+        ),
+        "where student and teacher agree": (table(at_top, -5.0),) * 3,
+        "where the top has all of the mass": (
+            table(at_top + math.log(2), -40.0), table(-2.0, -9.0), table(at_top, -3.0),
+        ),
+    }  # fmt: skip
+    for where, tables in cases.items():
+        value, c = student.estimator_gradient(*tables)
+        is_finite = value.isfinite().all() and c.isfinite().all()
+        check(bool(is_finite), f"{where} the value or the derivative is not a finite number")

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Gradescope runs this once, when it builds the image (Ubuntu, as root).
+set -euo pipefail
+apt-get update
+apt-get install -y python3 python3-venv
+python3 -m venv /opt/grader
+export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+/opt/grader/bin/python -m pip install --no-cache-dir --requirement /autograder/source/clean/requirements.txt

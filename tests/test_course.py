@@ -1,0 +1,382 @@
+"""The course kit: what students get, what is graded, and what a submission cannot do."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from course import build, mutants, syntax
+
+EXERCISES = build.load_exercises()
+NUMBERS = [one.number for one in EXERCISES]
+COMMON = 12  # characters; shorter lines say nothing about a solution
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    """Where the assignment was built."""
+    out = tmp_path_factory.mktemp("assignment")
+    os.chmod(out, 0o755)
+    build.build(out)
+    return out
+
+
+def grade(trees, submissions, *flags):
+    """What grade_all.py writes: name -> report, name -> grades."""
+    out = trees / "grades"
+    command = [sys.executable, trees / "instructor" / "grade_all.py", *submissions, "--out", out, *flags]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=trees)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return tuple(json.loads((out / name).read_text()) for name in ("report.json", "grades.json"))
+
+
+def submission(place: Path, files: dict):
+    """A directory with these files, path -> text."""
+    place.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).write_text(text)
+    return place
+
+
+# ---- what students get --------------------------------------------------------------------------------
+
+
+def test_every_exercise_has_its_handout_tests_and_ten_points():
+    for one in EXERCISES:
+        points = 0
+        for kind in ("tests", "hidden"):
+            found = build.points_of(build.COURSE / kind / f"test_{one.slug}.py")
+            assert found, (one.slug, kind)
+            points += sum(worth for worth, _ in found.values())
+        assert points == 10, (one.slug, points)
+        handout = (build.COURSE / f"{one.slug}.md").read_text()
+        for heading in ("## The idea", "## What to write", "## How it is graded", "## The experiment", "## Questions", "## To read"):
+            assert heading in handout, (one.slug, heading)
+
+
+def test_every_function_that_is_to_be_written_is_blank_and_still_has_its_signature(trees):
+    for one in EXERCISES:
+        for name in (*one.functions, *one.twins):
+            path, inner = build.place_of(name)
+            text = (trees / "student" / path).read_text()
+            node = syntax.function(text, inner)
+            *_, last = node.body
+            assert isinstance(last, ast.Raise) and len(node.body) <= 2, name
+            solved = syntax.function((trees / "instructor" / "solution" / path).read_text(), inner)
+            assert ast.dump(node.args) == ast.dump(solved.args), name
+
+
+def solution_lines():
+    """stripped line -> the functions whose solution it stands in."""
+    files = build.solution_files()
+    found = {}
+    for one in EXERCISES:
+        for name in (*one.functions, *one.twins):
+            path, inner = build.place_of(name)
+            for line in syntax.body_lines(files[path], inner):
+                found.setdefault(line, []).append(name)
+    return found
+
+
+def lines_beside_the_solutions():
+    """Lines of the source that no exercise blanks."""
+    blank = build.all_blank(build.solution_files(), EXERCISES)
+    return {line.strip() for text in blank.values() for line in text.splitlines()}
+
+
+def test_no_line_of_a_solution_stands_anywhere_in_what_students_get(trees):
+    """What also stands elsewhere in the source is listed: each was looked at, and gives nothing away."""
+    harmless = {
+        "super().__init__(config)", "total += value.sum(dtype=torch.float64)", "return value.detach(), s.detach(), gradient",
+        "d = (s - t).detach()", "size = self.config.batch_size", "weight = (s - b).detach().exp()",
+    }  # fmt: skip
+    lines = {line: names for line, names in solution_lines().items() if len(line) > COMMON and line not in harmless}
+    for path in (trees / "student").rglob("*"):
+        if path.is_file() and path.suffix in (".py", ".md", ".yml", ".toml", ""):
+            for number, line in enumerate(path.read_text(errors="ignore").splitlines(), 1):
+                assert line.strip() not in lines, f"{path}:{number} shows {lines[line.strip()]}: {line.strip()}"
+
+
+def test_what_students_get_has_no_history_no_leftovers_and_no_hidden_tests(trees):
+    for tree in ("student", "instructor/classroom50"):
+        names = [path.relative_to(trees) for path in (trees / tree).rglob("*")]
+        for name in names:
+            assert not {".git", "__pycache__", ".pytest_cache", "hidden", "solution", "wrong"} & set(name.parts), name
+            assert name.suffix != ".pyc" and name.name != "points.toml" or tree != "student", name
+    hidden = {path.read_text() for path in (trees / "instructor" / "hidden").glob("*.py")}
+    assert len(hidden) == len(EXERCISES)
+    assert not any(path.read_text() in hidden for path in (trees / "student").rglob("*.py"))
+
+
+def test_links_of_the_students_pages_lead_somewhere(trees):
+    for page in (trees / "student").rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_an_assignment_is_never_overwritten(trees):
+    result = subprocess.run([sys.executable, "-m", "course.build", "--out", trees], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "exists: delete it or give another --out" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_exercises_that_a_course_does_without_are_left_in(tmp_path):
+    build.build(tmp_path, solved=[3, 10])
+    assert not (tmp_path / "student" / "handouts" / "03_cache.md").exists()
+    solved = (tmp_path / "student" / "attention.py").read_text()
+    assert solved == (ROOT / "attention.py").read_text()
+    with pytest.raises(KeyError, match=r"\[99\]"):
+        build.build(tmp_path / "again", solved=[99])
+
+
+def test_without_the_kernel_a_gpu_runs_plain_torch(trees):
+    """Else a fused kernel would hide a blank loss."""
+    code = """
+import torch
+from types import SimpleNamespace
+from kernels.head import uses_triton
+assert uses_triton(SimpleNamespace(is_cuda=True, dtype=torch.float32)) is False
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=trees / "student", check=True)
+
+
+def test_the_frozen_rollouts_are_those_that_the_program_makes():
+    """course/fixture/make.py, without writing."""
+    from safetensors.torch import load_file
+
+    from config import Config
+    from teacher import Teacher
+
+    table = load_file(ROOT / "course" / "fixture" / "rollouts.safetensors")
+    assert set(Config.__dataclass_fields__) and Teacher  # the names that the probes use
+    assert table["candidate_ids"].shape == (12, 40, 9)
+    ids = table["tokens"][0, table["prompt_len"][0] : table["length"][0]]
+    assert ids.tolist() == table["candidate_ids"][0, : len(ids), 0].tolist()
+
+
+# ---- grading ------------------------------------------------------------------------------------------
+
+QUICK = (4, 6, 7)  # exercises without a model
+
+
+def alone(number):
+    """The student's files with one exercise solved."""
+    solution = build.solution_files()
+    (exercise,) = (one for one in EXERCISES if one.number == number)
+    return build.with_solutions(build.all_blank(solution, EXERCISES), solution, exercise.functions)
+
+
+def check_scores(trees, tmp_path, numbers):
+    """Stubs score nothing, solutions everything, one solution alone exactly its own points."""
+    places = [submission(tmp_path / f"only_{number}", alone(number)) for number in numbers]
+    flags = ["--exercises", *map(str, numbers)]
+    trees_of_all = [trees / "student", trees / "instructor" / "solution"]
+    reports, grades = grade(trees, [*trees_of_all, *places], *flags)
+    wrong = [one for one in reports["solution"]["tests"] if one["status"] not in ("passed", "blocked")]
+    assert not wrong
+    assert grades["solution"]["points"] == grades["solution"]["max"] > 0
+    assert grades["student"]["points"] == 0
+    assert all(one["status"] in ("failed", "blocked") for one in reports["student"]["tests"])
+    for number in numbers:
+        for slug, one in grades[f"only_{number}"]["exercises"].items():
+            assert one["points"] == (one["max"] if int(slug[:2]) == number else 0), (number, slug, one)
+
+
+def test_stubs_score_nothing_and_each_solution_its_own_points(trees, tmp_path):
+    check_scores(trees, tmp_path, QUICK)
+
+
+@pytest.mark.slow
+def test_the_whole_course_stubs_score_nothing_and_each_solution_its_own_points(trees, tmp_path):
+    check_scores(trees, tmp_path, NUMBERS)
+
+
+def test_a_student_is_told_which_claim_failed_and_why(trees, tmp_path):
+    tree = submission(tmp_path / "tree", {})
+    build.copy_tree(trees / "student", tree / "student")
+    (tree / "student" / "losses.py").write_text(alone(6)["losses.py"].replace("(t.exp() * (t - s)).sum(-1)", "(s.exp() * (t - s)).sum(-1)"))
+    result = subprocess.run([sys.executable, "grade.py", "6"], cwd=tree / "student", capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "failed" in result.stdout and "why:" in result.stdout and "is right" in result.stdout
+    result = subprocess.run([sys.executable, "grade.py", "99"], cwd=tree / "student", capture_output=True, text=True)
+    assert "no exercise 99" in result.stderr
+
+
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda one: one.slug)
+def test_there_are_wrong_solutions_and_each_is_one_edit_of_the_right_one(exercise):
+    wrongs = mutants.load(exercise)
+    assert len(wrongs) >= 4
+    for wrong in wrongs:
+        path, text = mutants.mutated(build.solution_files(), wrong)
+        ast.parse(text)
+        assert wrong.function in exercise.functions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exercise", EXERCISES, ids=lambda one: one.slug)
+def test_every_wrong_solution_fails(exercise):
+    for wrong, failed in mutants.graded(exercise, mutants.load(exercise)):
+        assert not mutants.problem(wrong, failed), wrong.name
+
+
+# ---- attacks on the grader ----------------------------------------------------------------------------
+
+READ_HIDDEN = """
+found = []
+for way in (lambda p: open(p).read(), lambda p: __import__("pathlib").Path(p).read_text(),
+            lambda p: os.read(os.open(p, os.O_RDONLY), 10_000).decode(),
+            lambda p: bytes(torch.from_file(p, size=200, dtype=torch.uint8).tolist()).decode(),
+            lambda p: np.fromfile(p, dtype=np.uint8).tobytes().decode()):
+    try:
+        found.append(way(PATH))
+    except BaseException:
+        pass
+raise RuntimeError("SECRET " + " ".join(found) if found else "nothing found")
+"""
+ATTACKS = {  # name -> what stands at the end of losses.py, or in the body of SampledReverseKL.value
+    "prints": 'print("7 of 7 points", flush=True)\nos.write(1, b"passed " * 100)',
+    "sleeps": ("value", "import time; time.sleep(1000)"),
+    "spins": ("value", "while True: pass"),
+    "forks": "os.fork()",
+    "forks_below_the_hook": """
+import _posixsubprocess, ctypes
+r, w = os.pipe()
+_posixsubprocess.fork_exec([b"sleep", b"987654"], (b"/usr/bin/sleep", b"/bin/sleep"), True, (w,), None, None, -1, -1, -1, -1, -1, -1, r, w,
+                           True, True, -1, None, None, None, -1, None, False)
+""",
+    "starts_a_shell": 'import subprocess; subprocess.run("echo passed", shell=True)\nos.system("true")',
+    "edits_the_tests": 'open(HERE + "/tests/claims.py", "w").write("def check(*_): pass")',
+    "edits_the_probes": 'import probes\nprobes.loss_and_gradient = lambda *_: (torch.zeros(6), torch.zeros(6, 1))',
+    "exits_early": "sys.exit(0)",
+    "exits_hard": "os._exit(0)",
+    "exits_in_the_test": ("value", "import os; os._exit(0)"),
+    "patches_pytest": 'import pytest\npytest.main = lambda *_, **__: 0\nsys.modules["grading"] = sys.modules["claims"] = pytest',
+    "patches_torch": "torch.autograd.grad = lambda *_, **__: (torch.zeros(6, 1),)\ntorch.allclose = lambda *_, **__: True",
+    "kills_the_grader": 'import signal\nfor pid in (os.getppid(), os.getpgid(0), 1): os.kill(pid, signal.SIGKILL)',
+    "kills_everything": "os.kill(-1, 9)",
+    "kills_by_number": 'import ctypes; ctypes.CDLL(None).kill(os.getppid(), 9)',
+    "answers_for_itself": """
+for fd in range(3, 64):
+    try:
+        os.write(fd, b"\\0" * 8 + b"passed")
+    except OSError:
+        pass
+""",
+    "sends_code": """
+import pickle
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch " + HERE + "/../bomb",)
+torch.save = lambda value, file: file.write(pickle.dumps(("value", Bomb())))
+""",
+    "kills_past_the_hook": "import signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
+    "takes_all_memory": ("value", "import torch; return torch.ones(2**38)"),
+    "recurses": ("value", "return self.value(s, t, b)"),
+    "reads_the_hidden_tests": READ_HIDDEN,
+    "imports_the_solution": 'sys.path.insert(0, SOLUTION)\nfor name in [*sys.modules]:\n'
+                            '    if name == "losses": del sys.modules[name]\nfrom losses import *',
+    "asks_the_network": 'import socket; socket.create_connection(("127.0.0.1", 9), timeout=1)',
+    "raises_everything": "raise BaseException('no')",
+    "is_no_python": "def (:",
+}  # fmt: skip
+
+
+def attack_files(trees, attack):
+    """losses.py of an attacker who has not solved the exercise."""
+    text = (trees / "student" / "losses.py").read_text()
+    if isinstance(attack, tuple):
+        (exercise,) = (one for one in EXERCISES if one.number == 7)
+        message = f'raise NotImplementedError("exercise 7: {exercise.title}")'
+        before, after = text.split("class SampledReverseKL")
+        return {"losses.py": before + "class SampledReverseKL" + after.replace(message, attack[1], 1)}
+    names = {"PATH": trees / "instructor" / "hidden" / "test_07_score_function.py", "SOLUTION": trees / "instructor" / "solution"}
+    header = "import os, sys\nimport numpy as np\nimport torch\nHERE = os.path.dirname(os.path.abspath(__file__))\n"
+    header += "".join(f"{name} = {str(path)!r}\n" for name, path in names.items())
+    return {"losses.py": text + "\n" + header + attack}
+
+
+def processes():
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            found.append((entry / "cmdline").read_bytes())
+        except OSError:
+            pass
+    return found
+
+
+def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_path):
+    """What can be seen of it is in the report, and the honest submission that comes last has its points."""
+    places = [submission(tmp_path / name, attack_files(trees, attack)) for name, attack in ATTACKS.items()]
+    for place in places:
+        submission(place, {"tests/claims.py": "def check(*_): pass", "tests/test_07_score_function.py": ""})
+    linked = submission(tmp_path / "links_to_the_solution", {})
+    (linked / "losses.py").symlink_to(trees / "instructor" / "solution" / "losses.py")
+    around = submission(tmp_path / "goes_around", {})
+    (around / "kernels").symlink_to(trees / "instructor" / "solution" / "kernels")
+    large = submission(tmp_path / "is_too_large", {"losses.py": "#" * 2**21})
+    honest = submission(tmp_path / "zz_honest", alone(7))
+    submissions = [*places, linked, around, large, honest]
+    reports, grades = grade(trees, submissions, "--exercises", "7", "--public", "--limit", "3")
+    assert {name: one["points"] for name, one in grades.items()} == {name: 5 * (name == "zz_honest") for name in grades}
+    for name in ("sleeps", "spins"):
+        assert {one["status"] for one in reports[name]["tests"]} >= {"timeout"}, name
+    assert "is no regular file" in reports["links_to_the_solution"]["notes"][0]
+    assert "more than" in reports["is_too_large"]["notes"][0]
+    secrets = [one["message"] for one in reports["reads_the_hidden_tests"]["tests"]]
+    assert all("nothing found" in message for message in secrets), secrets
+    assert not any(b"987654" in command for command in processes())
+    assert not list(tmp_path.rglob("bomb"))
+
+
+def test_a_file_that_stands_outside_of_the_submission_is_not_graded(trees, tmp_path):
+    around = submission(tmp_path / "around", {})
+    (around / "kernels").symlink_to(trees / "instructor" / "solution" / "kernels")
+    reports, grades = grade(trees, [around], "--exercises", "10", "--public")
+    assert grades["around"]["points"] == 0
+    assert any("lies outside" in note for note in reports["around"]["notes"])
+
+
+# ---- the graders' formats -----------------------------------------------------------------------------
+
+
+def test_gradescope_gets_a_score_for_every_test(trees, tmp_path):
+    place = submission(tmp_path / "submission", alone(7))
+    out = tmp_path / "results.json"
+    command = [sys.executable, trees / "instructor" / "grade_all.py", place, "--gradescope", out, "--exercises", "7"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    result = json.loads(out.read_text())
+    assert sum(one["score"] for one in result["tests"]) == sum(one["max_score"] for one in result["tests"]) == 10
+    assert {one["visibility"] for one in result["tests"]} == {"visible", "after_published"}
+    assert all({"name", "score", "max_score", "status", "output"} <= set(one) for one in result["tests"])
+
+
+def test_classroom_50_gets_its_result_from_public_tests_alone(trees, tmp_path):
+    bundle = trees / "instructor" / "classroom50"
+    assert not list(bundle.rglob("hidden*")) and not list(bundle.rglob("solution*"))
+    checkout = submission(tmp_path / "checkout", alone(7))
+    urls = {f"{name}_URL": f"https://example.org/{name}" for name in ("COMMIT", "RELEASE")}
+    names = {"CLASSROOM": "course", "ASSIGNMENT": "opd", "SUBMISSION_TAG": "submit/1", "RUNNER_TEMP": str(tmp_path)}
+    command = [sys.executable, bundle / "autograder.py", "--installed", "--exercises", "7"]
+    subprocess.run(list(map(str, command)), cwd=checkout, env=os.environ | urls | names, check=True, capture_output=True)
+    result = json.loads((checkout / "result.json").read_text())
+    assert result["schema"] == "classroom50/result/v1" and result["classroom"] == "course"
+    assert result["score"] == result["max-score"] == 5 == sum(one["score"] for one in result["tests"])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["nowhere"], "nowhere is no directory"), ([".", "."], "two submissions have the name"),
+    ([".", "--exercises", "99"], r"--exercises \[99\]: there are"),
+])  # fmt: skip
+def test_what_the_grader_cannot_use_is_one_line(flags, message, trees):
+    command = [sys.executable, trees / "instructor" / "grade_all.py", *flags]
+    result = subprocess.run(command, cwd=trees, capture_output=True, text=True)
+    assert result.returncode == 1 and re.search(message, result.stderr) and "Traceback" not in result.stderr
