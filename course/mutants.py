@@ -94,7 +94,7 @@ def main(numbers):
             print(f"| {exercise.number} | {wrong.name} | {counts[0]} | {counts[1]} | {message} |", flush=True)
             if problem(wrong, failed):
                 found.append(f"{exercise.slug}, {wrong.name}: {problem(wrong, failed)}")
-    sys.exit("\n".join(found))
+    sys.exit("\n".join(found) or None)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_a_node_has_its_share_of_an_update(student):
         waits = 4 if order == "batch" else 2
         check(
             found[:waits] == [None] * waits,
-            f"node 0 of 2, order {order}: its share is not there yet, batch returns {found[:waits]}",
+            f"node 0 of 2, order {order}: its share has not come, batch returns {found[:waits]}",
         )
         check(
             found[-1] == right,
@@ -46,7 +46,7 @@ def test_a_node_has_its_share_of_an_update(student):
 
 @worth(1)
 def test_whole_runs_at_other_sizes(student):
-    """Runs with either refresh end, train each ticket once and in its update, and keep the limit."""
+    """Runs of either refresh end, train each ticket in its update, and keep the limit."""
     for refresh in ("in_flight", "batch"):
         for batch_size, limit, training in ((1, 0, 1), (3, 2, 20), (8, 4, 1), (5, 1, 6)):
             settings = {"batch_size": batch_size, "max_staleness": limit, "steps": 9}

@@ -42,7 +42,7 @@ def test_a_writer_that_is_half_way(student):
     """A reader that the writer overtakes by a version and a half does not return the mixture."""
     states = states_of_a_writer(range(1, 6))
     schedules = list(itertools.product((0, 1, 2, 3, 4, 5), repeat=3))
-    check_pick_up(student, states, schedules)
+    check_pick_up(student, states, schedules, "step")
 
 
 @worth(1)
@@ -54,12 +54,9 @@ def test_a_writer_that_overtakes_again_and_again(student):
 
 
 @worth(1)
-def test_publish_and_pick_up_at_the_same_time(student):
-    """Beside a thread that publishes, every pick_up is of one version, the one that it names."""
-    found = student.publish_and_pick_up(300_000, 200)
-    for version, low, high in found:
-        check(
-            low == high == version,
-            f"pick_up returns version {version}, and entries from {low:g} to {high:g}",
-        )
-    check(found[-1][0] == 200, f"the last version is 200, pick_up returns {found[-1][0]}")
+def test_publish_and_pick_up_together(student):
+    """A reader that meets your publish at any of its steps picks up one whole version."""
+    publications = [(version, parts_of(version)) for version in range(2, 7)]
+    states = student.published(holding(0, 1), 1, publications)
+    schedules = list(itertools.product((0, 1, 2, 4, 5), repeat=4))
+    check_pick_up(student, states, schedules, "step")

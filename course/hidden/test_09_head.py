@@ -39,9 +39,9 @@ def test_sums_over_chunks_are_not_rounded_to_bfloat16(student):
     kinds = [found[name].dtype for name in ("total", "grad_hidden", "grad_weight")]
     right = [torch.float64, torch.bfloat16, torch.float32]
     check(kinds == right, f"total and gradients of hidden and weight are {kinds}, not {right}")
-    close(found["total"], total, "the total of 400 positions, one a chunk", 1e-6)
+    close(found["total"], total, "the total of 400 positions, one a chunk", 1e-7)
     close(found["grad_weight"], grad_weight, "the gradient of weight of 400 chunks", 2e-3)
-    close(found["grad_hidden"], grad_hidden, "the gradient of hidden", 8e-3)
+    close(found["grad_hidden"], grad_hidden, "the gradient of hidden", 5e-3)
 
 
 @worth(1)
@@ -58,18 +58,18 @@ def test_one_table_at_a_time(student):
 def test_other_sizes_and_float64(student):
     """One candidate, a vocabulary of two, a chunk of one, equal ids only: exact in float64."""
     cases = [
-        dict(seed=14, columns=1),
-        dict(seed=15, vocab=2, different=2, columns=5),
-        dict(seed=16, different=1, columns=3),
-        dict(seed=17, positions=1, columns=33),
+        ("one candidate", dict(columns=1)),
+        ("two ids", dict(vocab=2, different=2, columns=5)),
+        ("three times the same id", dict(different=1, columns=3)),
+        ("one position of 33 candidates", dict(positions=1, columns=33)),
     ]
-    for case in cases:
-        inputs = [x.double() if x.is_floating_point() else x for x in problem(**case)]
+    for what, case in cases:
+        inputs = [x.double() if x.is_floating_point() else x for x in problem(14, **case)]
         right = dense(*inputs, scale=1.3)
         for chunk in (1, 3, 100):
             found = student.head_loss(*inputs, 1.3, chunk)
             for name, one in zip(("total", "student_logp", "grad_hidden", "grad_weight"), right):
-                close(found[name], one, f"{name} of {case}, {chunk} a chunk, in float64", 1e-12)
+                close(found[name], one, f"{name} of {what}, {chunk} a chunk, in float64", 1e-12)
     hidden, weight, *rest = inputs
     _, _, gradient = dense_chunk(hidden @ weight.t(), *rest)
     found = student.chunk_loss(hidden @ weight.t(), *rest, "float64")

@@ -19,6 +19,8 @@ test. Three things see to it, as far as the machine has them:
   - A Python audit hook refuses processes, sockets, signals, foreign libraries and the same files.
     Native code could get around the hook, not around the other two.
 
+A test that needs a GPU may start processes and load libraries, because compiling a kernel does.
+
 `Nursery.guards` names those that hold. With the hook alone, grade strangers' code in a container.
 """
 
@@ -137,14 +139,14 @@ def has_landlock():
     return ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) >= 1
 
 
-def refuse(tree: Path, scratch: str):
-    """Install the audit hook. It cannot be taken away again."""
+def refuse(tree: Path, scratch: str, events):
+    """Install the audit hook. It cannot be taken away again. `events`: what it always refuses."""
     own = python_places() | {str(tree), scratch}
     own |= {"/proc/self", f"/proc/{os.getpid()}", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat"}
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
     def hook(event, arguments):
-        if event in REFUSED:
+        if event in events:
             raise PermissionError(f"{event} is not allowed while a submission is graded")
         if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], (str, bytes)):
             path = os.path.realpath(os.fsdecode(arguments[0]))
@@ -173,17 +175,23 @@ def drop_privileges():
         os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
-def serve(connection: socket.socket, tree: Path, scratch: str, seconds: float):
+def serve(connection: socket.socket, tree: Path, scratch: str, seconds: float, gpu: bool):
     """Be a worker: answer calls of functions of probes.py until the judge is gone."""
     import torch
+
+    devices = [str(path) for path in Path("/dev").glob("nvidia*") if gpu and not path.is_dir()]
+    if gpu:
+        del os.environ["TRITON_INTERPRET"]
+        os.environ["TRITON_CACHE_DIR"] = scratch
 
     os.setsid()
     for fd in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     os.closerange(3, connection.fileno())
     os.closerange(connection.fileno() + 1, 4096)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
+    if not gpu:  # CUDA maps far more than it uses
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 5,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**28,) * 2)
@@ -193,8 +201,8 @@ def serve(connection: socket.socket, tree: Path, scratch: str, seconds: float):
     torch.set_num_threads(1)
     tempfile.tempdir = os.environ["TMPDIR"] = os.environ["HOME"] = scratch
     drop_privileges()
-    landlock({*python_places(), str(tree), "/proc"}, {scratch, "/dev/null"})
-    refuse(tree, scratch)
+    landlock({*python_places(), str(tree), "/proc"}, {scratch, "/dev/null", *devices})
+    refuse(tree, scratch, () if gpu else REFUSED)
     import probes
 
     while True:
@@ -283,7 +291,8 @@ def nursery(control: socket.socket):
         connection = socket.socket(fileno=fds[0])
         if os.fork() == 0:
             try:
-                serve(connection, Path(request["tree"]), request["scratch"], request["seconds"])
+                request["tree"] = Path(request["tree"])
+                serve(connection, **request)
             finally:
                 os._exit(1)
         connection.close()
@@ -349,14 +358,14 @@ class Nursery:
             raise RuntimeError("the nursery did not start: is the environment installed?")
 
     @contextmanager
-    def worker(self, tree: Path, seconds: float):
+    def worker(self, tree: Path, seconds: float, gpu: bool = False):
         """A worker on a clean tree. Whatever it started is dead when the `with` ends."""
         ours, its = socket.socketpair()
         scratch = os.path.realpath(tempfile.mkdtemp())
         os.chmod(scratch, 0o777)
-        request = json.dumps({"tree": str(tree), "scratch": scratch, "seconds": seconds}).encode()
+        request = {"tree": str(tree), "scratch": scratch, "seconds": seconds, "gpu": gpu}
         try:
-            socket.send_fds(self.control, [request], [its.fileno()])
+            socket.send_fds(self.control, [json.dumps(request).encode()], [its.fileno()])
             answer = self.control.recv(16)
         except OSError:
             answer = b""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else no forked process could use the GPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -27,6 +28,8 @@ LIMIT = 60.0  # seconds a test
 
 def run_in_child(connection, test):
     torch.set_num_threads(1)
+    if test.gpu:
+        del os.environ["TRITON_INTERPRET"]
     connection.send(judge(test, probes))
 
 

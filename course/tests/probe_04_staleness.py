@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 
-MOST_ROUNDS = 2000  # of a pipeline; then it counts as standing still
+MOST_ROUNDS = 20_000  # of a pipeline; then it counts as standing still
 
 
 class TicketQueue(list):

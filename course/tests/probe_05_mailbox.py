@@ -4,8 +4,6 @@ The mailbox's memory is watched while your code runs. `pick_up` meets a writer t
 when your code looks at the memory, also in the middle of a copy.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -77,7 +75,7 @@ class Writer(TorchFunctionMode):
         self.at = min(self.at + steps, len(self.states) - 1)
         self.looks += 1
         if self.looks > MOST_LOOKS:
-            raise RuntimeError(f"pick_up looks at the mailbox {MOST_LOOKS} times and does not return")
+            raise RuntimeError(f"pick_up looks at the mailbox {MOST_LOOKS} times, without an end")
         version, weights = self.states[self.at]
         self.version.fill_(version)
         self.weights.copy_(weights)
@@ -142,26 +140,4 @@ def picked_up(states, schedules):
         with Writer(channel, states, schedule) as writer:
             returned = channel.pick_up(flat)
         found.append((int(returned), flat, int(writer.version)))
-    return found
-
-
-def publish_and_pick_up(size: int, versions: int):
-    """(version, smallest, largest entry) of every pick_up beside a thread that publishes."""
-    channel = mailbox(torch.zeros(2, size), 0)
-
-    def publish():
-        for version in range(1, versions + 1):
-            whole = torch.full((size,), float(version))
-            channel.publish(whole.split(size // 3), version)
-
-    flat = torch.empty(size)
-    found = []
-    with ThreadPoolExecutor(1) as pool:
-        writer = pool.submit(publish)
-        is_last = False
-        while not is_last:
-            is_last = writer.done()
-            version = int(channel.pick_up(flat))
-            found.append((version, float(flat.min()), float(flat.max())))
-        writer.result()  # raises what publish raised
     return found

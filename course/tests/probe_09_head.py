@@ -1,4 +1,4 @@
-"""Exercise 9: the chunked head. The loss here is sum_k e^b (s - t)^2, which no exercise asks for."""
+"""Exercise 9: the chunked head. The loss here, sum_k e^b (s - t)^2, is that of no exercise."""
 
 import weakref
 from types import SimpleNamespace

@@ -67,7 +67,7 @@ def test_in_batch_order_an_update_waits_for_its_own_tickets(student):
     )
     check(
         found[-1] == [11, 2, 3, 5],
-        f"the tickets 4, 5, 6, 7 of update 1 are in the rows 11, 2, 3, 5; batch returns {found[-1]}",
+        f"tickets 4, 5, 6, 7 of update 1 are in the rows 11, 2, 3, 5; batch returns {found[-1]}",
     )
 
 

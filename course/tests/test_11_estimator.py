@@ -1,4 +1,4 @@
-"""Public tests of exercise 11: what every unbiased estimator of the reverse KL's gradient satisfies.
+"""Public tests of exercise 11: claims about every unbiased estimator of the gradient.
 
 They draw the candidates of many positions by themselves, as Proposal lays them out. A `propose` of
 your own is not called.
@@ -10,20 +10,22 @@ import torch
 from claims import check, worth
 
 WIDEST = 33  # columns
-POSITIONS = 20_000
-PLAIN_DRAWS = 32  # of the estimator that yours is compared with
+POSITIONS = 40_000
+# Variance of the gradient of 32 plain draws at situation(3, 2.0), summed over the logits.
+PLAIN = 0.00750
 
 
 def situation(seed: int, slope: float, lag: float = 0.0, vocab: int = 48):
     """Log-probabilities s, t, b [V] of a student, a teacher and an older student, float64.
 
-    `slope`: how steeply the probabilities fall from the first id to the last.
+    `slope`: how steeply the probabilities fall from the first id to the last. No id is so rare that
+    it is drawn at a few positions only: then a standard error would say little.
     """
     random = torch.Generator().manual_seed(seed)
     noise = torch.randn(3, vocab, generator=random, dtype=torch.float64).clamp(-2, 2)
     student = 0.3 * noise[0] - slope * torch.arange(1, vocab + 1).double().log()
     logits = torch.stack([student, student + noise[1], student + lag * noise[2]])
-    return logits.log_softmax(-1)
+    return (0.9 * logits.softmax(-1) + 0.1 / vocab).log()
 
 
 def exact_gradient(s, t):
@@ -41,9 +43,9 @@ def columns_of(student):
     draws, top, tail = counts
     right = {"draws": [0, draws], "top": [draws, draws + top], "tail": [draws + top, sum(counts)]}
     right |= {"width": sum(counts), "teacher_top": 0}
-    check(draws >= 1 and min(counts) >= 0, f"it has {draws} draws, {top} top and {tail} tail columns")
+    check(draws >= 1, "it has no draw: column 0 is the emitted token")
     check(found == right, f"its columns are {found}, those of Proposal would be {right}")
-    check(top > 0 or tail == 0, "it has a tail without a top: Proposal draws a tail outside of a top")
+    check(top > 0 or tail == 0, "it has a tail without a top, and Proposal draws none then")
     check(sum(counts) <= WIDEST, f"it has {sum(counts)} candidates, {WIDEST} are allowed")
     return counts
 
@@ -53,15 +55,16 @@ def candidates(counts, b, positions: int, seed: int):
     draws, top, tail = counts
     random = np.random.default_rng(seed)
     probs = b.exp().numpy()
+    probs /= probs.sum()
     order = np.argsort(-probs)
-    outside = np.where(np.isin(np.arange(len(b)), order[:top]), 0.0, probs)
-    parts = [
-        (random.choice(len(b), (positions, draws), p=probs / probs.sum()), probs / probs.sum()),
-        (np.tile(order[:top], (positions, 1)), probs / probs.sum()),
-        (random.choice(len(b), (positions, tail), p=outside / outside.sum()), outside / outside.sum()),
-    ]
-    ids = np.concatenate([ids for ids, _ in parts], 1)
-    density = np.concatenate([density[ids] for ids, density in parts], 1)
+    outside = probs.copy()
+    outside[order[:top]] = 0.0
+    outside /= outside.sum()
+    drawn = random.choice(len(b), (positions, draws), p=probs)
+    exact = np.tile(order[:top], (positions, 1))
+    rest = random.choice(len(b), (positions, tail), p=outside)
+    ids = np.concatenate([drawn, exact, rest], 1)
+    density = np.concatenate([probs[drawn], probs[exact], outside[rest]], 1)
     return torch.from_numpy(ids), torch.from_numpy(np.log(density))
 
 
@@ -75,34 +78,28 @@ def gradients(student, s, t, b, seed: int):
 
 
 def check_mean(student, s, t, b, seed: int, where: str):
-    """The mean gradient is exact, up to 5 standard errors of the mean."""
+    """The mean gradient is exact, up to 5 standard errors of the mean. Returns the gradients."""
     found = gradients(student, s, t, b, seed)
     right = exact_gradient(s, t)
     mean, error = found.mean(0), found.std(0) / POSITIONS**0.5
     excess = (mean - right).abs() - 5 * error
     worst = int(excess.argmax())
     check(
-        bool(excess.max() <= 1e-6 * right.abs().max()),
+        bool(excess.max() <= 1e-5 * right.abs().max()),
         f"{where} the mean gradient over {POSITIONS} positions is biased: at logit {worst} it is "
-        f"{float(mean[worst]):.3g} with a standard error of {float(error[worst]):.2g}, "
-        f"{float(right[worst]):.3g} is right",
+        f"{float(mean[worst]):.4g} with a standard error of {float(error[worst]):.2g}, "
+        f"{float(right[worst]):.4g} is right",
     )
+    return found
 
 
-def plain_variance(s, t, b):
-    """Variance of the score-function gradient of PLAIN_DRAWS draws, summed over the logits."""
-    score = torch.eye(len(s), dtype=torch.float64) - s.exp()
-    of_draw = ((s - b).exp() * (s - t))[:, None] * score
-    probs = b.exp()[:, None]
-    return float((probs * of_draw**2).sum() - ((probs * of_draw).sum(0) ** 2).sum()) / PLAIN_DRAWS
-
-
-def check_variance(student, s, t, b, seed: int, limit: float, where: str):
-    found = float(gradients(student, s, t, b, seed).var(0).sum())
-    share = found / plain_variance(s, t, b)
+def check_variance(student, s, t, b, seed: int, plain: float, limit: float, where: str):
+    """Its variance is below `limit` times `plain`. That of a biased estimator does not count."""
+    found = check_mean(student, s, t, b, seed, where)
+    share = float(found.var(0).sum()) / plain
     check(
         share < limit,
-        f"{where} its variance is {share:.3g} times that of {PLAIN_DRAWS} plain draws, "
+        f"{where} its variance is {share:.3g} times that of 32 plain draws, "
         f"less than {limit} is asked for",
     )
 
@@ -141,6 +138,6 @@ def test_with_lag_the_mean_gradient_is_exact(student):
 
 @worth(1)
 def test_its_variance_is_below_that_of_plain_sampling(student):
-    """At a peaked distribution its variance is below that of 32 plain draws."""
-    s, t, _ = situation(3, slope=1.8)
-    check_variance(student, s, t, s, 3, 1.0, "without lag")
+    """Where the mass lies on a few ids, its variance is below 0.9 of that of 32 plain draws."""
+    s, t, _ = situation(3, slope=2.0)
+    check_variance(student, s, t, s, 3, PLAIN, 0.9, "without lag")

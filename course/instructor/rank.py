@@ -1,0 +1,148 @@
+"""Rank the estimators of exercise 11: `python rank.py DIR... [--lags 0 8] [--updates 60] [--seeds 2]`.
+
+Trains the built-in student with every submission's estimator.py and with the default loss, at every
+lag and seed, in the solution's tree. What counts is the reverse KL after each of the last 10
+updates, summed over the vocabulary at all positions of the update's rollouts. Writes ranking.csv
+and ranking.png, and prints the table, best first.
+
+This runs the submissions' code without the sandbox of grade_all.py: in a process of its own, with
+an empty environment and a time limit, but as you. Read the files first, or use a container.
+Submissions that do not pass the tests of exercise 11 are left out, unless you say --all.
+"""
+
+import argparse
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LAST = 10  # updates that count
+LIMIT = 900.0  # seconds of a run
+DEFAULT = "default: stratified 16 + 16"
+
+def reverse_kl(run):
+    """KL(student || teacher), a mean over the positions of the rollouts at hand."""
+    from kernels.head import head_logits
+    from model import head_weight, response_hidden
+
+    rows = list(range(run.config.table_rows))
+    logp = []
+    for model in (run.learner.model, run.teacher.model):
+        hidden = response_hidden(model, run.channel, rows).detach()
+        logits = head_logits(hidden, head_weight(model).detach())
+        logp.append(logits.double().log_softmax(-1))
+    return float((logp[0].exp() * (logp[0] - logp[1])).sum(-1).mean())
+
+
+def train(tree: str, loss: str, lag: str, updates: str, seed: str):
+    """Print the mean reverse KL of the last updates."""
+    os.chdir(tree)
+    sys.path[0] = tree
+    import experiment  # the solution's
+
+    experiment.Mine.propose = experiment.losses.Proposal.propose  # no other counts
+    experiment.losses.LOSSES["mine"] = experiment.Mine
+    experiment.torch.set_num_threads(1)
+    flags = ["--loss", loss, "--max-staleness", lag, "--steps", updates, "--seed", seed]
+    config = experiment.parse(flags)
+    tokenizer = experiment.load_tokenizer("--student", config.student_path)
+    run = experiment.Serial(config, int(lag), *experiment.load_prompts(config, tokenizer))
+    found = []
+    for _ in range(config.steps):
+        run.update()
+        found = [*found, reverse_kl(run)][-LAST:]
+    print(f"\n{sum(found) / len(found)}")
+
+
+def result(*arguments):
+    """Start `train`: (reverse KL, ""), or (inf, why there is none)."""
+    kept = {"PATH", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV"} & os.environ.keys()
+    environment = {name: os.environ[name] for name in kept} | {"HOME": str(arguments[0])}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, __file__, "--train", *map(str, arguments)]
+    with tempfile.TemporaryFile("w+") as out:
+        try:
+            code = subprocess.run(command, env=environment, stdout=out, stderr=out, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            return float("inf"), f"not done after {LIMIT:.0f} s"
+        out.seek(0)
+        last = (out.read().splitlines() or [""])[-1]
+    return (float(last), "") if code.returncode == 0 else (float("inf"), last)
+
+
+def admitted(paths, wants_all: bool):
+    """name -> estimator.py, in bytes, of the submissions that have all points of exercise 11."""
+    import grade_all
+
+    reports = {}
+    if not wants_all:
+        reports = grade_all.grade_class(paths, grade_all.chosen([11]), 1, grade_all.LIMIT)
+    found = {}
+    for path in paths:
+        name = path.resolve().name
+        data, why = grade_all.read_file(path / "estimator.py")
+        grades = grade_all.grades_of(reports[name]) if reports else {"points": 0, "max": 0}
+        if data is None or grades["points"] < grades["max"]:
+            why = f"estimator.py {why}" if why else f"{grades['points']} of {grades['max']} points"
+            print(f"{name} is left out: {why}")
+        else:
+            found[name] = data
+    return found
+
+
+def runs_of(name: str, estimator: bytes | None, args):
+    """lag -> reverse KL at every seed. Without an estimator: of the default loss."""
+    found = {lag: [] for lag in args.lags}
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(HERE / "solution", Path(place, "tree"))
+        if estimator is not None:
+            Path(place, "tree", "estimator.py").write_bytes(estimator)
+        loss = "stratified_reverse_kl" if estimator is None else "mine"
+        for lag, seed in [(lag, seed) for lag in args.lags for seed in range(args.seeds)]:
+            value, why = result(Path(place, "tree"), loss, lag, args.updates, seed)
+            print(f"{name}, lag {lag}, seed {seed}: {why or f'{value:.4f}'}", flush=True)
+            found[lag].append(value)
+    return found
+
+
+def draw(means: dict, lags, file: Path):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no picture: matplotlib is not installed (pip install matplotlib)")
+    axes = Figure(figsize=(7, 4)).subplots()
+    for name, values in means.items():
+        axes.plot(lags, values, "ko--" if name == DEFAULT else "o-", label=name)
+    axes.set(xlabel="lag, updates", ylabel="reverse KL, nats a token", yscale="log", xticks=lags)
+    axes.legend(frameon=False)
+    axes.figure.savefig(file, dpi=100, bbox_inches="tight")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("submissions", type=Path, nargs="+", metavar="DIR")
+    parser.add_argument("--lags", type=int, nargs="+", default=[0, 8])
+    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=2, help="runs at every lag")
+    parser.add_argument("--all", action="store_true", help="rank what fails the tests, too")
+    args = parser.parse_args()
+    named = {DEFAULT: None} | admitted(args.submissions, args.all)
+    runs = {name: runs_of(name, estimator, args) for name, estimator in named.items()}
+    with open("ranking.csv", "w", newline="") as file:
+        lines = [(name, lag, *values) for name, of in runs.items() for lag, values in of.items()]
+        seeds = [f"seed {seed}" for seed in range(args.seeds)]
+        csv.writer(file).writerows([("submission", "lag", *seeds), *lines])
+    means = {name: [sum(x) / len(x) for x in of.values()] for name, of in runs.items()}
+    means = dict(sorted(means.items(), key=lambda pair: sum(pair[1])))
+    print("\n" + "submission".ljust(40), *(f"lag {lag:<6d}" for lag in args.lags))
+    for name, values in means.items():
+        print(name.ljust(40), *(f"{value:<10.4f}" for value in values))
+    draw(means, args.lags, Path("ranking.png"))
+
+
+if __name__ == "__main__":
+    train(*sys.argv[2:]) if sys.argv[1:2] == ["--train"] else main()
