@@ -81,10 +81,7 @@ def blanked(files: dict, exercise: Exercise):
         files[path] = syntax.blank(files[path], inner, message, docstrings.pop(name, None))
     for name, docstring in docstrings.items():
         path, inner = place_of(name)
-        if inner:
-            files[path] = syntax.set_class_docstring(files[path], inner, docstring)
-        else:
-            files[path] = syntax.set_module_docstring(files[path], docstring)
+        files[path] = syntax.set_docstring(files[path], inner, docstring)
     return files
 
 

@@ -1,7 +1,7 @@
 """Grade the wrong solutions of course/wrong/: `python -m course.mutants [N...]`.
 
 Each is the right solution with one edit. The hidden tests must catch every one, and the public tests
-those that say so. Prints which test catches which (docs/teaching.md has the table), and exits
+those that say so. Prints which test catches which (course/wrong/README.md has the table), and exits
 non-zero if one gets through.
 """
 
@@ -68,6 +68,12 @@ def graded(exercise: build.Exercise, wrongs):
         sys.path = [entry for entry in sys.path if not entry.startswith(directory)]
 
 
+def tests_in_words(failed, kind: str):
+    """The first test of this kind that caught it, and how many others did."""
+    names = [test.removeprefix("test_").replace("_", " ") for one, test, _ in failed if one == kind]
+    return names[0] + f" (+{len(names) - 1})" * (len(names) > 1) if names else "none"
+
+
 def problem(wrong: Wrong, failed):
     """What is not as it should be; empty if all is."""
     kinds = {kind for kind, *_ in failed}
@@ -89,9 +95,10 @@ def main(numbers):
         if len(wrongs) < 4:
             found.append(f"{exercise.slug} has {len(wrongs)} wrong solutions")
         for wrong, failed in graded(exercise, wrongs):
-            counts = [sum(kind == one for kind, *_ in failed) for one in ("public", "hidden")]
+            caught = [tests_in_words(failed, kind) for kind in ("public", "hidden")]
             message = failed[0][2].replace("|", "/") if failed else ""
-            print(f"| {exercise.number} | {wrong.name} | {counts[0]} | {counts[1]} | {message} |", flush=True)
+            cells = [str(exercise.number), wrong.name, *caught, message]
+            print(f"| {' | '.join(cells)} |", flush=True)
             if problem(wrong, failed):
                 found.append(f"{exercise.slug}, {wrong.name}: {problem(wrong, failed)}")
     sys.exit("\n".join(found) or None)

@@ -81,18 +81,17 @@ def header_end(text: str, node):
     return at
 
 
-def set_module_docstring(text: str, docstring: str):
-    node = docstring_node(ast.parse(text))
-    return replace_lines(text, node.lineno, node.end_lineno, quoted(docstring, ""))
-
-
-def set_class_docstring(text: str, name: str, docstring: str):
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            old = docstring_node(node)
-            indent = " " * (node.col_offset + 4)
-            return replace_lines(text, old.lineno, old.end_lineno, quoted(docstring, indent))
-    raise KeyError(f"no class {name}")
+def set_docstring(text: str, name: str, docstring: str):
+    """Another docstring of a function or a class; of the file, if `name` is empty."""
+    node = ast.parse(text)
+    for part in name.split(".") if name else ():
+        named = [one for one in node.body if getattr(one, "name", None) == part]
+        if not named:
+            raise KeyError(f"nothing is called {name}")
+        node = named[0]
+    old = docstring_node(node)
+    indent = " " * old.col_offset
+    return replace_lines(text, old.lineno, old.end_lineno, quoted(docstring, indent))
 
 
 def body_lines(text: str, name: str):

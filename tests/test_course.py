@@ -94,8 +94,8 @@ def lines_beside_the_solutions():
 def test_no_line_of_a_solution_stands_anywhere_in_what_students_get(trees):
     """What also stands elsewhere in the source is listed: each was looked at, and gives nothing away."""
     harmless = {
-        "super().__init__(config)", "total += value.sum(dtype=torch.float64)", "return value.detach(), s.detach(), gradient",
-        "d = (s - t).detach()", "size = self.config.batch_size", "weight = (s - b).detach().exp()",
+        "self.version.fill_(version)", "for part in parts:", "logp = logits.log_softmax(-1)",
+        "return value.detach(), s.detach(), gradient",
     }  # fmt: skip
     lines = {line: names for line, names in solution_lines().items() if len(line) > COMMON and line not in harmless}
     for path in (trees / "student").rglob("*"):
@@ -117,7 +117,8 @@ def test_what_students_get_has_no_history_no_leftovers_and_no_hidden_tests(trees
 
 def test_links_of_the_students_pages_lead_somewhere(trees):
     for page in (trees / "student").rglob("*.md"):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for target in re.findall(r"\]\(([^)#]+)\)", prose):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), (page.name, target)
 
@@ -164,7 +165,7 @@ def test_the_frozen_rollouts_are_those_that_the_program_makes():
 
 # ---- grading ------------------------------------------------------------------------------------------
 
-QUICK = (4, 6, 7)  # exercises without a model
+QUICK = (4, 7)  # exercises without a model
 
 
 def alone(number):
@@ -206,8 +207,6 @@ def test_a_student_is_told_which_claim_failed_and_why(trees, tmp_path):
     result = subprocess.run([sys.executable, "grade.py", "6"], cwd=tree / "student", capture_output=True, text=True)
     assert result.returncode == 1
     assert "failed" in result.stdout and "why:" in result.stdout and "is right" in result.stdout
-    result = subprocess.run([sys.executable, "grade.py", "99"], cwd=tree / "student", capture_output=True, text=True)
-    assert "no exercise 99" in result.stderr
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda one: one.slug)
@@ -325,7 +324,7 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_
     large = submission(tmp_path / "is_too_large", {"losses.py": "#" * 2**21})
     honest = submission(tmp_path / "zz_honest", alone(7))
     submissions = [*places, linked, around, large, honest]
-    reports, grades = grade(trees, submissions, "--exercises", "7", "--public", "--limit", "3")
+    reports, grades = grade(trees, submissions, "--exercises", "7", "--public", "--limit", "2")
     assert {name: one["points"] for name, one in grades.items()} == {name: 5 * (name == "zz_honest") for name in grades}
     for name in ("sleeps", "spins"):
         assert {one["status"] for one in reports[name]["tests"]} >= {"timeout"}, name
@@ -337,6 +336,7 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_
     assert not list(tmp_path.rglob("bomb"))
 
 
+@pytest.mark.slow
 def test_a_file_that_stands_outside_of_the_submission_is_not_graded(trees, tmp_path):
     around = submission(tmp_path / "around", {})
     (around / "kernels").symlink_to(trees / "instructor" / "solution" / "kernels")
@@ -348,6 +348,7 @@ def test_a_file_that_stands_outside_of_the_submission_is_not_graded(trees, tmp_p
 # ---- the graders' formats -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradescope_gets_a_score_for_every_test(trees, tmp_path):
     place = submission(tmp_path / "submission", alone(7))
     out = tmp_path / "results.json"

@@ -168,7 +168,7 @@ def node_main(number, count, world, out, port, paths, tables):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("count, world", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("count, world", [(2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_nodes_that_add_up_their_gradients_train_like_one(count, world, of_one, places, model_dir):
     paths = {family: model_dir(family, seed=2) for family in ("qwen3", "llama")}
     for table, *_ in of_one:

@@ -344,6 +344,7 @@ def test_bad_input_is_one_line_not_a_traceback(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 def test_a_second_run_in_one_directory_is_refused(pair, tmp_path):
     first = start(tmp_path / "run", *pair, "--steps=100000", "--eval-every=0")
     read_until(first, "first prompt")

@@ -35,7 +35,6 @@ sys.path[:0] = [str(HERE), str(HERE / "clean" / "tests")]
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import torch  # noqa: E402
 from grading import claim_of, judge, tests_of  # noqa: E402
 from sandbox import Nursery  # noqa: E402
 
@@ -81,9 +80,15 @@ def clean_tree(submission: Path, tree: Path, files):
     return digest.hexdigest(), notes
 
 
+def has_gpu():
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def run_test(nursery, tree: Path, test, limit: float):
     """(status, message, seconds) of one test."""
-    if test.gpu and not torch.cuda.is_available():
+    if test.gpu and not has_gpu():
         return "blocked", "it needs a GPU", 0.0
     began = time.monotonic()
     try:
@@ -223,6 +228,9 @@ def grade_class(paths, exercises, jobs, limit):
         finally:
             free.put(nursery)
 
+    import torch  # here, so that a wrong command line is refused at once
+
+    torch.set_num_threads(1)
     with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
         for _ in range(jobs):
             nursery = stack.enter_context(Nursery())
@@ -248,7 +256,6 @@ def main(argv=None):
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a test")
     parser.add_argument("--gradescope", type=Path, help="write Gradescope's results.json here")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     try:
         exercises = chosen(args.exercises, args.public)
         check_directories(args.submissions)

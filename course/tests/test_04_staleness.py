@@ -81,6 +81,7 @@ def test_in_arrival_order_the_first_to_come_are_trained(student):
         found[:3] == [None] * 3,
         f"3 rollouts of 4 have come, and batch has returned {found[:3]}",
     )
+    check(len(found) == 7, "batch was not asked after each of 7 arrivals")
     for rows in found[3:]:
         check(
             rows == [3, 8, 11, 0],

@@ -47,7 +47,7 @@ def name_of_schedule(schedule, unit: str):
 def check_pick_up(student, states, schedules, unit: str = "version"):
     """Under every schedule the parameters are whole, of the version returned, and not old."""
     results = student.picked_up(states, schedules)
-    for schedule, (version, flat, last) in zip(schedules, results):
+    for schedule, (version, flat, last) in zip(schedules, results, strict=True):
         what = name_of_schedule(schedule, unit)
         is_whole = torch.equal(flat, parameters(version))
         check(is_whole, f"{what}: pick_up returns {version}, and flat has {name_of(flat)}")
@@ -76,7 +76,10 @@ def test_a_version_lies_in_the_mailbox_after_publish(student):
 def test_a_reader_finds_a_whole_version_at_any_moment_of_publish(student):
     """While publish is at work, the version that the mailbox names is there, whole."""
     publications = [(version, parts_of(version)) for version in range(2, 6)]
-    for version, weights in student.published(holding(0, 1), 1, publications):
+    moments = student.published(holding(0, 1), 1, publications)
+    named = sorted({version for version, _ in moments})
+    check(named == [1, 2, 3, 4, 5], f"versions 2 to 5 are published after 1; readers see {named}")
+    for version, weights in moments:
         found = weights[version % 2]
         what = f"during publish the mailbox says {version}, and weights[{version % 2}] has"
         check(torch.equal(found, parameters(version)), f"{what} {name_of(found)}")
