@@ -277,6 +277,7 @@ class Bomb:
 torch.save = lambda value, file: file.write(pickle.dumps(("value", Bomb())))
 """,
     "kills_past_the_hook": "import signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
+    "answers_nothing": "save = torch.save\ntorch.save = lambda value, file: save(('value', []), file)",
     "takes_all_memory": ("value", "import torch; return torch.ones(2**38)"),
     "recurses": ("value", "return self.value(s, t, b)"),
     "reads_the_hidden_tests": READ_HIDDEN,
@@ -334,6 +335,28 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_
     assert all("nothing found" in message for message in secrets), secrets
     assert not any(b"987654" in command for command in processes())
     assert not list(tmp_path.rglob("bomb"))
+
+
+@pytest.mark.slow
+def test_an_empty_answer_scores_nothing_in_any_exercise(trees, tmp_path):
+    """A loop over what comes back must not pass because nothing did."""
+    files = sorted({path for one in EXERCISES for path in one.files})
+    for name, answer in {"list": "[]", "tensor": "torch.zeros(0)", "true": "True", "dict": "{}", "zero": "torch.zeros(())", "tuples": "[()] * 50"}.items():
+        attack = f"\nimport torch\nsave = torch.save\nif 'lambda' not in save.__name__:\n    torch.save = lambda value, file: save(('value', {answer}), file)\n"
+        submission(tmp_path / name, {path: (trees / "student" / path).read_text() + attack for path in files})
+    _, grades = grade(trees, sorted(tmp_path.iterdir()), "--limit", "20")
+    assert {name: one["points"] for name, one in grades.items()} == dict.fromkeys(grades, 0) and len(grades) == 6
+
+
+@pytest.mark.slow
+def test_once_all_is_solved_the_student_trains(tmp_path):
+    """What is blank for other reasons, the twins, is not needed."""
+    solution = build.solution_files()
+    names = [name for one in EXERCISES for name in one.functions]
+    files = build.with_solutions(build.all_blank(solution, EXERCISES), solution, names)
+    build.write_tree(tmp_path / "tree", files, EXERCISES)
+    for command in (["serial.py", "--steps", "2"], ["train.py", "--steps", "2"], ["experiment.py", "mine", "--loss", "mine", "--steps", "2"]):
+        subprocess.run([sys.executable, *command], cwd=tmp_path / "tree", check=True, capture_output=True)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -231,6 +232,7 @@ def grade_class(paths, exercises, jobs, limit):
     import torch  # here, so that a wrong command line is refused at once
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # about what a submission answers
     with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
         for _ in range(jobs):
             nursery = stack.enter_context(Nursery())
