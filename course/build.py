@@ -24,7 +24,9 @@ ASSETS = ("*.json", "*.jinja", "*.safetensors")
 class Exercise:
     """One entry of exercises.toml."""
 
-    def __init__(self, number, name, title, week, hours, functions, success, twins=(), docstrings=None):
+    def __init__(
+        self, number, name, title, week, hours, functions, success, twins=(), docstrings=None
+    ):
         self.number = number
         self.name = name
         self.title = title
@@ -74,8 +76,10 @@ def blanked(files: dict, exercise: Exercise):
     stubs = {path: COURSE / "student" / path for path in exercise.files}
     if all(stub.is_file() for stub in stubs.values()):  # a file that exists for the course alone
         return files | {path: stub.read_text() for path, stub in stubs.items()}
-    messages = {name: f"exercise {exercise.number}: {exercise.title}" for name in exercise.functions}
-    messages |= {name: f"shows the answer to exercise {exercise.number}" for name in exercise.twins}
+    said = f"exercise {exercise.number}: {exercise.title}"
+    messages = dict.fromkeys(exercise.functions, said)
+    said = f"shows the answer to exercise {exercise.number}"
+    messages |= dict.fromkeys(exercise.twins, said)
     for name, message in messages.items():
         path, inner = place_of(name)
         files[path] = syntax.blank(files[path], inner, message, docstrings.pop(name, None))
@@ -185,7 +189,7 @@ def points_of(path: Path):
 
 def points_toml(instructor: Path, exercises):
     """points.toml: what every test is worth. grade_all.py reads it, so it can be edited."""
-    lines = ["# points of every test; `gpu`: it is graded where there is a GPU, and blocked elsewhere"]
+    lines = ["# points of every test; `gpu`: it is blocked where there is no GPU"]
     for one in exercises:
         lines += ["", f"[{one.slug}]", f"title = {toml_text(one.title)}"]
         lines += [f"files = [{', '.join(map(toml_text, one.files))}]"]

@@ -1,8 +1,8 @@
 """Grade the wrong solutions of course/wrong/: `python -m course.mutants [N...]`.
 
-Each is the right solution with one edit. The hidden tests must catch every one, and the public tests
-those that say so. Prints which test catches which (course/wrong/README.md has the table), and exits
-non-zero if one gets through.
+Each is the right solution with one edit. The hidden tests must catch every one, and the public
+tests those that say so. Prints which test catches which (the table in course/wrong/README.md), and
+exits non-zero if one gets through.
 """
 
 import shutil
@@ -77,8 +77,8 @@ def tests_in_words(failed, kind: str):
 def problem(wrong: Wrong, failed):
     """What is not as it should be; empty if all is."""
     kinds = {kind for kind, *_ in failed}
-    if not failed:
-        return "NO TEST CATCHES IT"
+    if "hidden" not in kinds:
+        return "NO HIDDEN TEST CATCHES IT"
     if wrong.public != ("public" in kinds):
         return f"public = {str(wrong.public).lower()} is not true"
     return ""

@@ -1,4 +1,4 @@
-"""Rank the estimators of exercise 11: `python rank.py DIR... [--lags 0 8] [--updates 60] [--seeds 2]`.
+"""Rank the estimators of exercise 11: `python rank.py DIR... [--lags 0 8] [--updates 60]`.
 
 Trains the built-in student with every submission's estimator.py and with the default loss, at every
 lag and seed, in the solution's tree. What counts is the reverse KL after each of the last 10

@@ -56,7 +56,7 @@ def outcome(name, test):
 
 
 def grade(path: Path):
-    """Print what came of every test of one exercise; the points of those that passed, and of all."""
+    """Print what came of every test of an exercise; the points of those that passed, and of all."""
     _, number, *words = path.stem.split("_")
     print(f"exercise {int(number)}: {' '.join(words)}")
     got = total = 0
@@ -67,7 +67,7 @@ def grade(path: Path):
         total += test.points * (result.status != "blocked")
         print(f"  {result.status:8s}{result.claim}")
         if not passed:
-            message = result.message.replace("NotImplementedError: exercise", "not written yet: exercise")
+            message = result.message.replace("NotImplementedError:", "not written yet:")
             print(f"          why: {message}")
     print(f"  {got} of {total} points in the public tests\n", flush=True)
     return got, total

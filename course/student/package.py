@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FILES = ()  # filled in when the assignment is made
+FILES = ()
 
 
 def main():

@@ -62,8 +62,8 @@ def check_shares(student, probs, ids):
     for k, share, right in zip(ids.tolist(), end - begin, ends[ids + 1] - ends[ids]):
         check(
             abs(share - right) < 1e-12,
-            f"id {k} of {len(probs):,} has the probability {right:.10g}, "
-            f"and {share:.10g} of the uniforms give it",
+            f"id {k} of {len(probs):,} has the probability {right:.10g}, and {share:.10g} "
+            f"of the uniforms give it: off by {abs(share - right):.1e}, 1e-12 is allowed",
         )
     for k, first, right in zip(ids.tolist(), begin, ends[ids]):
         check(

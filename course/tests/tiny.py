@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def random_model(family: str, seed: int = 0):
-    """A random model of a few thousand parameters. gemma3 sees 8 positions in every second layer."""
+    """A random model with few parameters. gemma3 sees 8 positions in every second layer."""
     torch.manual_seed(seed)
     common = dict(
         vocab_size=101,
