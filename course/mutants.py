@@ -56,6 +56,10 @@ def graded(exercise: build.Exercise, wrongs):
         solution = build.solution_files()
         exercises = grade_all.chosen([])
         with grade_all.Nursery() as nursery:
+            right = grade_all.grade(place / "instructor" / "solution", exercises, nursery)["tests"]
+            failed = [one["test"] for one in right if one["status"] not in ("passed", "blocked")]
+            if failed:
+                raise ValueError(f"{exercise.slug}: the right solution fails {', '.join(failed)}")
             for wrong in wrongs:
                 tree = place / "submission"
                 shutil.rmtree(tree, ignore_errors=True)

@@ -331,6 +331,7 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_
         assert {one["status"] for one in reports[name]["tests"]} >= {"timeout"}, name
     assert "is no regular file" in reports["links_to_the_solution"]["notes"][0]
     assert "more than" in reports["is_too_large"]["notes"][0]
+    assert "one directory deeper" in reports["goes_around"]["notes"][0]
     secrets = [one["message"] for one in reports["reads_the_hidden_tests"]["tests"]]
     assert all("nothing found" in message for message in secrets), secrets
     assert not any(b"987654" in command for command in processes())

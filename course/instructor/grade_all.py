@@ -76,6 +76,8 @@ def clean_tree(submission: Path, tree: Path, files):
             continue
         digest.update(f"{name} {len(data)}\n".encode() + data)
         (tree / name).write_bytes(data)
+    if not any((submission / name).exists() for name in files):
+        notes = ["none of the files is there: do they lie one directory deeper?"]
     for path in (tree, *tree.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return digest.hexdigest(), notes
@@ -152,10 +154,10 @@ def class_table(grades: dict):
     width = max(len("submission"), *map(len, grades))
     lines = ["  ".join(["submission".ljust(width), *(slug[:2] for slug in slugs), "points"])]
     for name, one in grades.items():
-        cells = [f"{one['exercises'][slug]['points']:2d}" for slug in slugs]
-        total = f"{one['points']} of {one['max']}"
+        cells = [f"{one['exercises'][slug]['points']:2g}" for slug in slugs]
+        total = f"{one['points']:g} of {one['max']:g}"
         if one["blocked"]:
-            total += f" ({one['blocked']} blocked: no GPU)"
+            total += f" ({one['blocked']:g} blocked: no GPU)"
         lines.append("  ".join([name.ljust(width), *cells, total]))
     return "\n".join(lines)
 
@@ -203,6 +205,12 @@ def chosen(numbers, only_public=False):
     if only_public:
         for exercise in exercises.values():
             exercise["hidden"] = {}
+    for slug, exercise in exercises.items():
+        for kind, where in KINDS.items():
+            text = (where / f"test_{slug}.py").read_text() if exercise[kind] else ""
+            missing = [name for name in exercise[kind] if f"def {name}(" not in text]
+            if missing:
+                raise UsageError(f"points.toml: {slug} has no {kind} test {', '.join(missing)}")
     return exercises
 
 
@@ -241,8 +249,6 @@ def grade_class(paths, exercises, jobs, limit):
         reports = {}
         for path, report in zip(paths, pool.map(one, paths)):
             reports[path.resolve().name] = report
-            for note in report["notes"]:
-                print(f"{path.name}: {note}", file=sys.stderr)
         return reports
 
 
@@ -267,12 +273,15 @@ def main(argv=None):
         sys.exit(f"grade_all.py: error: {error}")
     reports = grade_class(args.submissions, exercises, max(1, args.jobs), args.limit)
     grades = {name: grades_of(report) for name, report in reports.items()}
-    print(class_table(grades))
     if args.gradescope:
         write_json(args.gradescope, gradescope(next(iter(reports.values()))))
-        return
-    write_json(args.out / "report.json", reports)
-    write_json(args.out / "grades.json", grades)
+    else:
+        write_json(args.out / "report.json", reports)
+        write_json(args.out / "grades.json", grades)
+    print(class_table(grades))
+    for name, report in reports.items():
+        for note in report["notes"]:
+            print(f"{name}: {note}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Train the built-in student in one process and add its curve to a picture.
 
-    python experiment.py "weights, lag 8" --loss sampled_reverse_kl --max-staleness 8
-    python experiment.py "no weights, lag 8" --loss sampled_reverse_kl --max-staleness 8
+    python experiment.py "lag 0" --loss sampled_reverse_kl --num-samples 32 --lr 3e-4
+    python experiment.py "lag 8" --loss sampled_reverse_kl --num-samples 32 --lr 3e-4 --max-staleness 8
 
-The label comes first, then options of serial.py. `--loss mine` is the class of estimator.py. The
+The label comes first, then options of serial.py. Without --max-staleness the lag is 0 here, and a run
+has 100 updates. `--loss mine` is the class of estimator.py. The
 curves are kept in curves.csv: delete it to begin again. The picture, curves.png, needs matplotlib:
 .venv/bin/python -m pip install matplotlib.
 """
@@ -29,7 +30,7 @@ EVERY = 10  # updates between two lines of output
 
 def train(label: str, flags: list[str]):
     """Lines of curves.csv of one run."""
-    config = parse(["--steps", "100", *flags])
+    config = parse(["--steps", "100", "--max-staleness", "0", *flags])
     torch.set_num_threads(config.cpu_threads or torch.get_num_threads())
     prompts, held_out = load_prompts(config, load_tokenizer("--student", config.student_path))
     run = Serial(config, config.max_staleness, prompts, held_out)
