@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import tomllib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from course import syntax
@@ -21,21 +22,19 @@ ROOT = COURSE.parent
 ASSETS = ("*.json", "*.jinja", "*.safetensors")
 
 
+@dataclass
 class Exercise:
     """One entry of exercises.toml."""
 
-    def __init__(
-        self, number, name, title, week, hours, functions, success, twins=(), docstrings=None
-    ):
-        self.number = number
-        self.name = name
-        self.title = title
-        self.week = week
-        self.hours = hours
-        self.functions = functions
-        self.success = success
-        self.twins = list(twins)
-        self.docstrings = docstrings or {}
+    number: int
+    name: str
+    title: str
+    week: int
+    hours: int
+    functions: list[str]
+    success: str
+    twins: list[str] = field(default_factory=list)
+    docstrings: dict[str, str] = field(default_factory=dict)
 
     @property
     def slug(self):

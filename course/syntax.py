@@ -103,15 +103,18 @@ def body_lines(text: str, name: str):
     return [line.strip() for line in lines if line.strip()]
 
 
+def first_line(node):
+    """Of a function, its decorators included."""
+    return min([node.lineno, *(one.lineno for one in node.decorator_list)])
+
+
 def source(text: str, name: str):
     """The text of one function, its decorators included."""
     node = function(text, name)
-    first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
-    return "".join(text.splitlines(keepends=True)[first - 1 : node.end_lineno])
+    return "".join(text.splitlines(keepends=True)[first_line(node) - 1 : node.end_lineno])
 
 
 def graft(text: str, name: str, donor: str):
     """The function `name` of the file `donor` takes the place of that in `text`."""
     node = function(text, name)
-    first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
-    return replace_lines(text, first, node.end_lineno, source(donor, name))
+    return replace_lines(text, first_line(node), node.end_lineno, source(donor, name))

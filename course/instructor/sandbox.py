@@ -45,6 +45,13 @@ MEMORY = 8 * 2**30  # bytes of address space that a worker may add
 PROCESSES = 128  # of the user `nobody`, threads included
 LARGEST = 256 * 2**20  # bytes of one answer
 NOBODY = 65534
+# Numbers of Linux: Landlock's system calls, and options of prctl.
+CREATE_RULESET = 444
+ADD_RULE = 445
+RESTRICT_SELF = 446
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
 SETTINGS = ("TRITON_INTERPRET", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TQDM_DISABLE")
 
 
@@ -105,38 +112,35 @@ def python_places():
     return {os.path.realpath(place) for place in places if os.path.exists(place)}
 
 
+def landlock_version():
+    """0 or less: the kernel has no Landlock."""
+    return ctypes.CDLL(None).syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
+
+
 def landlock(readable, writable):
     """Let the kernel refuse all but reading in `readable`, and anything in `writable`.
 
-    False: it cannot.
+    Raises OSError if it does not.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    create, add_rule, restrict = 444, 445, 446
-    version = libc.syscall(create, None, ctypes.c_size_t(0), 1)
-    if version < 1:
-        return False
+    version = landlock_version()
     read = 0b1101  # execute, read a file, read a directory
     everything = 2**13 - 1  # the rights of the first version: all that writes, removes or makes
     scoped = 0b11 if version >= 6 else 0  # abstract sockets, signals
     size = 24 if version >= 6 else 8
     ruleset = struct.pack("QQQ", everything, 0, scoped)
-    rules = libc.syscall(create, ruleset, ctypes.c_size_t(size), 0)
+    rules = libc.syscall(CREATE_RULESET, ruleset, ctypes.c_size_t(size), 0)
     for place in {*readable, *writable}:
         at = os.open(place, os.O_PATH | os.O_CLOEXEC)
         allowed = everything if place in writable else read
         if not os.path.isdir(place):
             allowed &= 0b111
-        libc.syscall(add_rule, rules, 1, struct.pack("=Qi", allowed, at), 0)
+        libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", allowed, at), 0)
         os.close(at)
-    PR_SET_NO_NEW_PRIVS = 38
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    done = libc.syscall(restrict, rules, 0) == 0
+    if libc.syscall(RESTRICT_SELF, rules, 0):
+        raise OSError(ctypes.get_errno(), "Landlock does not take the rules")
     os.close(rules)
-    return done
-
-
-def has_landlock():
-    return ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) >= 1
 
 
 def refuse(tree: Path, scratch: str, events):
@@ -201,7 +205,9 @@ def serve(connection: socket.socket, tree: Path, scratch: str, seconds: float, g
     torch.set_num_threads(1)
     tempfile.tempdir = os.environ["TMPDIR"] = os.environ["HOME"] = scratch
     drop_privileges()
-    landlock({*python_places(), str(tree), "/proc"}, {scratch, "/dev/null", *devices})
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # die with the nursery
+    if landlock_version() >= 1:
+        landlock({*python_places(), str(tree), "/proc"}, {scratch, "/dev/null", *devices})
     refuse(tree, scratch, () if gpu else REFUSED)
     import probes
 
@@ -272,16 +278,16 @@ def nursery(control: socket.socket):
     from torch.distributed import fsdp  # noqa: F401
     from torch.distributed.checkpoint import state_dict  # noqa: F401
 
-    PR_SET_CHILD_SUBREAPER = 36
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     torch.set_num_threads(1)
     guards = ["audit hook"] + ["user nobody"] * can_become_nobody()
-    if has_landlock():
+    if landlock_version() >= 1:
         guards.insert(0, "Landlock")
     control.send(f"ready {', '.join(guards)}".encode())
     while True:
         data, fds, *_ = socket.recv_fds(control, 65536, 1)
-        if not data:
+        if not data:  # the judge is gone
+            sweep()
             return
         if not fds:
             sweep()
@@ -370,10 +376,9 @@ class Nursery:
         except OSError:
             answer = b""
         its.close()
-        if not answer:
-            self.restart()
-            raise RuntimeError("the nursery died")
         try:
+            if not answer:
+                raise RuntimeError("the nursery died")
             yield Worker(ours, seconds)
         finally:
             ours.close()
@@ -386,7 +391,7 @@ class Nursery:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def restart(self):
-        """The nursery is gone: a submission has killed it. What it left behind goes too."""
+        """The nursery is gone: a submission has killed it. Its worker has died with it."""
         self.process.kill()
         self.process.wait()
         self.control.close()
