@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -384,6 +385,21 @@ def test_a_file_that_stands_outside_of_the_submission_is_not_graded(trees, tmp_p
     reports, grades = grade(trees, [around], "--exercises", "10", "--public")
     assert grades["around"]["points"] == 0
     assert any("lies outside" in note for note in reports["around"]["notes"])
+
+
+@pytest.mark.slow
+def test_a_blank_in_sampling_attention_or_tickets_fails_no_test_of_the_learner_or_the_teacher(tmp_path):
+    """All but the one that compares the generator with the teacher."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "__pycache__"))
+    names = [name for one in EXERCISES if one.number in (2, 3, 4) for name in one.functions]
+    for name in (*names, "losses.Proposal.propose"):
+        path, inner = build.place_of(name)
+        (tree / path).write_text(syntax.blank((tree / path).read_text(), inner, "blank"))
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_learner.py", "tests/test_teacher.py"]
+    command += ["-k", "not test_teacher_equal_to_student_agrees"]
+    result = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:]
 
 
 # ---- the graders' formats -----------------------------------------------------------------------------

@@ -167,7 +167,8 @@ def test_logits_of_any_size_neither_overflow_nor_vanish():
 @pytest.mark.skipif(DEVICE == "cuda", reason="tiny models on the CPU; tests/test_gpu.py trains on the GPU")
 def test_the_learner_reaches_the_kernels_by_itself(triton_path, model_dir, monkeypatch):
     """An update through them equals the one in plain torch. The baselines' derivatives are given to the kernel."""
-    from test_learner import ROWS, new_learner, stale_table
+    from frozen import ROWS
+    from test_learner import new_learner, stale_table
 
     m2po = next(config for config in LOSS_CONFIGS if config.correction == "m2po")
     for config in (LOSS_CONFIGS[0], LOSS_CONFIGS[1], LOSS_CONFIGS[2], LOSS_CONFIGS[-1], m2po):

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import LOSS_CONFIGS, label, load
+from frozen import MAX_NEW, ROWS, STOPS, frozen_table, full_logp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_teacher import MAX_NEW, full_logp, scored_table
 
 from channel import Channel
 from checks import read_progress
@@ -20,17 +20,15 @@ from log import checkpoints
 from losses import make_loss
 from model import flatten_parameters, head_weight
 
-ROWS = list(range(8))
-
 
 def new_learner(path, config, **kwargs):
     model = load(path)
     return Learner(model, config, head_weight(model).shape[0], torch.float32, **kwargs)
 
 
-def stale_table(model_dir, config, teacher_seed=1):
-    """Rollouts of seed 0, scored by the teacher; trained by seed 2, so that every log-ratio is far from zero."""
-    return scored_table(model_dir(seed=0), model_dir(seed=teacher_seed), config)[0]
+def stale_table(model_dir, config):
+    """Rollouts of seed 0, scored by seed 1; trained by seed 2, so that every log-ratio is far from zero."""
+    return frozen_table(model_dir(seed=0), model_dir(seed=1), config)
 
 
 def gradients(learner):
@@ -91,15 +89,14 @@ def test_every_response_token_is_trained_once_stop_token_included_and_none_after
     metrics = new_learner(model_dir(seed=2), config).update(table, ROWS)
     responses = [table.tokens[row, table.prompt_len[row] : table.length[row]].tolist() for row in ROWS]
     assert sorted(trained) == sorted(sum(responses, [])) and metrics["tokens"] == len(trained)
-    stops = {1, 60, 61}
-    assert any(response[-1] in stops for response in responses)
-    assert sum(token in stops for token in trained) == sum(response[-1] in stops for response in responses)
+    assert any(response[-1] in STOPS for response in responses)
+    assert sum(token in STOPS for token in trained) == sum(response[-1] in STOPS for response in responses)
 
 
 @pytest.mark.parametrize("config", [c for c in LOSS_CONFIGS if c.loss in ("sampled_reverse_kl", "stratified_reverse_kl")], ids=label)
 def test_teacher_equal_to_student_gives_zero_gradient_and_zero_reverse_kl(config, model_dir):
     config = replace(config, max_grad_norm=1e9)
-    table, _ = scored_table(model_dir(), model_dir(), config)
+    table = frozen_table(model_dir(), model_dir(), config)
     learner = new_learner(model_dir(), config)
     metrics = learner.update(table, ROWS)
     assert abs(metrics["reverse_kl"]) < 1e-5 and metrics["grad_norm"] < 1e-4

@@ -162,7 +162,8 @@ def test_the_head_of_a_model_on_several_gpus_is_checked_where_its_hidden_states_
 
 
 def test_recomputing_layers_changes_no_update(model_dir):
-    from test_learner import ROWS, gradients, new_learner, stale_table
+    from frozen import ROWS
+    from test_learner import gradients, new_learner, stale_table
 
     for family in ("qwen3", "gemma3", "llama"):
         config = Config(top_k=4, num_samples=2)

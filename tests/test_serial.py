@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, load
-from test_teacher import full_logp
+from frozen import full_logp
 from test_train import BASE, finish, metrics, start
 
 from checks import load_tokenizer
@@ -73,7 +73,7 @@ def test_every_token_is_sampled_with_the_weights_of_exactly_lag_updates_ago(lag,
         assert metrics["lag_mean"] == metrics["lag_max"] == expected
         sampler = load(model_dir("qwen3", 0))
         torch.nn.utils.vector_to_parameters(weights[update - expected], sampler.parameters())
-        monkeypatch.setattr("test_teacher.load", lambda path: sampler)  # the recorded number says the truth
+        monkeypatch.setattr("frozen.load", lambda path: sampler)  # the recorded number says the truth
         for row, count in enumerate(map(len, versions)):
             logp = full_logp("", run.channel, row).gather(1, run.channel.candidate_ids[row, :count, :1].long())
             torch.testing.assert_close(run.channel.behavior_logp[row, :count, :1], logp, atol=1e-4, rtol=1e-4)

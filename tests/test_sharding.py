@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import load
-from test_learner import ROWS, new_learner, stale_table
-from test_teacher import MAX_NEW
+from frozen import MAX_NEW, ROWS
+from test_learner import new_learner, stale_table
 from torch.distributed.fsdp import FSDPModule
 
 import fork_server

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LOSS_CONFIGS, label, load, make_table, new_generator
+from frozen import MAX_NEW, ROLLOUTS, ROWS, STOPS, full_logp, unscored_table
 
 from channel import Rollout
 from config import Config
@@ -12,32 +13,18 @@ from losses import make_loss
 from model import head_weight, predicting_positions, row_batches
 from teacher import Teacher, TopKCache, ready_rows
 
-PROMPTS = [[69, 117, 2, 85, 133, 3], [21, 22, 2, 40, 41, 2, 50, 51, 3], [100], [7, 8, 9, 3]]
-MAX_NEW = 12
+
+def scored_table(student, teacher_path, config):
+    """The frozen rollouts, scored by a Teacher, and the Teacher."""
+    table = unscored_table(student, config)
+    return table, score(table, teacher_path, config)
 
 
-def rollouts(model_path, config, count=8):
-    model = load(model_path, "kv_slots")
-    generator = new_generator(
-        model, {1, 60, 61}, max_prompt=16, max_new=MAX_NEW, loss=config.loss, top_k=config.top_k,
-        num_samples=config.num_samples, temperature=config.temperature,
-    )  # fmt: skip
-    return generator.generate([Rollout(PROMPTS[i % 4], ticket=i) for i in range(count)])
-
-
-def scored_table(student, teacher_path, config, count=8):
-    table = make_table(rollouts(student, config, count), config.num_candidates, MAX_NEW, 16)
-    teacher = Teacher(load(teacher_path), config, head_weight(load(teacher_path)).shape[0])
-    teacher.score(table, list(range(count)))
-    return table, teacher
-
-
-def full_logp(path, table, row, temperature=1.0):
-    """log-probabilities [n,V] at the response tokens of a row, by a plain forward pass and a loop over positions."""
-    length, prompt_len = int(table.length[row]), int(table.prompt_len[row])
-    with torch.no_grad():
-        logits = load(path)(table.tokens[row : row + 1, :length].long()).logits[0] / temperature
-    return torch.stack([logits[i - 1].log_softmax(-1) for i in range(prompt_len, length)])
+def score(table, teacher_path, config):
+    model = load(teacher_path)
+    teacher = Teacher(model, config, head_weight(model).shape[0])
+    teacher.score(table, ROWS)
+    return teacher
 
 
 def test_token_r_is_predicted_one_position_earlier_and_the_stop_token_is_included():
@@ -47,7 +34,7 @@ def test_token_r_is_predicted_one_position_earlier_and_the_stop_token_is_include
 @pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[1], Config(loss="stratified_reverse_kl", temperature=0.6)], ids=label)
 def test_scores_equal_a_plain_forward_pass(config, model_dir):
     table, _ = scored_table(model_dir(seed=0), model_dir(seed=1, hidden=40), config)
-    for row in range(8):
+    for row in ROWS:
         count = int(table.length[row] - table.prompt_len[row])
         expected = full_logp(model_dir(seed=1, hidden=40), table, row, config.temperature).gather(1, table.candidate_ids[row, :count].long())
         torch.testing.assert_close(table.teacher_logp[row, :count], expected, atol=2e-5, rtol=0)
@@ -57,7 +44,7 @@ def test_scores_equal_a_plain_forward_pass(config, model_dir):
 def test_for_forward_kl_the_teacher_proposes_its_own_top_k(model_dir):
     config = Config(loss="forward_kl", top_k=6)
     table, _ = scored_table(model_dir(seed=0), model_dir(seed=1), config)
-    for row in range(8):
+    for row in ROWS:
         count = int(table.length[row] - table.prompt_len[row])
         top = full_logp(model_dir(seed=1), table, row).topk(6)
         assert torch.equal(table.candidate_ids[row, :count, 1:].long(), top.indices)
@@ -68,9 +55,13 @@ def test_for_forward_kl_the_teacher_proposes_its_own_top_k(model_dir):
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
 def test_teacher_equal_to_student_agrees_at_every_candidate(config, model_dir):
     """Catches every off-by-one between generator and teacher: same model, same ids, same log-probabilities."""
-    table, _ = scored_table(model_dir(), model_dir(), config)
+    settings = {name: getattr(config, name) for name in ("loss", "top_k", "num_samples", "temperature")}
+    generator = new_generator(load(model_dir(), "kv_slots"), STOPS, max_prompt=16, max_new=MAX_NEW, **settings)
+    rollouts = generator.generate([Rollout(prompt, ticket) for ticket, (prompt, _) in enumerate(ROLLOUTS)])
+    table = make_table(rollouts, config.num_candidates, MAX_NEW, 16)
+    score(table, model_dir(), config)
     loss = make_loss(config)
-    for row in range(8):
+    for row in ROWS:
         count = int(table.length[row] - table.prompt_len[row])
         s, t = table.behavior_logp[row, :count], table.teacher_logp[row, :count]
         known = slice(0, 1 if config.loss == "forward_kl" else loss.tail.start)  # the tail's b is that of the restricted sampler
@@ -86,8 +77,8 @@ def test_a_hit_gives_what_the_model_gave(config, model_dir):
     if config.loss == "forward_kl":
         table.candidate_ids[:, :, 1:] = 0
     hits = teacher.cache.hits
-    assert all(teacher.from_cache(table, row) for row in range(8)) and teacher.cache.hits == hits + 8
-    for row in range(8):
+    assert all(teacher.from_cache(table, row) for row in ROWS) and teacher.cache.hits == hits + 8
+    for row in ROWS:
         assert torch.equal(table.teacher_logp[row], expected[row]) and torch.equal(table.candidate_ids[row], expected_ids[row])
 
 
@@ -114,7 +105,7 @@ def test_the_cache_is_bounded_in_bytes_and_drops_the_least_recently_used():
 
 def test_the_same_response_after_another_split_of_prompt_and_response_is_another_entry(model_dir):
     config = Config(loss="forward_kl", top_k=4)
-    table, teacher = scored_table(model_dir(seed=0), model_dir(seed=1), config, count=1)
+    table, teacher = scored_table(model_dir(seed=0), model_dir(seed=1), config)
     table.prompt_len[0] += 1
     assert not teacher.from_cache(table, 0)
 
