@@ -8,6 +8,7 @@ does without them; their tests and points go too. DIR/student and DIR/instructor
 """
 
 import argparse
+import ast
 import shutil
 import sys
 import tempfile
@@ -180,7 +181,10 @@ def points_of(path: Path):
     found = {}
     for name, node in syntax.functions(path.read_text()).items():
         if name.startswith("test_"):
-            (call,) = node.decorator_list
+            calls = [one for one in node.decorator_list if ast.unparse(one).startswith("worth(")]
+            if len(calls) != 1:
+                raise ValueError(f"{path.name}: {name} needs one @worth, not {len(calls)}")
+            (call,) = calls
             needs = {keyword.arg: keyword.value.value for keyword in call.keywords}
             found[name] = call.args[0].value, needs.get("gpu", False)
     return found
@@ -232,7 +236,7 @@ def build(out: Path, solved=()):
         points_toml(made / "instructor", exercises)
         bundle = made / "instructor" / "classroom50"  # students can download it: no hidden tests
         copy_tree(made / "student", bundle / "clean")
-        for name in ("grade_all.py", "sandbox.py", "points.toml"):
+        for name in ("grade_all.py", "reports.py", "sandbox.py", "points.toml"):
             copy(made / "instructor" / name, bundle / name)
         for name in ("student", "instructor"):
             (made / name).rename(out / name)
@@ -246,7 +250,7 @@ def main():
     args = parser.parse_args()
     try:
         exercises = build(args.out, args.solved)
-    except (FileExistsError, KeyError) as error:
+    except (FileExistsError, KeyError, ValueError) as error:
         sys.exit(f"course.build: error: {error.args[0]}")
     print(f"{args.out}/student: {len(exercises)} exercises, none solved")
     print(f"{args.out}/instructor: solutions, hidden tests, graders; read docs/teaching.md")

@@ -36,7 +36,8 @@ def mutated(files: dict, wrong: Wrong):
     path, inner = build.place_of(wrong.function)
     function = syntax.source(files[path], inner)
     if function.count(wrong.old) != 1:
-        raise ValueError(f"{wrong.name}: {wrong.old!r} occurs {function.count(wrong.old)} times")
+        times = function.count(wrong.old)
+        raise ValueError(f"{wrong.function}, {wrong.name}: {wrong.old!r} occurs {times} times, not once")
     changed = function.replace(wrong.old, wrong.new)
     return path, files[path].replace(function, changed)
 
@@ -109,4 +110,7 @@ def main(numbers):
 
 
 if __name__ == "__main__":
-    main([int(word) for word in sys.argv[1:]])
+    try:
+        main([int(word) for word in sys.argv[1:]])
+    except ValueError as error:
+        sys.exit(f"course.mutants: error: {error}")

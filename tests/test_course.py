@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 from course import build, mutants, syntax
 from course.fixture.make import frozen
+from course.instructor import reports as instructor_reports
 
 EXERCISES = build.load_exercises()
 NUMBERS = [one.number for one in EXERCISES]
@@ -35,6 +38,7 @@ def trees(tmp_path_factory):
 def grade(trees, submissions, *flags):
     """What grade_all.py writes: name -> report, name -> grades."""
     out = trees / "grades"
+    shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, trees / "instructor" / "grade_all.py", *submissions, "--out", out, *flags]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=trees)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -316,16 +320,19 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_
     (linked / "losses.py").symlink_to(trees / "instructor" / "solution" / "losses.py")
     around = submission(tmp_path / "goes_around", {})
     (around / "kernels").symlink_to(trees / "instructor" / "solution" / "kernels")
+    deeper = submission(tmp_path / "links_one_deeper", {})
+    (deeper / "mine").symlink_to(trees / "instructor" / "solution")
     large = submission(tmp_path / "is_too_large", {"losses.py": "#" * 2**21})
     honest = submission(tmp_path / "zz_honest", alone(7))
-    submissions = [*places, linked, around, large, honest]
+    submissions = [*places, linked, around, deeper, large, honest]
     reports, grades = grade(trees, submissions, "--exercises", "7", "--public", "--limit", "2")
     assert {name: one["points"] for name, one in grades.items()} == {name: 5 * (name == "zz_honest") for name in grades}
     for name in ("sleeps", "spins"):
         assert {one["status"] for one in reports[name]["tests"]} >= {"timeout"}, name
     assert "is no regular file" in reports["links_to_the_solution"]["notes"][0]
     assert "more than" in reports["is_too_large"]["notes"][0]
-    assert "one directory deeper" in reports["goes_around"]["notes"][0]
+    for name in ("goes_around", "links_one_deeper"):
+        assert reports[name]["notes"] == ["none of the files is there: graded as not written"]
     secrets = [one["message"] for one in reports["reads_the_hidden_tests"]["tests"]]
     assert all("nothing found" in message for message in secrets), secrets
     assert not any(b"987654" in command for command in processes())
@@ -405,6 +412,58 @@ def test_a_blank_in_sampling_attention_or_tickets_fails_no_test_of_the_learner_o
 # ---- the graders' formats -----------------------------------------------------------------------------
 
 
+def test_zip_files_and_one_directory_too_many_are_graded_and_a_broken_one_stops_nobody(trees, tmp_path):
+    losses = alone(7)["losses.py"]
+    submission(tmp_path / "deeper", {"my work/losses.py": losses})
+    for name, inside in {"zipped": "losses.py", "zipped_deeper": "my work/losses.py"}.items():
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr(inside, losses)
+            archive.writestr("../outside.py", "")
+    (tmp_path / "broken.zip").write_text("no zip file")
+    reports, grades = grade(trees, sorted(tmp_path.iterdir()), "--exercises", "7", "--public", "--jobs", "2")
+    assert {name: grades[name]["points"] for name in ("deeper", "zipped", "zipped_deeper", "broken")} == {
+        "deeper": 5, "zipped": 5, "zipped_deeper": 5, "broken": 0,
+    }  # fmt: skip
+    assert reports["zipped"]["notes"] == [] and reports["deeper"]["notes"] == ["the files are taken from my work/"]
+    assert "File is not a zip file" in reports["broken"]["notes"][0]
+    assert len({reports[name]["sha256"]["07_score_function"] for name in ("deeper", "zipped", "zipped_deeper")}) == 1
+    assert not list(tmp_path.parent.rglob("outside.py"))
+
+
+def test_what_was_graded_before_stays_unless_it_is_graded_again(tmp_path):
+    """A student or an exercise can be graded again without the others."""
+
+    def tests(kind, slug, points):
+        return [{"exercise": slug, "kind": kind, "test": "test", "claim": "It is right.", "status": "failed", "message": "", "points": points, "worth": 5}]
+
+    def add(name, tests):
+        instructor_reports.add(tmp_path, name, {"sha256": {one["exercise"]: "1" for one in tests}, "notes": [], "tests": tests})
+        return json.loads((tmp_path / "grades.json").read_text())
+
+    add("ann", tests("hidden", "02_b", 4) + tests("public", "02_b", 3))
+    add("bob", tests("public", "02_b", 5))
+    grades = add("ann", tests("public", "02_b", 1) + tests("public", "01_a", 2))
+    assert {name: one["points"] for name, one in grades.items()} == {"ann": 7, "bob": 5}
+    assert (tmp_path / "grades.csv").read_text() == "submission,points,max,blocked,01_a,02_b\nann,7,15,0,2,5\nbob,5,5,0,,5\n"
+    assert "exercise 01_a: 2 of 5" in (tmp_path / "feedback" / "ann.txt").read_text()
+    assert " -   5  5 of 5" in instructor_reports.class_table(grades)
+
+
+def test_a_class_that_is_interrupted_keeps_what_was_graded(trees, tmp_path):
+    """Ctrl-C stops within the test that runs, and nothing runs on."""
+    places = [submission(tmp_path / "a", alone(7)), submission(tmp_path / "b", attack_files(trees, ATTACKS["sleeps"]))]
+    out = tmp_path / "out"
+    command = [sys.executable, trees / "instructor" / "grade_all.py", *places, "--exercises", "7", "--limit", "300", "--out", out]
+    grader = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until((out / "grades.json").exists)
+    grader.send_signal(signal.SIGINT)
+    assert grader.wait(30) != 0
+    grades = json.loads((out / "grades.json").read_text())
+    assert grades["a"]["points"] == 10 and "b" not in grades
+    sandbox = str(trees / "instructor" / "sandbox.py").encode()
+    wait_until(lambda: not any(sandbox in command for command in processes()))
+
+
 @pytest.mark.slow
 def test_gradescope_gets_a_score_for_every_test(trees, tmp_path):
     place = submission(tmp_path / "submission", alone(7))
@@ -431,7 +490,8 @@ def test_classroom_50_gets_its_result_from_public_tests_alone(trees, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["nowhere"], "nowhere is no directory"), ([".", "."], "two submissions have the name"),
+    (["nowhere"], "nowhere is no directory and no zip file"), ([".", "--jobs", "0"], "give more than 0"),
+    ([".", "--out", "student/README.md/grades"], "--out student/README.md/grades: "), ([".", "."], "two submissions have the name"),
     ([".", "--exercises", "99"], r"--exercises \[99\]: there are"),
 ])  # fmt: skip
 def test_what_the_grader_cannot_use_is_one_line(flags, message, trees):

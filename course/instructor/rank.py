@@ -1,4 +1,4 @@
-"""Rank the estimators of exercise 11: `python rank.py DIR... [--lags 0 8] [--updates 60]`.
+"""Rank the estimators of exercise 11: `python rank.py SUBMISSION... [--lags 0 8]`.
 
 Trains the built-in student with every submission's estimator.py and with the default loss, at every
 lag and seed, in the solution's tree. What counts is the reverse KL after each of the last 10
@@ -17,12 +17,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LAST = 10  # updates that count
 LIMIT = 900.0  # seconds of a run
 DEFAULT = "default: stratified 16 + 16"
+
 
 def reverse_kl(run):
     """KL(student || teacher), a mean over the positions of the rollouts at hand."""
@@ -78,42 +80,58 @@ def admitted(paths, wants_all: bool):
     """name -> estimator.py, in bytes, of the submissions that have all points of exercise 11."""
     import grade_all
 
-    reports = {}
+    grades = {}
+
+    def done(name, report):
+        grades[name] = grade_all.reports.grades_of(report)
+
     if not wants_all:
-        reports = grade_all.grade_class(paths, grade_all.chosen([11]), 1, grade_all.LIMIT)
+        grade_all.grade_class(paths, grade_all.chosen([11]), 1, grade_all.LIMIT, done)
     found = {}
     for path in paths:
-        name = path.resolve().name
-        data, why = grade_all.read_file(path / "estimator.py")
-        grades = grade_all.grades_of(reports[name]) if reports else {"points": 0, "max": 0}
-        if data is None or grades["points"] < grades["max"]:
-            why = f"estimator.py {why}" if why else f"{grades['points']} of {grades['max']} points"
+        name = grade_all.name_of(path)
+        with grade_all.opened(path, ["estimator.py"]) as (place, _):
+            data, why = grade_all.read_file(place / "estimator.py")
+        grade = grades.get(name, {"points": 0, "max": 0})
+        if data is None or grade["points"] < grade["max"]:
+            why = f"estimator.py {why}" if why else f"{grade_all.reports.in_words(grade)} points"
             print(f"{name} is left out: {why}")
         else:
             found[name] = data
     return found
 
 
-def runs_of(name: str, estimator: bytes | None, args):
-    """lag -> reverse KL at every seed. Without an estimator: of the default loss."""
-    found = {lag: [] for lag in args.lags}
+def run(name: str, estimator: bytes | None, lag: int, seed: int, updates: int):
+    """Reverse KL of one run. Without an estimator: of the default loss."""
     with tempfile.TemporaryDirectory() as place:
         shutil.copytree(HERE / "solution", Path(place, "tree"))
         if estimator is not None:
             Path(place, "tree", "estimator.py").write_bytes(estimator)
         loss = "stratified_reverse_kl" if estimator is None else "mine"
-        for lag, seed in [(lag, seed) for lag in args.lags for seed in range(args.seeds)]:
-            value, why = result(Path(place, "tree"), loss, lag, args.updates, seed)
-            print(f"{name}, lag {lag}, seed {seed}: {why or f'{value:.4f}'}", flush=True)
-            found[lag].append(value)
-    return found
+        value, why = result(Path(place, "tree"), loss, lag, updates, seed)
+    print(f"{name}, lag {lag}, seed {seed}: {why or f'{value:.4f}'}", flush=True)
+    return value
+
+
+def run_all(named: dict, args):
+    """name -> lag -> reverse KL at every seed."""
+    runs = {name: {lag: [] for lag in args.lags} for name in named}
+    todo = [
+        (name, lag, seed) for name in named for lag in args.lags for seed in range(args.seeds)
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        values = pool.map(lambda one: run(one[0], named[one[0]], *one[1:], args.updates), todo)
+        for (name, lag, _), value in zip(todo, values):
+            runs[name][lag].append(value)
+    return runs
 
 
 def draw(means: dict, lags, file: Path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("no picture: matplotlib is not installed (pip install matplotlib)")
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+        return
     axes = Figure(figsize=(7, 4)).subplots()
     for name, values in means.items():
         axes.plot(lags, values, "ko--" if name == DEFAULT else "o-", label=name)
@@ -124,14 +142,15 @@ def draw(means: dict, lags, file: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("submissions", type=Path, nargs="+", metavar="DIR")
+    parser.add_argument("submissions", type=Path, nargs="+", metavar="SUBMISSION")
     parser.add_argument("--lags", type=int, nargs="+", default=[0, 8])
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2, help="runs at every lag")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--all", action="store_true", help="rank what fails the tests, too")
     args = parser.parse_args()
     named = {DEFAULT: None} | admitted(args.submissions, args.all)
-    runs = {name: runs_of(name, estimator, args) for name, estimator in named.items()}
+    runs = run_all(named, args)
     with open("ranking.csv", "w", newline="") as file:
         lines = [(name, lag, *values) for name, of in runs.items() for lag, values in of.items()]
         seeds = [f"seed {seed}" for seed in range(args.seeds)]

@@ -337,10 +337,12 @@ class Nursery:
     """Starts workers. Use it in a `with`."""
 
     def __enter__(self):
+        self.is_open = True
         self.start()
         return self
 
     def __exit__(self, *_):
+        self.is_open = False
         self.control.close()
         self.process.kill()
         self.process.wait()
@@ -392,6 +394,8 @@ class Nursery:
 
     def restart(self):
         """The nursery is gone: a submission has killed it. Its worker has died with it."""
+        if not self.is_open:
+            raise RuntimeError("the grader was stopped")
         self.process.kill()
         self.process.wait()
         self.control.close()

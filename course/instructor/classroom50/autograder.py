@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -63,10 +64,10 @@ def main(flags):
         flags.remove("--installed")
     else:
         install()
-    out = Path(os.environ.get("RUNNER_TEMP", "/tmp")) / "grades"
-    command = [sys.executable, str(HERE / "grade_all.py"), ".", "--public", "--out", str(out), *flags]
-    subprocess.run(command, check=True)
-    (report,) = json.loads((out / "report.json").read_text()).values()
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, str(HERE / "grade_all.py"), ".", "--public", "--out", out, *flags]
+        subprocess.run(command, check=True)
+        (report,) = json.loads(Path(out, "report.json").read_text()).values()
     Path("result.json").write_text(json.dumps(result_of(report, os.environ), indent=1) + "\n")
 
 
