@@ -35,6 +35,8 @@ def test_the_first_version_of_a_resumed_run(student):
                 torch.equal(found, parameters(number)),
                 f"weights[{number % 2}] has {name_of(found)}, not version {number}",
             )
+    held = student.parts_held(torch.zeros(2, 40), 18, [torch.ones(1, 2)] * 20)
+    check(held <= 2, f"publish keeps {held} of 20 parts at the same time")
 
 
 @worth(2)

@@ -131,10 +131,9 @@ def clean_tree(submission: Path, tree: Path, files):
     found, notes = {}, []
     for name in files:
         data, why = read_file(submission / name)
-        if not (submission / name).resolve().is_relative_to(submission.resolve()):
-            data, why = None, "lies outside of the submission"
-        if data is None:
-            notes.append(f"{name} {why}: graded as not written")
+        inside = (submission / name).resolve().is_relative_to(submission.resolve())
+        if data is None or not inside:
+            notes.append(f"{name} {why or 'lies outside of the submission'}: graded as not written")
             continue
         found[name] = data
         (tree / name).write_bytes(data)

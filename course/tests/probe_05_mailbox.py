@@ -4,6 +4,8 @@ The mailbox's memory is watched while your code runs. `pick_up` meets a writer t
 when your code looks at the memory, also in the middle of a copy.
 """
 
+import weakref
+
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -125,6 +127,24 @@ def published(weights, version: int, publications):
             channel.publish(noted(parts), number)
             recorder.note()
     return recorder.moments
+
+
+def parts_held(weights, version: int, parts):
+    """The most of `parts` that exist at the same time while publish writes them."""
+    channel = mailbox(weights, 0)
+    made, most = [], 0
+
+    def one_by_one():
+        nonlocal most
+        for part in parts:
+            part = part.clone()
+            made.append(weakref.ref(part))
+            most = max(most, sum(one() is not None for one in made))
+            yield part
+            del part
+
+    channel.publish(one_by_one(), version)
+    return most
 
 
 def picked_up(states, schedules):

@@ -14,13 +14,19 @@ PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv"
 
 
 def chunk_loss(logits, ids, t, b, dtype: str):
-    """unfused_loss on one chunk. `in_place`: the gradient stands where the logits were."""
+    """unfused_loss on one chunk.
+
+    `in_place`: the gradient stands where the logits were. `has_graph`: which results have one.
+    """
     from kernels.head import unfused_loss
 
     logits = logits.clone()
     value, s, gradient = unfused_loss(SQUARES, logits, ids, t, b, getattr(torch, dtype))
     in_place = gradient.data_ptr() == logits.data_ptr()
-    return {"value": value, "s": s, "gradient": gradient, "in_place": in_place}
+    found = {"value": value, "s": s, "gradient": gradient}
+    has_graph = [name for name, one in found.items() if one.requires_grad]
+    found = {name: one.detach() for name, one in found.items()}
+    return found | {"in_place": in_place, "has_graph": has_graph}
 
 
 def head_loss(hidden, weight, ids, t, b, scale, chunk, factor=1.0, times=1):

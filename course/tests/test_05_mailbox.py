@@ -60,7 +60,7 @@ def check_pick_up(student, states, schedules, unit: str = "version"):
 
 @worth(1)
 def test_a_version_lies_in_the_mailbox_after_publish(student):
-    """After publish the mailbox has the new version: its number, and its parts, one by one."""
+    """After publish the mailbox has the new version: its number, and its parts, taken one by one."""
     for new in (2, 3):
         moments = student.published(holding(new - 2, new - 1), new - 1, [(new, parts_of(new))])
         version, weights = moments[-1]
@@ -70,6 +70,8 @@ def test_a_version_lies_in_the_mailbox_after_publish(student):
             torch.equal(found, parameters(new)),
             f"after publish of version {new}, weights[{new % 2}] has {name_of(found)}",
         )
+    held = student.parts_held(holding(0, 1), 2, [torch.ones(1)] * P)
+    check(held <= 2, f"publish keeps {held} of {P} parts at the same time")
 
 
 @worth(1)

@@ -41,8 +41,8 @@ def dense_chunk(logits, ids, t, b):
 
 @worth(1)
 def test_one_chunk(student):
-    """unfused_loss gives the value of each position, its log-probabilities and the gradient with
-    respect to the logits."""
+    """unfused_loss gives the value of each position, its log-probabilities and, in place of the
+    logits, the gradient with respect to them. None of the three has a graph."""
     hidden, weight, *rest = problem()
     logits = hidden @ weight.t()
     value, s, gradient = dense_chunk(logits, *rest)
@@ -53,6 +53,8 @@ def test_one_chunk(student):
     elsewhere = torch.ones_like(logits).scatter(1, ids, 0.0)
     close(found["gradient"] * elsewhere, gradient * elsewhere, "the gradient at all other ids")
     close(found["gradient"].gather(1, ids), gradient.gather(1, ids), "the gradient at candidates")
+    check(found["in_place"], "the gradient has memory of its own beside the logits")
+    check(not found["has_graph"], f"{' and '.join(found['has_graph'])}: it still has a graph")
 
 
 @worth(1)
