@@ -177,7 +177,7 @@ def table(exercises):
 
 
 def points_of(path: Path):
-    """test -> (points, whether it needs a GPU), from the decorator `worth` of each."""
+    """test -> (points, what it needs), from the decorator `worth` of each."""
     found = {}
     for name, node in syntax.functions(path.read_text()).items():
         if name.startswith("test_"):
@@ -185,8 +185,8 @@ def points_of(path: Path):
             if len(calls) != 1:
                 raise ValueError(f"{path.name}: {name} needs one @worth, not {len(calls)}")
             (call,) = calls
-            needs = {keyword.arg: keyword.value.value for keyword in call.keywords}
-            found[name] = call.args[0].value, needs.get("gpu", False)
+            needs = [keyword.arg for keyword in call.keywords if keyword.value.value]
+            found[name] = call.args[0].value, needs
     return found
 
 
@@ -199,8 +199,9 @@ def points_toml(instructor: Path, exercises):
         places = {"public": instructor / "solution" / "tests", "hidden": instructor / "hidden"}
         for kind, place in places.items():
             lines.append(f"[{one.slug}.{kind}]")
-            for name, (points, gpu) in points_of(place / f"test_{one.slug}.py").items():
-                lines.append(f"{name} = {{ points = {points}{', gpu = true' * gpu} }}")
+            for name, (points, needs) in points_of(place / f"test_{one.slug}.py").items():
+                said = "".join(f", {word} = true" for word in needs)
+                lines.append(f"{name} = {{ points = {points}{said} }}")
     (instructor / "points.toml").write_text("\n".join(lines) + "\n")
 
 

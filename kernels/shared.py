@@ -109,10 +109,9 @@ def loss_kernel(
     tl.store(loss + g, tl.sum(tl.where(counts, terms, 0.0), 0))
     tl.store(student_logp + g * C + k, s, mask=k < C)
     tl.store(c_row + k, derivative, mask=k < C)
-    tl.debug_barrier()  # every thread sees the whole of c
-    at_ids = gradient_at_candidates(s, at, ids_row, c_row, c_sum, C, CANDIDATES)
-    # Every thread has read its candidates' logits; from here on they are overwritten.
+    # Every thread sees the whole of c, and has read its candidates' logits before they go.
     tl.debug_barrier()
+    at_ids = gradient_at_candidates(s, at, ids_row, c_row, c_sum, C, CANDIDATES)
     overwrite_row(row, grad_row, lse, c_sum, V, LANES)
     tl.debug_barrier()  # the candidates' entries come last, over what the loop left there
     tl.store(grad_row + at, at_ids.to(grad_row.dtype.element_ty), mask=k < C)

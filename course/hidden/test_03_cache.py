@@ -10,7 +10,8 @@ from test_03_cache import positions_seen, random_prompts
 
 @worth(1)
 def test_masks_of_every_position_and_window(student):
-    """may_see and mask are right for every position, length and window; layers may ask by turns."""
+    """may_see and mask are right for every position, length and window; layers may ask by turns,
+    and a mask is computed once."""
     windows = [None, 8, *range(1, 12)]
     for length in range(1, 11):
         position = torch.arange(length)
@@ -28,6 +29,8 @@ def test_masks_of_every_position_and_window(student):
                 expected = [0.0 if other in right else float("-inf") for other in range(length)]
                 row = mask[at, 0, 0].tolist()
                 check(row == expected, f"{what}: the mask of position {at} is {row}")
+    kept = student.mask_is_kept(torch.tensor([0, 4, 2]), 5, (8, None, 2))
+    check(all(kept), "mask computes the mask of a window again when another layer asks for it")
 
 
 @worth(1)

@@ -42,17 +42,13 @@ def test_extreme_logits(student):
 
 
 @worth(1)
-def test_from_1_to_100_candidates(student):
-    """Any number of candidates, with ids that repeat within a row and in the next one."""
+def test_any_candidates_dtypes_and_vocabularies(student):
+    """1 to 100 candidates with ids that repeat in a row and in the next one; logits in float32 and
+    bfloat16, gradients no wider; vocabularies from 2 to 5000."""
     for columns in (1, 2, 33, 40, 100):
         for different in (1, 3, 50):
             inputs = problem(columns, 2, 173, columns, different)
             check_kernel(student, inputs, "float32", f"{columns} candidates with {different} ids")
-
-
-@worth(1)
-def test_all_dtypes_and_vocabularies(student):
-    """Logits in float32 and bfloat16, gradients no wider, vocabularies from 2 to 5000."""
     for kind, dtype in KINDS:
         for vocab in (2, 173, 512, 1300, 5000):
             inputs = problem(vocab, 3, vocab, 7, 5, getattr(torch, kind))
@@ -60,19 +56,14 @@ def test_all_dtypes_and_vocabularies(student):
 
 
 @worth(1)
-def test_no_race_and_no_atomics(student):
-    """The whole kernel has no race and no atomic, at several blocks a row and with equal ids."""
+def test_no_race_no_atomics_and_no_third_reading(student):
+    """The whole kernel has no race and no atomic. A program loads its row once for the logsumexp
+    and once for the gradient; beside that only the candidates' logits."""
     for kind, dtype in KINDS:
         for vocab in (173, 1800):
             inputs = problem(20, 2, vocab, 6, 3, getattr(torch, kind))
             found = student.whole_kernel(*inputs, dtype)
             check_races(found, f"{dtype} of {kind} logits, V = {vocab}")
-
-
-@worth(1)
-def test_every_logit_is_loaded_twice(student):
-    """A program loads its row once for the logsumexp and once for the gradient; beside that only
-    the candidates' logits."""
     for vocab in (173, 1800):
         inputs = problem(30, 1, vocab, 4)
         found = student.whole_kernel(*inputs, "float32")
@@ -81,3 +72,12 @@ def test_every_logit_is_loaded_twice(student):
         count = int(((addresses >= 0) & (addresses < 4 * vocab)).sum())
         right = 2 * vocab + 4
         check(count <= right, f"{count} loads of {vocab} logits with 4 candidates, not {right}")
+
+
+@worth(1, compiled=True)
+def test_the_compiler_takes_every_size(student):
+    """The compiler accepts the kernel for all dtypes, many candidates and large vocabularies."""
+    for logits, gradient in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")):
+        for vocab, columns in ((2, 1), (5000, 100), (151_936, 256)):
+            lines = student.front_end(vocab, columns, logits, gradient)
+            check(lines > 0, "the compiler gives nothing")

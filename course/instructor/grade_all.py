@@ -165,7 +165,8 @@ def run_test(nursery, tree: Path, test, limit: float):
         return "blocked", "it needs a GPU", 0.0
     began = time.monotonic()
     try:
-        with nursery.worker(tree, limit, test.gpu) as student:
+        place = nursery.compiling() if test.compiled else nursery
+        with place.worker(tree, limit, test.gpu) as student:
             status, message = judge(test, student)
     except RuntimeError as error:
         status, message = "failed", str(error)

@@ -52,7 +52,7 @@ RESTRICT_SELF = 446
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
-SETTINGS = ("TRITON_INTERPRET", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TQDM_DISABLE")
+SETTINGS = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TQDM_DISABLE")
 
 
 # ---- messages ---------------------------------------------------------------------------------
@@ -184,10 +184,6 @@ def serve(connection: socket.socket, tree: Path, scratch: str, seconds: float, g
     import torch
 
     devices = [str(path) for path in Path("/dev").glob("nvidia*") if gpu and not path.is_dir()]
-    if gpu:
-        del os.environ["TRITON_INTERPRET"]
-        os.environ["TRITON_CACHE_DIR"] = scratch
-
     os.setsid()
     for fd in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
@@ -204,6 +200,7 @@ def serve(connection: socket.socket, tree: Path, scratch: str, seconds: float, g
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
     tempfile.tempdir = os.environ["TMPDIR"] = os.environ["HOME"] = scratch
+    os.environ["TRITON_CACHE_DIR"] = scratch
     drop_privileges()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # die with the nursery
     if landlock_version() >= 1:
@@ -231,7 +228,8 @@ def describe(error: BaseException, tree: Path):
     place, at = "", error.__traceback__
     while at:
         file = Path(at.tb_frame.f_code.co_filename)
-        if file.is_relative_to(tree) and not file.is_relative_to(tree / "tests"):
+        is_theirs = file.is_relative_to(tree) and not file.is_relative_to(tree / "tests")
+        if is_theirs and not isinstance(error, SyntaxError):  # which says its place itself
             place = f" ({file.relative_to(tree)}, line {at.tb_lineno})"
         at = at.tb_next
     return f"{type(error).__name__}: {text}{place}"
@@ -334,7 +332,17 @@ class Worker:
 
 
 class Nursery:
-    """Starts workers. Use it in a `with`."""
+    """Starts workers. Use it in a `with`. `interprets`: Triton is in its interpreter."""
+
+    def __init__(self, interprets: bool = True):
+        self.interprets = interprets
+        self.other = None
+
+    def compiling(self):
+        """Another nursery, in which Triton compiles. It starts when it is first wanted."""
+        if self.other is None:
+            self.other = Nursery(interprets=False).__enter__()
+        return self.other
 
     def __enter__(self):
         self.is_open = True
@@ -342,6 +350,8 @@ class Nursery:
         return self
 
     def __exit__(self, *_):
+        if self.other is not None:
+            self.other.__exit__()
         self.is_open = False
         self.control.close()
         self.process.kill()
@@ -350,6 +360,7 @@ class Nursery:
     def start(self):
         self.control, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {name: "1" for name in SETTINGS}
+        environment["TRITON_INTERPRET"] = str(int(self.interprets))
         kept = ("PATH", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
         environment |= {name: os.environ[name] for name in kept if name in os.environ}
         self.process = subprocess.Popen(

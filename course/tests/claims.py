@@ -7,12 +7,16 @@ the functions of probes.py. They call your code, here or in another process.
 import torch
 
 
-def worth(points: int, gpu: bool = False):
-    """How many points a test is worth. `gpu`: it needs one."""
+def worth(points: int, gpu: bool = False, compiled: bool = False):
+    """How many points a test is worth.
+
+    `compiled`: it needs Triton's compiler, not its interpreter. `gpu`: it needs a GPU as well.
+    """
 
     def mark(test):
         test.points = points
         test.gpu = gpu
+        test.compiled = compiled or gpu
         return test
 
     return mark
@@ -38,8 +42,10 @@ def close(found, expected, what: str, tolerance: float = 1e-5):
     error = (found - expected).abs()
     worst = int(error.argmax())
     scale = max(1e-12, float(expected.abs().max()))
+    index = torch.unravel_index(torch.tensor(worst), expected.shape)
+    place = f"entry [{', '.join(str(int(one)) for one in index)}]" if index else "it"
     check(
         float(error.max()) <= tolerance * scale,
-        f"{what} is wrong: entry {worst} is {float(found.flatten()[worst]):.6g}, "
+        f"{what} is wrong: {place} is {float(found.flatten()[worst]):.6g}, "
         f"{float(expected.flatten()[worst]):.6g} is right",
     )

@@ -35,6 +35,8 @@ def reason(error: BaseException):
     text = " ".join(str(error).split())
     if isinstance(error, (AssertionError, RemoteError)):
         return text
+    if isinstance(error, SyntaxError):  # it says its place itself
+        return f"{type(error).__name__}: {text}"
     frames = traceback.extract_tb(error.__traceback__)
     tree = Path(__file__).resolve().parent.parent
     # The last place in a file that a student may have written, or else the last of all.

@@ -21,6 +21,16 @@ def mask_of(position, length: int, windows, dtype):
     return [step.mask(window, dtype) for window in windows]
 
 
+def mask_is_kept(position, length: int, windows):
+    """For each window whether Decode.mask gives the same memory when it is asked again."""
+    from attention import Decode
+
+    step = Decode(None, position, length)
+    first = [step.mask(window, torch.float32) for window in windows]
+    again = [step.mask(window, torch.float32) for window in windows]
+    return [one.data_ptr() == other.data_ptr() for one, other in zip(first, again)]
+
+
 @torch.no_grad()
 def attend_prefill(cached, slots, query, key, value, scaling, window):
     """Prefill.attend on one layer, whose cache `cached` = (keys, values) [S,H,L,E] has been used.

@@ -183,13 +183,16 @@ def logsumexp_of(row):
 
 
 def candidates_gradient(s, ids, c):
-    """gradient_at_candidates of one position: [C] each -> [C]."""
+    """gradient_at_candidates of one position: [C] each -> [C]. Behind c lies NaN."""
     from kernels import shared
 
+    behind = torch.full((512,), torch.nan)
+    c_sum, c = c.sum()[None], torch.cat([c, behind])[: len(c)]
+    ids = torch.cat([ids, ids[:1].expand(512)])[: len(ids)]
     out, width = torch.zeros_like(s), shared.launch_shape(512, len(s))["CANDIDATES"]
     sizes = (len(s), shared.gradient_at_candidates)
     with interpreted():
-        candidates_alone[(1,)](s, ids, c, c.sum()[None], out, *sizes, CANDIDATES=width)
+        candidates_alone[(1,)](s, ids, c, c_sum, out, *sizes, CANDIDATES=width)
     return out
 
 
@@ -237,6 +240,50 @@ def whole_kernel(logits, ids, c, dtype: str):
         "threads": 32 * shape["num_warps"],
         "bytes": logits.nbytes,
     }
+
+
+def front_end(vocab: int, columns: int, logits: str, gradient: str):
+    """Put the kernel through the part of Triton's compiler that needs no GPU: -> lines of its IR.
+
+    `logits` and `gradient`: dtypes as the compiler writes them, such as "fp32".
+    """
+    from kernels import shared
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, CompilationError, make_backend
+
+    kernel = shared.loss_kernel
+    constants = shared.launch_shape(vocab, columns) | {"TERMS": shared.given}
+    options = {"num_warps": constants.pop("num_warps")}
+    types = dict.fromkeys(kernel.arg_names, "*fp32")
+    types |= dict.fromkeys(("V", "C", "grad_stride", "first", "first_draw"), "i32")
+    types |= {"logits": f"*{logits}", "grad": f"*{gradient}", "ids": "*i64"}
+    types |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    options = backend.parse_options(options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    parts = (backend.get_codegen_implementation(options), backend.get_module_map(), context)
+    try:
+        made = ASTSource(kernel, types, places).make_ir(target, options, *parts)
+    except CompilationError as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        raise refusal(error) from None
+    return str(made).count("\n")
+
+
+def refusal(error):
+    """What Triton's compiler says, and at which line of the source."""
+    if getattr(error, "src", None) is None or getattr(error, "node", None) is None:
+        return error
+    line = error.src.splitlines()[error.node.lineno - 1].strip()
+    if "NotImplementedError" in line:
+        return NotImplementedError(line.split('"')[1])
+    return RuntimeError(f"the compiler refuses `{line}`: {error.error_message}")
 
 
 def compiled_kernel(logits, ids, c, dtype: str):

@@ -133,9 +133,12 @@ def test_prefill_attends_and_fills_the_cache(student):
 
 @worth(1)
 def test_decode_attends_to_its_own_rollout(student):
-    """Decode writes the new token at its position and sees its own rollout, nothing older."""
+    """Decode writes the new token at its position and sees its own rollout, nothing older. The mask
+    of a step is computed once for each window."""
     for window in (None, 3):
         check_decode(student, heads=4, kv_heads=2, window=window)
+    kept = student.mask_is_kept(torch.tensor([3, 5]), 9, (None, 3))
+    check(all(kept), "mask computes the mask of a window again when another layer asks for it")
 
 
 @worth(1)

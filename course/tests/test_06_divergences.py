@@ -73,6 +73,13 @@ def check_truncated(student, loss: str):
         )
         parts.append(value)
     close(parts[0] + parts[1], whole, f"{loss} of 3 ids plus that of the other 4, all 7 together,")
+    pi, q = s.exp(), t.exp()
+    weight, ratio = (q, q / pi) if loss == "forward_kl" else (pi, pi / q)
+    for column in range(1, V + 1):
+        pair = [0, column]
+        value, _ = student.loss_and_gradient(loss, {"top_k": 1}, s[:, pair], t[:, pair], b[:, pair])
+        right = weight[:, column] * ratio[:, column].log()
+        close(value, right, f"the term of one id in {loss}, with K = 1,")
 
 
 @worth(1)

@@ -38,21 +38,28 @@ def every_draw(b, top: int, draws: int):
     return ids, behavior, density[ways].sum(-1).exp()
 
 
-def mean_gradient(student, s, t, b, top: int, draws: int):
-    """The loss's gradient with respect to the student's logits, a mean over all draws."""
+def gradients(student, s, t, b, top: int, draws: int):
+    """The loss's gradient with respect to the student's logits for every way in which the draws may
+    come [T,V], and how often it comes [T]."""
     ids, behavior, share = every_draw(b, top, draws)
     settings = {"top_k": top, "num_samples": draws}
     value, c = student.loss_and_gradient(LOSS, settings, s[ids], t[ids], behavior)
     check(value.shape == share.shape, f"{len(ids)} positions give the shape {tuple(value.shape)}")
     check(not c[:, 0].any(), "column 0, the emitted token, has a derivative: it carries no loss")
-    of_id = torch.zeros_like(s).index_add(0, ids.flatten(), (share[:, None] * c).flatten())
-    return of_id - s.exp() * of_id.sum()
+    of_id = torch.zeros(len(ids), len(s), dtype=s.dtype).scatter_add(1, ids, c)
+    return of_id - s.exp() * of_id.sum(-1, keepdim=True), share
+
+
+def mean_gradient(student, *problem, **sizes):
+    """The mean of these gradients."""
+    found, share = gradients(student, *problem, **sizes)
+    return share @ found
 
 
 @worth(1)
 def test_the_tail_is_the_sampler_without_its_top(student):
-    """Columns: a draw, the sampler's top, the tail. No tail id is in the top, and b of the tail is
-    the density of the sampler restricted to the other ids."""
+    """Columns: a draw, the sampler's top, the tail. No tail id is in the top, b of the tail is the
+    density of the sampler restricted to the other ids, and a uniform decides one column."""
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(50, 12, generator=random)
     uniforms = torch.rand(50, 5, generator=random, dtype=torch.float64)
@@ -71,6 +78,15 @@ def test_the_tail_is_the_sampler_without_its_top(student):
         close(logp[row, :4], b[ids[row, :4]], f"logp of the draw and the top of slot {row}")
         places = [rest.tolist().index(one) for one in ids[row, 4:].tolist()]
         close(logp[row, 4:], density[places], f"logp of the tail of slot {row}")
+    for uniform, column in enumerate((0, 4, 5, 6, 7)):
+        changed = uniforms.clone()
+        changed[:, uniform] = uniforms[:, uniform].flip(0)
+        other, _ = student.proposed({"draws": 1, "top": 3, "tail": 4}, logits, changed)
+        differ = (other != ids).any(0).nonzero().flatten().tolist()
+        check(
+            differ == [column],
+            f"another uniform {uniform} changes the columns {differ}, column {column} is right",
+        )
 
 
 @worth(1)
@@ -92,11 +108,17 @@ def test_with_lag_the_mean_gradient_is_exact(student):
 
 @worth(1)
 def test_with_baselines_the_mean_gradient_is_exact(student):
-    """With 8 draws there are baselines, and the mean gradient over all 6561 ways in which 8 draws
-    may come is still exact."""
+    """With 8 draws there are baselines. The mean gradient over all 6561 ways in which 8 draws may
+    come is still exact; and where D is the same for all ids of the tail, every way gives it."""
     s, t, b = distributions(2, vocab=5)
     found = mean_gradient(student, s, t, b, top=2, draws=8)
     close(found, exact_gradient(s, t), "the mean gradient with 8 draws")
+    top, rest, _ = strata(b, 2)
+    t = s - 1.0  # D = 1 in the tail; the top has what is left
+    t[top] = s[top] - s[top].logsumexp(-1) + (1 - t[rest].exp().sum()).log()
+    found, _ = gradients(student, s, t, b, top=2, draws=8)
+    right = exact_gradient(s, t).expand(len(found), -1)
+    close(found, right, "the gradient of 8 draws, all with D = 1,")
 
 
 @worth(1)

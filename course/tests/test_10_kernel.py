@@ -127,12 +127,12 @@ def check_races(found, what: str):
 @worth(1)
 def test_the_logsumexp_of_a_row(student):
     """row_logsumexp is right for vocabularies that fill no block, a part of one or some, for logits
-    near 300, and to the precision of float32."""
+    near 300 and near -300, and to the precision of float32."""
     row = problem(0, 1, 1000)[0][0]
     rising = torch.cat([row - 300, row + 300])
     two = torch.where((torch.arange(1000) // 256) % 2 == 1, 0.3, 0.5)
     rows = [
-        ("V = 173, logits near -20", row[:173] - 20),
+        ("V = 173, logits near -300", row[:173] - 300),
         ("V = 512, one whole block", row[:512]),
         ("V = 1000", row),
         ("V = 1", row[:1]),
@@ -148,11 +148,12 @@ def test_the_logsumexp_of_a_row(student):
 @worth(1)
 def test_candidates_with_equal_ids_share_a_sum(student):
     """gradient_at_candidates gives each candidate the derivative of the logit at its id."""
-    for different in (5, 2):
-        logits, ids, c = problem(2, 1, 100, 5, different)
+    for columns, different in ((5, 5), (5, 2), (40, 7)):
+        logits, ids, c = problem(2, 1, 100, columns, different)
         s, gradient = right_answer(logits, ids, c)
         found = student.candidates_gradient(s[0].float(), ids[0], c[0])
-        close(found, gradient[0, ids[0]], f"the gradient at 5 candidates with {different} ids")
+        what = f"the gradient at {columns} candidates with {different} ids"
+        close(found, gradient[0, ids[0]], what)
 
 
 @worth(1)
@@ -178,6 +179,13 @@ def test_the_second_pass_has_no_race(student):
         logits, _, _ = problem(4, 1)
         found = student.overwritten_row(logits[0], 12.0, 1.0, dtype)
         check_races(found, f"a {dtype} gradient of float32 logits")
+
+
+@worth(1, compiled=True)
+def test_the_compiler_takes_it(student):
+    """The kernel is a Triton program: the compiler accepts it, too, and not the interpreter alone."""
+    for gradient in ("fp32", "bf16"):
+        check(student.front_end(1000, 5, "fp32", gradient) > 0, "the compiler gives nothing")
 
 
 @worth(1, gpu=True)
