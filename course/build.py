@@ -168,7 +168,7 @@ def write_tree(tree: Path, files: dict, exercises):
 
 def table(exercises):
     """The exercises, for the student's README."""
-    lines = ["| | exercise | week | hours | you write, in |", "|---|---|---|---|---|"]
+    lines = ["| | exercise | week | hours | you write in |", "|---|---|---|---|---|"]
     for one in exercises:
         link = f"[{one.title}](handouts/{one.slug}.md)"
         files = ", ".join(f"`{path}`" for path in one.files)
