@@ -21,6 +21,7 @@ from course import syntax
 COURSE = Path(__file__).resolve().parent
 ROOT = COURSE.parent
 ASSETS = ("*.json", "*.jinja", "*.safetensors")
+GRADER = ("grade_all.py", "guards.py", "reports.py", "sandbox.py", "submission.py")
 
 
 @dataclass
@@ -190,7 +191,7 @@ def points_of(path: Path):
     return found
 
 
-def points_toml(instructor: Path, exercises):
+def points_toml(instructor: Path, exercises, out: Path, kinds=("public", "hidden")):
     """points.toml: what every test is worth. grade_all.py reads it, so it can be edited."""
     lines = ["# points of every test; `gpu`: it is blocked where there is no GPU"]
     for one in exercises:
@@ -199,10 +200,11 @@ def points_toml(instructor: Path, exercises):
         places = {"public": instructor / "solution" / "tests", "hidden": instructor / "hidden"}
         for kind, place in places.items():
             lines.append(f"[{one.slug}.{kind}]")
-            for name, (points, needs) in points_of(place / f"test_{one.slug}.py").items():
+            tests = points_of(place / f"test_{one.slug}.py") if kind in kinds else {}
+            for name, (points, needs) in tests.items():
                 said = "".join(f", {word} = true" for word in needs)
                 lines.append(f"{name} = {{ points = {points}{said} }}")
-    (instructor / "points.toml").write_text("\n".join(lines) + "\n")
+    out.write_text("\n".join(lines) + "\n")
 
 
 def toml_text(text: str):
@@ -234,11 +236,12 @@ def build(out: Path, solved=()):
             test = f"test_{exercise.slug}.py"
             copy(COURSE / "hidden" / test, made / "instructor" / "hidden" / test)
         copy_tree(made / "student", made / "instructor" / "clean")
-        points_toml(made / "instructor", exercises)
+        points_toml(made / "instructor", exercises, made / "instructor" / "points.toml")
         bundle = made / "instructor" / "classroom50"  # students can download it: no hidden tests
         copy_tree(made / "student", bundle / "clean")
-        for name in ("grade_all.py", "reports.py", "sandbox.py", "points.toml"):
+        for name in GRADER:
             copy(made / "instructor" / name, bundle / name)
+        points_toml(made / "instructor", exercises, bundle / "points.toml", ("public",))
         for name in ("student", "instructor"):
             (made / name).rename(out / name)
     return exercises

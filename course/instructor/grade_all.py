@@ -22,17 +22,17 @@ are not in "max".
 """
 
 import argparse
-import hashlib
+import ctypes
+import multiprocessing
 import os
-import shutil
-import stat
+import resource
+import signal
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import warnings
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -45,10 +45,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import reports  # noqa: E402
 from grading import claim_of, judge, tests_of  # noqa: E402
-from sandbox import Nursery  # noqa: E402
+from guards import PR_SET_PDEATHSIG  # noqa: E402
+from sandbox import LONGEST, Nursery  # noqa: E402
+from submission import clean_tree, hash_of, name_of, opened  # noqa: E402
 
 LIMIT = 60.0  # seconds a test
-LARGEST = 2**20  # bytes of a file that a student may hand in
+JUDGING = 30.0  # seconds that a test may take beside the submission
+MEMORY = 4 * 2**30  # bytes of address space that judging may add
 KINDS = {"public": HERE / "clean" / "tests", "hidden": HERE / "hidden"}
 
 
@@ -59,104 +62,28 @@ class UsageError(Exception):
 # ---- one submission ---------------------------------------------------------------------------
 
 
-def name_of(path: Path):
-    """Of the student."""
-    return path.stem if path.is_file() else path.resolve().name
-
-
-def read_file(path: Path):
-    """The bytes of a file that was handed in, or None and why it does not count."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return None, "is missing"
-    if not stat.S_ISREG(status.st_mode):
-        return None, "is no regular file"
-    if status.st_size > LARGEST:
-        return None, f"has more than {LARGEST:,} bytes"
-    try:
-        return path.read_bytes(), None
-    except OSError as error:
-        return None, f"cannot be read: {error.strerror}"
-
-
-def root_of(names, files):
-    """Which directory of a submission has the files: "", or the only one in it that has some."""
-    roots = {name[: -len(file)] for name in names for file in files if name.endswith("/" + file)}
-    inside = [root for root in sorted(roots) if root.count("/") == 1]
-    return "" if len(inside) != 1 or set(names) & set(files) else inside[0]
-
-
-def unpack(archive: zipfile.ZipFile, place: Path, files):
-    """Take the files out of a zip file, and no others. Returns the directory they were in."""
-    root = root_of(archive.namelist(), files)
-    for file in {root + file for file in files} & set(archive.namelist()):
-        target = place / file.removeprefix(root)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with archive.open(file) as member:
-            target.write_bytes(member.read(LARGEST + 1))  # one more: read_file says why
-    return root
-
-
-def names_in(directory: Path, files):
-    """Those of the files that the directory has, and those that a directory in it has. No links."""
-    inside = [one for one in directory.iterdir() if one.is_dir() and not one.is_symlink()]
-    places = [directory, *inside]
-    found = [place / file for place in places for file in files]
-    return [str(one.relative_to(directory)) for one in found if os.path.lexists(one)]
-
-
-@contextmanager
-def opened(path: Path, files):
-    """(directory with the submission's files, notes)."""
-    with tempfile.TemporaryDirectory() as directory:
-        place, root, notes = Path(directory), "", []
-        try:
-            if path.is_file():
-                with zipfile.ZipFile(path) as archive:
-                    root = unpack(archive, place, files)
-            else:
-                root = root_of(names_in(path, files), files)
-                place = path / root
-        except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            notes.append(f"it cannot be read: {error}")
-        if root:
-            notes.append(f"the files are taken from {root}")
-        yield place, notes
-
-
-def clean_tree(submission: Path, tree: Path, files):
-    """A tree with these files of the submission. Returns (file -> its bytes, notes)."""
-    shutil.copytree(HERE / "clean", tree, ignore=shutil.ignore_patterns("__pycache__"))
-    found, notes = {}, []
-    for name in files:
-        data, why = read_file(submission / name)
-        inside = (submission / name).resolve().is_relative_to(submission.resolve())
-        if data is None or not inside:
-            notes.append(f"{name} {why or 'lies outside of the submission'}: graded as not written")
-            continue
-        found[name] = data
-        (tree / name).write_bytes(data)
-    if not any(os.path.lexists(submission / name) for name in files):
-        notes = ["none of the files is there: graded as not written"]
-    for path in (tree, *tree.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return found, notes
-
-
-def hash_of(found: dict, files):
-    """Of the files of one exercise. Equal hashes are equal files."""
-    digest = hashlib.sha256()
-    for name in files:
-        data = found.get(name, b"")
-        digest.update(f"{name} {len(data)}\n".encode() + data)
-    return digest.hexdigest()
-
-
 def has_gpu():
     import torch
 
     return torch.cuda.is_available()
+
+
+@contextmanager
+def alarm(seconds: float):
+    """Raise TimeoutError after so many seconds, in the main thread."""
+
+    def ring(*_):
+        raise TimeoutError(f"not judged after {seconds:.0f} s")
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def run_test(nursery, tree: Path, test, limit: float):
@@ -166,11 +93,26 @@ def run_test(nursery, tree: Path, test, limit: float):
     began = time.monotonic()
     try:
         place = nursery.compiling() if test.compiled else nursery
-        with place.worker(tree, limit, test.gpu) as student:
+        with place.worker(tree, limit, test.gpu) as student, alarm(limit + JUDGING):
             status, message = judge(test, student)
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         status, message = "failed", str(error)
-    return status, message, time.monotonic() - began
+    return status, message[:LONGEST], time.monotonic() - began
+
+
+def entry(slug, kind, name, worth, test, status, message, seconds):
+    """A test as the report has it."""
+    return {
+        "exercise": slug,
+        "kind": kind,
+        "test": name,
+        "claim": claim_of(test),
+        "status": status,
+        "message": message,
+        "points": worth * (status == "passed"),
+        "worth": worth,
+        "seconds": seconds,
+    }
 
 
 def grade(submission: Path, exercises: dict, nursery, limit: float = LIMIT):
@@ -186,19 +128,8 @@ def grade(submission: Path, exercises: dict, nursery, limit: float = LIMIT):
                 tests = tests_of(where / f"test_{slug}.py") if exercise[kind] else {}
                 for name, worth in exercise[kind].items():
                     status, message, seconds = run_test(nursery, tree, tests[name], limit)
-                    report.append(
-                        {
-                            "exercise": slug,
-                            "kind": kind,
-                            "test": name,
-                            "claim": claim_of(tests[name]),
-                            "status": status,
-                            "message": message,
-                            "points": worth["points"] * (status == "passed"),
-                            "worth": worth["points"],
-                            "seconds": round(seconds, 2),
-                        }
-                    )
+                    result = status, message, round(seconds, 2)
+                    report.append(entry(slug, kind, name, worth["points"], tests[name], *result))
     hashes = {slug: hash_of(found, one["files"]) for slug, one in exercises.items()}
     return {"sha256": hashes, "notes": notes + more, "tests": report}
 
@@ -249,16 +180,59 @@ def check_out(out: Path):
         raise UsageError(f"{out / 'report.json'} is damaged: move it away") from None
 
 
+def grade_into(connection, *arguments):
+    """In a child: grade a submission and send its report. A killed grader takes it along."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
+    connection.send(grade(*arguments))
+
+
+def grade_apart(submission: Path, exercises: dict, nursery, limit: float):
+    """The report of a submission, judged in a process of its own: what it answers may be too much."""
+    ours, its = multiprocessing.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork")
+    arguments = (its, submission, exercises, nursery, limit)
+    child = fork.Process(target=grade_into, args=arguments)
+    child.start()
+    its.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        return not_graded(exercises)
+    finally:
+        child.kill()
+        child.join()
+        nursery.revive()
+
+
+def not_graded(exercises: dict):
+    """The report of a submission whose judge came to an end."""
+    report = []
+    for slug, exercise in exercises.items():
+        for kind, where in KINDS.items():
+            tests = tests_of(where / f"test_{slug}.py") if exercise[kind] else {}
+            for name, worth in exercise[kind].items():
+                result = "failed", "the judge came to an end", 0.0
+                report.append(entry(slug, kind, name, worth["points"], tests[name], *result))
+    note = "the judge came to an end while it was graded: look at what it answers"
+    return {"sha256": {}, "notes": [note], "tests": report}
+
+
 def grade_class(paths, exercises, jobs, limit, done):
     """Grade all, `jobs` at a time, and call done(name, report) as soon as one is."""
     if os.geteuid() == 0:
-        HERE.chmod(0o700)  # closed to the user that submissions run as
+        try:
+            HERE.chmod(0o700)  # closed to the user that submissions run as
+        except OSError as error:
+            print(f"warning: other users can read {HERE}: {error.strerror}", file=sys.stderr)
     free = SimpleQueue()
 
     def one(path):
         nursery = free.get()
         try:
-            return grade(path, exercises, nursery, limit)
+            return grade_apart(path, exercises, nursery, limit)
         finally:
             free.put(nursery)
 
@@ -266,9 +240,13 @@ def grade_class(paths, exercises, jobs, limit, done):
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # about what a submission answers
+    kinds = [test for one in exercises.values() for kind in KINDS for test in one[kind].values()]
+    compiles = any("compiled" in test or "gpu" in test for test in kinds)
     with ThreadPoolExecutor(jobs) as pool, ExitStack() as stack:
         for _ in range(jobs):
             nursery = stack.enter_context(Nursery())
+            if compiles:
+                nursery.compiling()
             free.put(nursery)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # Ctrl-C
         print(f"submissions are guarded by: {nursery.guards}", file=sys.stderr)
@@ -291,7 +269,7 @@ def main(argv=None):
     try:
         exercises = chosen(args.exercises, args.public)
         check_submissions(args.submissions)
-        if args.jobs < 1 or args.limit <= 0:
+        if args.jobs < 1 or not 0 < args.limit < float("inf"):
             raise UsageError(f"--jobs {args.jobs} --limit {args.limit:g}: give more than 0")
         if args.gradescope and len(args.submissions) > 1:
             raise UsageError("--gradescope takes one submission")

@@ -79,6 +79,7 @@ def result(*arguments):
 def admitted(paths, wants_all: bool):
     """name -> estimator.py, in bytes, of the submissions that have all points of exercise 11."""
     import grade_all
+    import submission
 
     grades = {}
 
@@ -89,9 +90,9 @@ def admitted(paths, wants_all: bool):
         grade_all.grade_class(paths, grade_all.chosen([11]), 1, grade_all.LIMIT, done)
     found = {}
     for path in paths:
-        name = grade_all.name_of(path)
-        with grade_all.opened(path, ["estimator.py"]) as (place, _):
-            data, why = grade_all.read_file(place / "estimator.py")
+        name = submission.name_of(path)
+        with submission.opened(path, ["estimator.py"]) as (place, _):
+            data, why = submission.read_file(place / "estimator.py")
         grade = grades.get(name, {"points": 0, "max": 0})
         if data is None or grade["points"] < grade["max"]:
             why = f"estimator.py {why}" if why else f"{grade_all.reports.in_words(grade)} points"

@@ -1,0 +1,138 @@
+"""What a student hands in: a directory or a zip file. The files that count go into a clean tree."""
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+CLEAN = Path(__file__).resolve().parent / "clean"  # what the students were given
+LARGEST = 2**20  # bytes of a file that a student may hand in
+UNUSUAL = set(
+    "sys gc os inspect ctypes socket subprocess mmap pickle builtins importlib exec eval compile globals "
+    "currentframe _getframe __code__ __subclasses__ __import__ probes claims grading tiny "
+    "TorchFunctionMode TorchDispatchMode DisableTorchFunction DisableTorchFunctionSubclass".split()
+)
+
+
+def name_of(path: Path):
+    """Of the student."""
+    name = path.stem if path.is_file() else Path(os.path.abspath(path)).name
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def read_file(path: Path):
+    """The bytes of a file that was handed in, or None and why it does not count."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None, "is missing"
+    if not stat.S_ISREG(status.st_mode):
+        return None, "is no regular file"
+    if status.st_size > LARGEST:
+        return None, f"has more than {LARGEST:,} bytes"
+    try:
+        return path.read_bytes(), None
+    except OSError as error:
+        return None, f"cannot be read: {error.strerror}"
+
+
+def root_of(names, files):
+    """Which directory of a submission has the files: "", or the only one in it that has some."""
+    roots = {name[: -len(file)] for name in names for file in files if name.endswith("/" + file)}
+    inside = [root for root in sorted(roots) if root.count("/") == 1]
+    return "" if len(inside) != 1 or set(names) & set(files) else inside[0]
+
+
+def unpack(archive: zipfile.ZipFile, place: Path, files):
+    """Take the files out of a zip file, and no others. Returns the directory they were in."""
+    root = root_of(archive.namelist(), files)
+    for file in {root + file for file in files} & set(archive.namelist()):
+        target = place / file.removeprefix(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with archive.open(file) as member:
+            target.write_bytes(member.read(LARGEST + 1))  # one more: read_file says why
+    return root
+
+
+def names_in(directory: Path, files):
+    """Those of the files that the directory has, and those that a directory in it has. No links."""
+    inside = [one for one in directory.iterdir() if one.is_dir() and not one.is_symlink()]
+    places = [directory, *inside]
+    found = [place / file for place in places for file in files]
+    return [str(one.relative_to(directory)) for one in found if os.path.lexists(one)]
+
+
+@contextmanager
+def opened(path: Path, files):
+    """(directory with the submission's files, notes)."""
+    with tempfile.TemporaryDirectory() as directory:
+        place, root, notes = Path(directory), "", []
+        try:
+            if path.is_file():
+                with zipfile.ZipFile(path) as archive:
+                    root = unpack(archive, place, files)
+            else:
+                root = root_of(names_in(path, files), files)
+                place = path / root
+        except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            notes.append(f"it cannot be read: {error}")
+        if root:
+            notes.append(f"the files are taken from {root}")
+        yield place, notes
+
+
+def clean_tree(submission: Path, tree: Path, files):
+    """A tree with these files of the submission. Returns (file -> its bytes, notes).
+
+    It has neither the tests nor the scores of the frozen rollouts: they would give answers away.
+    """
+    from safetensors.torch import load_file, save_file
+
+    left_out = shutil.ignore_patterns("__pycache__", "test_*.py")
+    shutil.copytree(CLEAN, tree, ignore=left_out)
+    rollouts = load_file(tree / "tests" / "rollouts.safetensors")
+    rollouts["teacher_logp"].zero_()
+    save_file(rollouts, tree / "tests" / "rollouts.safetensors")
+    found, notes = {}, []
+    for name in files:
+        data, why = read_file(submission / name)
+        if data is not None and not is_inside(submission / name, submission):
+            data, why = None, "lies outside of the submission"
+        if data is None:
+            notes.append(f"{name} {why}: graded as not written")
+            continue
+        found[name] = data
+        unusual = unusual_names(data, (CLEAN / name).read_bytes())
+        if unusual:
+            notes.append(f"{name} uses {', '.join(unusual)}: read it")
+        (tree / name).write_bytes(data)
+    if not any(os.path.lexists(submission / name) for name in files):
+        notes = ["none of the files is there: graded as not written"]
+    for path in (tree, *tree.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return found, notes
+
+
+def is_inside(path: Path, directory: Path):
+    return path.resolve().is_relative_to(directory.resolve())
+
+
+def unusual_names(data: bytes, given: bytes):
+    """Names that the file had not, that no exercise needs, and that attacks on the grader do."""
+    words = [set(re.findall(r"\w+", text.decode(errors="replace"))) for text in (data, given)]
+    return sorted((words[0] - words[1]) & UNUSUAL)
+
+
+def hash_of(found: dict, files):
+    """Of the files of one exercise. Equal hashes are equal files."""
+    digest = hashlib.sha256()
+    for name in files:
+        data = found.get(name, b"")
+        digest.update(f"{name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
