@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from course import build, mutants, syntax
 from course.fixture.make import frozen
+from course.instructor import guards
 from course.instructor import reports as instructor_reports
 
 EXERCISES = build.load_exercises()
@@ -238,6 +240,32 @@ for way in (lambda p: open(p).read(), lambda p: __import__("pathlib").Path(p).re
         pass
 raise RuntimeError("SECRET " + " ".join(found) if found else "nothing found")
 """
+# Takes the audit hook's code away, as any Python may; then tries what the kernel must refuse. Harmless where it does not.
+UNHOOKED = """
+import ctypes, gc, resource, socket
+for hook in [one for one in gc.get_objects() if type(one).__name__ == "function" and one.__qualname__ == "refuse.<locals>.hook"]:
+    free = hook.__code__.co_freevars
+    names = {}
+    exec(f"def make():\\n  {' = '.join(free)} = 0\\n  def hook(event, arguments):\\n    if 0: {', '.join(free)}\\n  return hook", names)
+    hook.__code__ = names["make"]().__code__
+judge = os.getppid()
+libc = ctypes.CDLL(None, use_errno=True)
+done = []
+for name, way in {
+    "fork": lambda: os.fork() or os._exit(0), "thread group": lambda: libc.fork() >= 0 or 1 / 0, "socket": socket.socket,
+    "a classmate's file": lambda: os.truncate(CLASSMATE, 0), "its mode": lambda: os.chmod(CLASSMATE, 0), "hidden": lambda: open(PATH).read(),
+    "a limit": lambda: resource.prlimit(judge, resource.RLIMIT_CPU), "a signal": lambda: os.kill(judge, 0),
+    "the environment": lambda: open(f"/proc/{judge}/environ").read(), "memory": lambda: open(f"/proc/{judge}/mem", "rb").read(1),
+    "ptrace": lambda: libc.ptrace(16, judge, 0, 0) == 0 or 1 / 0, "a file": lambda: open("/tmp/left_behind", "w"),
+    "affinity": lambda: os.sched_setaffinity(judge, {0}), "all signals": lambda: os.kill(-1, 0),
+}.items():
+    try:
+        way()
+        done.append(name)
+    except BaseException:
+        pass
+raise RuntimeError("SECRET " + " ".join(done) if done else "nothing found")
+"""
 ATTACKS = {  # name -> what stands at the end of losses.py, or in the body of SampledReverseKL.value
     "prints": 'print("7 of 7 points", flush=True)\nos.write(1, b"passed " * 100)',
     "sleeps": ("value", "import time; time.sleep(1000)"),
@@ -281,13 +309,23 @@ torch.save = lambda value, file: file.write(pickle.dumps(("value", Bomb())))
     "reads_the_hidden_tests": READ_HIDDEN,
     "imports_the_solution": 'sys.path.insert(0, SOLUTION)\nfor name in [*sys.modules]:\n'
                             '    if name == "losses": del sys.modules[name]\nfrom losses import *',
+    "truncates_a_classmate": "os.truncate(CLASSMATE, 0)",
+    "takes_the_hook_away": UNHOOKED,
+    "sends_an_endless_message": """
+nested = "x" * 1000
+for _ in range(30): nested = [nested] * 30
+save = torch.save
+torch.save = lambda value, file: save(("error", nested), file)
+""",
+    "sends_a_long_message": "save = torch.save\ntorch.save = lambda value, file: save(('error', 'x' * 2**26), file)",
+    "answers_with_a_huge_tensor": ("value", "import torch; torch.autograd.grad = lambda *_: (torch.zeros(1).expand(2**40),); return s.sum(-1)"),
     "asks_the_network": 'import socket; socket.create_connection(("127.0.0.1", 9), timeout=1)',
     "raises_everything": "raise BaseException('no')",
     "is_no_python": "def (:",
 }  # fmt: skip
 
 
-def attack_files(trees, attack):
+def attack_files(trees, attack, classmate="/nowhere"):
     """losses.py of an attacker who has not solved the exercise."""
     text = (trees / "student" / "losses.py").read_text()
     if isinstance(attack, tuple):
@@ -295,7 +333,7 @@ def attack_files(trees, attack):
         message = f'raise NotImplementedError("exercise 7: {exercise.title}")'
         before, after = text.split("class SampledReverseKL")
         return {"losses.py": before + "class SampledReverseKL" + after.replace(message, attack[1], 1)}
-    names = {"PATH": trees / "instructor" / "hidden" / "test_07_score_function.py", "SOLUTION": trees / "instructor" / "solution"}
+    names = {"PATH": trees / "instructor" / "hidden" / "test_07_score_function.py", "SOLUTION": trees / "instructor" / "solution", "CLASSMATE": classmate}
     header = "import os, sys\nimport numpy as np\nimport torch\nHERE = os.path.dirname(os.path.abspath(__file__))\n"
     header += "".join(f"{name} = {str(path)!r}\n" for name, path in names.items())
     return {"losses.py": text + "\n" + header + attack}
@@ -313,7 +351,8 @@ def processes():
 
 def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_path):
     """What can be seen of it is in the report, and the honest submission that comes last has its points."""
-    places = [submission(tmp_path / name, attack_files(trees, attack)) for name, attack in ATTACKS.items()]
+    classmate = tmp_path / "zz_honest" / "losses.py"
+    places = [submission(tmp_path / name, attack_files(trees, attack, classmate)) for name, attack in ATTACKS.items()]
     for place in places:
         submission(place, {"tests/claims.py": "def check(*_): pass", "tests/test_07_score_function.py": ""})
     linked = submission(tmp_path / "links_to_the_solution", {})
@@ -323,8 +362,10 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_
     deeper = submission(tmp_path / "links_one_deeper", {})
     (deeper / "mine").symlink_to(trees / "instructor" / "solution")
     large = submission(tmp_path / "is_too_large", {"losses.py": "#" * 2**21})
+    circle = submission(tmp_path / "goes_in_circles", {})
+    (circle / "losses.py").symlink_to(circle / "losses.py")
     honest = submission(tmp_path / "zz_honest", alone(7))
-    submissions = [*places, linked, around, deeper, large, honest]
+    submissions = [*places, linked, around, deeper, large, circle, honest]
     reports, grades = grade(trees, submissions, "--exercises", "7", "--public", "--limit", "2")
     assert {name: one["points"] for name, one in grades.items()} == {name: 5 * (name == "zz_honest") for name in grades}
     for name in ("sleeps", "spins"):
@@ -333,8 +374,13 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_
     assert "more than" in reports["is_too_large"]["notes"][0]
     for name in ("goes_around", "links_one_deeper"):
         assert reports[name]["notes"] == ["none of the files is there: graded as not written"]
-    secrets = [one["message"] for one in reports["reads_the_hidden_tests"]["tests"]]
-    assert all("nothing found" in message for message in secrets), secrets
+    has_all_guards = guards.landlock_version() >= 3 and guards.has_seccomp()  # without them the hook alone guards, and can be taken away
+    for name in ("reads_the_hidden_tests", "takes_the_hook_away")[: 1 + has_all_guards]:
+        messages = [one["message"] for one in reports[name]["tests"]]
+        assert all("nothing found" in message for message in messages), messages
+    assert all(len(one["message"]) <= 500 for report in reports.values() for one in report["tests"])
+    assert reports["takes_the_hook_away"]["notes"] == ["losses.py uses __code__, ctypes, exec, gc, os, socket, sys: read it"]
+    assert reports["zz_honest"]["notes"] == []
     assert not any(b"987654" in command for command in processes())
     assert not list(tmp_path.rglob("bomb"))
 
@@ -348,6 +394,84 @@ def test_an_empty_answer_scores_nothing_in_any_exercise(trees, tmp_path):
         submission(tmp_path / name, {path: (trees / "student" / path).read_text() + attack for path in files})
     _, grades = grade(trees, sorted(tmp_path.iterdir()), "--limit", "20")
     assert {name: one["points"] for name, one in grades.items()} == dict.fromkeys(grades, 0) and len(grades) == 6
+
+
+@pytest.mark.slow
+def test_functions_that_do_next_to_nothing_score_next_to_nothing(trees, tmp_path):
+    """Two claims are true of them: a response of four tokens has four positions, and what came first is trained first."""
+    functions = {
+        "model.py": """
+def predicting_positions(prompt_len, length): return slice(0, length - prompt_len)
+def response_hidden(model, table, rows): return torch.zeros(len(rows), model.config.hidden_size)
+""",
+        "kernels/shared.py": """
+@triton.jit
+def row_logsumexp(row, V, LANES: constexpr): return tl.load(row).to(tl.float32)
+@triton.jit
+def gradient_at_candidates(s, ids, ids_row, c_row, c_sum, C, CANDIDATES: constexpr): return s
+@triton.jit
+def overwrite_row(row, grad_row, lse, c_sum, V, LANES: constexpr): pass
+""",
+        "kernels/head.py": """
+def unfused_loss(loss, logits, ids, t, b, dtype):
+    s, _ = gather(logits, ids)
+    return loss.value(s, t, b), s, logits.zero_()
+def forward(ctx, hidden, weight, ids, t, b, loss, scale, chunk):
+    ctx.save_for_backward(hidden, weight)
+    return hidden.double().sum() * 0, torch.zeros(ids.shape)
+CandidateLoss.forward = staticmethod(forward)
+CandidateLoss.backward = staticmethod(lambda ctx, *_: (*map(torch.zeros_like, ctx.saved_tensors), *[None] * 6))
+""",
+        "channel.py": """
+def may_start(ticket, weight_version, config): return True
+def batch(self, version):
+    rows = list(self.scored.values())[: self.config.batch_size]
+    return rows if len(rows) == self.config.batch_size else None
+Tickets.batch = batch
+Channel.publish = lambda self, parts, version: None
+Channel.pick_up = lambda self, flat: flat.copy_(self.weights[0]) is None
+""",
+        "attention.py": """
+def may_see(now, length, window): return torch.ones(len(now), length, dtype=torch.bool)
+Decode.mask = lambda self, window, dtype: torch.zeros(len(self.position), 1, 1, self.length, dtype=dtype)
+Prefill.attend = Decode.attend = lambda self, layer, q, *_: q.transpose(1, 2)
+""",
+        "losses.py": """
+def draw(probs, uniforms): return probs.argmax(-1, keepdim=True).expand(uniforms.shape).contiguous()
+def zero(self, s, t, b): return (0 * s).sum(-1)
+for one in (ForwardKL, SparseReverseKL, SampledReverseKL, StratifiedReverseKL): one.value = zero
+Loss.reverse_kl = StratifiedReverseKL.reverse_kl = zero
+""",
+        "estimator.py": "\nMine.__init__ = lambda self, config: Loss.__init__(self)\nMine.value = lambda self, s, t, b: (0 * s).sum(-1)\n",
+    }
+    files = {path: (trees / "student" / path).read_text() + "\n\n" + text for path, text in functions.items()}
+    _, grades = grade(trees, [submission(tmp_path / "trivial", files)])
+    points = {slug: one["points"] for slug, one in grades["trivial"]["exercises"].items() if one["points"]}
+    assert points == {"01_shift": 2, "04_staleness": 2, "11_estimator": 2}
+
+
+def test_a_submission_that_stops_reading_runs_into_the_limit(monkeypatch):
+    """What the judge sends may be more than a socket holds."""
+    for place in ("instructor", "tests"):
+        monkeypatch.syspath_prepend(build.COURSE / place)
+    import grading
+    import sandbox
+
+    ours, its = socket.socketpair()
+    with pytest.raises(grading.Timeout):
+        sandbox.Worker(ours, 0.2).call_me(torch.zeros(10_000_000))
+    its.close()
+
+
+def test_a_lab_without_exercise_8_does_not_show_the_answer_to_exercise_7(tmp_path):
+    """Its tail is what exercise 7 asks for."""
+    build.build(tmp_path, solved=[2, 3, 5, 6, 8, 9, 10, 11])
+    text = (tmp_path / "student" / "losses.py").read_text()
+    for name in ("SampledReverseKL.value", "StratifiedReverseKL.value", "StratifiedReverseKL.reverse_kl", "Loss.reverse_kl"):
+        *_, last = syntax.function(text, name).body
+        assert isinstance(last, ast.Raise), name
+    assert "draw(" in syntax.source(text, "Proposal.propose")
+    assert "raise" in (tmp_path / "student" / "estimator.py").read_text()
 
 
 @pytest.mark.slow
@@ -490,7 +614,7 @@ def test_classroom_50_gets_its_result_from_public_tests_alone(trees, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["nowhere"], "nowhere is no directory and no zip file"), ([".", "--jobs", "0"], "give more than 0"),
+    (["nowhere"], "nowhere is no directory and no zip file"), ([".", "--jobs", "0"], "give more than 0"), ([".", "--limit", "nan"], "give more than 0"),
     ([".", "--out", "student/README.md/grades"], "--out student/README.md/grades: "), ([".", "."], "two submissions have the name"),
     ([".", "--exercises", "99"], r"--exercises \[99\]: there are"),
 ])  # fmt: skip

@@ -51,7 +51,11 @@ def test_positions_come_from_lengths_not_from_the_pad_id(student):
 
 @worth(1)
 def test_no_rows_give_no_positions(student):
-    """Without rows the result has no positions, and the model has run all the same."""
+    """Without rows the result has no positions, and the model has run all the same; with one row it
+    has that row's."""
     found = student.hidden_of([])
     size = tiny.builtin("teacher").config.hidden_size
     check(tuple(found.shape) == (0, size), f"no rows give the shape {tuple(found.shape)}")
+    table = tiny.frozen_table()
+    expected = expected_hidden([3], table.tokens, table)
+    close(student.hidden_of([3]), expected, "the hidden states of row 3 alone", 1e-4)

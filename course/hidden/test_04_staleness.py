@@ -60,7 +60,8 @@ def test_whole_runs_at_other_sizes(student):
 
 @worth(1)
 def test_runs_in_arrival_order(student):
-    """A run in arrival order trains each ticket at most once, and never waits for a slow one."""
+    """A run in arrival order trains each ticket at most once, never waits for a slow one, and
+    starts none before its time."""
     settings = {"batch_size": 4, "max_staleness": 2, "steps": 12, "order": "arrival"}
     entries = student.pipeline(settings, [1, 1, 1, 1, 1, 1, 1, 200], 2)
     updates = len({update for update, *_ in entries})
@@ -69,3 +70,5 @@ def test_runs_in_arrival_order(student):
     check(len(set(tickets)) == 48, f"12 updates of 4 train the tickets {sorted(tickets)}")
     first = [ticket for update, ticket, *_ in entries if update == 1]
     check(7 not in first, f"update 1 waits for the slow ticket 7: it trains {first}")
+    early = [(ticket, version) for _, ticket, version, _ in entries if ticket // 4 - version > 2]
+    check(not early, f"(ticket, version that sampled it) {early[:3]}: these start too early")

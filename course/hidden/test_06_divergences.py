@@ -57,6 +57,7 @@ def test_neither_the_emitted_token_nor_the_sampler_counts(student):
     _, s, t, b, _ = tables(7, 4, 6, 20)
     s = s.detach()
     for loss in LOSSES:
+        check_loss(student, loss, s, t, b)
         settings = {"top_k": 4}
         value, c = student.loss_and_gradient(loss, settings, s, t, b)
         close(c[:, 0], torch.zeros(6), f"{loss}: dL/ds of column 0")

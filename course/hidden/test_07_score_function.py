@@ -31,12 +31,14 @@ def test_many_draws_have_a_baseline(student):
 
 @worth(1)
 def test_positions_do_not_mix(student):
-    """Each position has a value of its own, as if it were alone."""
+    """Each position has a value and a gradient of its own, as if it were alone."""
     s, t, b = table(2, 7, 16)
-    value, _ = student.loss_and_gradient(LOSS, {"num_samples": 16}, s, t, b)
+    value, c = student.loss_and_gradient(LOSS, {"num_samples": 16}, s, t, b)
     check(tuple(value.shape) == (7,), f"7 positions give the shape {tuple(value.shape)}")
-    alone, _ = student.loss_and_gradient(LOSS, {"num_samples": 16}, s[3:4], t[3:4], b[3:4])
+    check(bool(c.any(-1).all()), "dL/ds is 0 at a position")
+    alone, own = student.loss_and_gradient(LOSS, {"num_samples": 16}, s[3:4], t[3:4], b[3:4])
     close(value[3:4], alone, "the value of position 3")
+    close(c[3:4], own, "dL/ds at position 3")
 
 
 @worth(1)

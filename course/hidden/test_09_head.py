@@ -19,13 +19,19 @@ def test_the_backward_pass_can_be_repeated(student):
 
 @worth(1)
 def test_no_positions(student):
-    """Without positions the loss is 0, its graph is connected, and the gradients are zero."""
+    """Without positions the loss is 0, its graph is connected, and the gradients are zero; with one
+    position they are right."""
     hidden, weight, ids, t, b = problem(11)
     found = student.head_loss(hidden[:0], weight, ids[:0], t[:0], b[:0], 0.5, 4)
     close(found["total"], 0.0, "the loss of no positions")
     close(found["grad_hidden"], torch.zeros(0, 12), "the gradient of hidden")
     close(found["grad_weight"], torch.zeros(101, 12), "the gradient of weight")
     check(tuple(found["student_logp"].shape) == (0, 4), "student_logp is not [0,4]")
+    one = (hidden[:1], weight, ids[:1], t[:1], b[:1])
+    found = student.head_loss(*one, 0.5, 4)
+    total, _, _, grad_weight = dense(*one, scale=0.5)
+    close(found["total"], total, "the loss of one position")
+    close(found["grad_weight"], grad_weight, "the gradient of weight of one position")
 
 
 @worth(1)
@@ -46,8 +52,11 @@ def test_sums_over_chunks_are_not_rounded_to_bfloat16(student):
 
 @worth(1)
 def test_one_table_at_a_time(student):
-    """A chunk's table is gone before the next chunk's is made."""
-    held = student.head_work(*problem(13, positions=50), 8)["held"]
+    """A chunk's table is gone before the next chunk's is made, and the gradient is right."""
+    inputs = problem(13, positions=50)
+    grad_weight = dense(*inputs)[3]
+    close(student.head_loss(*inputs, 1.0, 8)["grad_weight"], grad_weight, "the gradient of weight")
+    held = student.head_work(*inputs, 8)["held"]
     check(held <= 8, f"8 positions a chunk, and {held} rows of logits and gradient exist at once")
 
 

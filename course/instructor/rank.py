@@ -6,7 +6,8 @@ updates, summed over the vocabulary at all positions of the update's rollouts. W
 and ranking.png, and prints the table, best first.
 
 This runs the submissions' code without the sandbox of grade_all.py: in a process of its own, with
-an empty environment and a time limit, but as you. Read the files first, or use a container.
+an empty environment and a time limit, but as you. Read the files first, or use a container. A
+submission could print a result of its own: the place is no grade.
 Submissions that do not pass the tests of exercise 11 are left out, unless you say --all.
 """
 
@@ -73,7 +74,12 @@ def result(*arguments):
             return float("inf"), f"not done after {LIMIT:.0f} s"
         out.seek(0)
         last = (out.read().splitlines() or [""])[-1]
-    return (float(last), "") if code.returncode == 0 else (float("inf"), last)
+    try:
+        value = float(last)
+    except ValueError:
+        return float("inf"), last
+    is_possible = code.returncode == 0 and 0 < value < float("inf")
+    return (value, "") if is_possible else (float("inf"), f"{last} is no reverse KL")
 
 
 def admitted(paths, wants_all: bool):

@@ -15,7 +15,7 @@ def main():
     for name in FILES:
         try:
             compile((HERE / name).read_text(), name, "exec")
-        except (SyntaxError, UnicodeDecodeError) as error:
+        except (SyntaxError, ValueError) as error:
             sys.exit(f"package.py: error: {name} is no Python: {error}")
     with zipfile.ZipFile(HERE / "submission.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in FILES:

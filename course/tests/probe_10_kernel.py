@@ -243,9 +243,11 @@ def whole_kernel(logits, ids, c, dtype: str):
 
 
 def front_end(vocab: int, columns: int, logits: str, gradient: str):
-    """Put the kernel through the part of Triton's compiler that needs no GPU: -> lines of its IR.
+    """Put the kernel through the part of Triton's compiler that needs no GPU.
 
-    `logits` and `gradient`: dtypes as the compiler writes them, such as "fp32".
+    Returns how many loops and how many barriers it has then.
+
+    `logits` and `gradient` are dtypes as the compiler writes them, such as "fp32".
     """
     from kernels import shared
     from triton._C.libtriton import ir
@@ -273,7 +275,8 @@ def front_end(vocab: int, columns: int, logits: str, gradient: str):
         while error.__cause__ is not None:
             error = error.__cause__
         raise refusal(error) from None
-    return str(made).count("\n")
+    text = str(made)
+    return text.count("scf.for") + text.count("scf.while"), text.count("barrier")
 
 
 def refusal(error):

@@ -95,6 +95,8 @@ def test_every_uniform_has_its_own_draw(student):
     uniforms = torch.rand(4, 6, generator=random, dtype=torch.float64)
     uniforms[:, 4] = uniforms[:, 1]
     found = student.drawn(probs, uniforms)
+    different = found.unique().numel()
+    check(different > 12, f"24 uniforms give {different} different ids of 300")
     for row in range(4):
         for column in range(6):
             one = slice(row, row + 1), slice(column, column + 1)
@@ -117,7 +119,8 @@ def test_the_shares_of_a_large_vocabulary_are_exact(student):
 
 @worth(1)
 def test_an_id_of_probability_zero_is_never_drawn(student):
-    """Ids of probability zero are not drawn, not at the uniform 0 and not at the largest one."""
+    """Ids of probability zero are not drawn, not at the uniform 0 and not at the largest one; the
+    uniform 0 gives the first of the others."""
     random = torch.Generator().manual_seed(0)
     for size in (1000, 1024):
         probs = (6 * torch.randn(400, size, generator=random)).softmax(-1)
@@ -126,3 +129,6 @@ def test_an_id_of_probability_zero_is_never_drawn(student):
         uniforms = torch.tensor([[0.0, 0.5, LAST]], dtype=torch.float64).expand(400, -1)
         found = student.drawn(probs, uniforms)
         check_possible(probs, uniforms, found)
+        first = (probs > 0).int().argmax(-1)
+        wrong = (found[:, 0] != first).nonzero().flatten().tolist()
+        check(not wrong, f"the uniform 0 does not give the first possible id in the rows {wrong[:3]}")

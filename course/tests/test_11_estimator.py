@@ -43,6 +43,7 @@ def columns_of(student):
     draws, top, tail = counts
     right = {"draws": [0, draws], "top": [draws, draws + top], "tail": [draws + top, sum(counts)]}
     right |= {"width": sum(counts), "teacher_top": 0}
+    check(min(counts) >= 0, f"its columns are {found}: one of the numbers is negative")
     check(draws >= 1, "it has no draw: column 0 is the emitted token")
     check(found == right, f"its columns are {found}, those of Proposal would be {right}")
     check(top > 0 or tail == 0, "it has a tail without a top, and Proposal draws none then")
