@@ -351,8 +351,11 @@ def processes():
 
 def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_path):
     """What can be seen of it is in the report, and the honest submission that comes last has its points."""
+    attacks = dict(ATTACKS)
+    if guards.landlock_version() < 3 or not guards.has_seccomp():
+        del attacks["takes_the_hook_away"]  # docs/teaching.md says so: then the hook alone guards
     classmate = tmp_path / "zz_honest" / "losses.py"
-    places = [submission(tmp_path / name, attack_files(trees, attack, classmate)) for name, attack in ATTACKS.items()]
+    places = [submission(tmp_path / name, attack_files(trees, attack, classmate)) for name, attack in attacks.items()]
     for place in places:
         submission(place, {"tests/claims.py": "def check(*_): pass", "tests/test_07_score_function.py": ""})
     linked = submission(tmp_path / "links_to_the_solution", {})
@@ -374,12 +377,12 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_
     assert "more than" in reports["is_too_large"]["notes"][0]
     for name in ("goes_around", "links_one_deeper"):
         assert reports[name]["notes"] == ["none of the files is there: graded as not written"]
-    has_all_guards = guards.landlock_version() >= 3 and guards.has_seccomp()  # without them the hook alone guards, and can be taken away
-    for name in ("reads_the_hidden_tests", "takes_the_hook_away")[: 1 + has_all_guards]:
+    for name in {"reads_the_hidden_tests", "takes_the_hook_away"} & set(attacks):
         messages = [one["message"] for one in reports[name]["tests"]]
         assert all("nothing found" in message for message in messages), messages
     assert all(len(one["message"]) <= 500 for report in reports.values() for one in report["tests"])
-    assert reports["takes_the_hook_away"]["notes"] == ["losses.py uses __code__, ctypes, exec, gc, os, socket, sys: read it"]
+    assert reports["asks_the_network"]["notes"] == ["losses.py uses os, socket, sys: read it"]
+    assert "takes_the_hook_away" not in attacks or reports["takes_the_hook_away"]["notes"] == ["losses.py uses __code__, ctypes, exec, gc, os, socket, sys: read it"]
     assert reports["zz_honest"]["notes"] == []
     assert not any(b"987654" in command for command in processes())
     assert not list(tmp_path.rglob("bomb"))
