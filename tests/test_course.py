@@ -401,7 +401,7 @@ def test_an_empty_answer_scores_nothing_in_any_exercise(trees, tmp_path):
 
 @pytest.mark.slow
 def test_functions_that_do_next_to_nothing_score_next_to_nothing(trees, tmp_path):
-    """Two claims are true of them: a response of four tokens has four positions, and what came first is trained first."""
+    """What is true of them: a response of four tokens has four positions, what came first is trained first, a class has its columns."""
     functions = {
         "model.py": """
 def predicting_positions(prompt_len, length): return slice(0, length - prompt_len)

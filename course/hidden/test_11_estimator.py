@@ -35,6 +35,7 @@ def test_positions_do_not_mix(student):
         rows.append(torch.stack([s[ids], t[ids], behavior]))
     tables = torch.cat(rows, 1)
     value, c = student.estimator_gradient(*tables)
+    check(bool(c.any()), "the derivative is 0 everywhere")
     alone, c_alone = student.estimator_gradient(*tables[:, 3:4])
     close(alone, value[3:4], "the value of a position that is alone")
     close(c_alone, c[3:4], "the derivative of a position that is alone")
@@ -77,3 +78,5 @@ def test_it_is_finite_at_the_edges(student):
         value, c = student.estimator_gradient(*tables)
         is_finite = value.isfinite().all() and c.isfinite().all()
         check(bool(is_finite), f"{where} the value or the derivative is not a finite number")
+        is_found = bool(c.any()) or "ratios are e^40" not in where
+        check(is_found, f"{where} the derivative is 0 everywhere")
