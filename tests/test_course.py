@@ -369,7 +369,7 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(trees, tmp_
     (circle / "losses.py").symlink_to(circle / "losses.py")
     honest = submission(tmp_path / "zz_honest", alone(7))
     submissions = [*places, linked, around, deeper, large, circle, honest]
-    reports, grades = grade(trees, submissions, "--exercises", "7", "--public", "--limit", "2")
+    reports, grades = grade(trees, submissions, "--exercises", "7", "--public", "--limit", "2", "--jobs", "2")
     assert {name: one["points"] for name, one in grades.items()} == {name: 5 * (name == "zz_honest") for name in grades}
     for name in ("sleeps", "spins"):
         assert {one["status"] for one in reports[name]["tests"]} >= {"timeout"}, name
@@ -576,6 +576,7 @@ def test_what_was_graded_before_stays_unless_it_is_graded_again(tmp_path):
     assert " -   5  5 of 5" in instructor_reports.class_table(grades)
 
 
+@pytest.mark.slow
 def test_a_class_that_is_interrupted_keeps_what_was_graded(trees, tmp_path):
     """Ctrl-C stops within the test that runs, and nothing runs on."""
     places = [submission(tmp_path / "a", alone(7)), submission(tmp_path / "b", attack_files(trees, ATTACKS["sleeps"]))]
