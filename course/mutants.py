@@ -106,11 +106,16 @@ def main(numbers):
             print(f"| {' | '.join(cells)} |", flush=True)
             if problem(wrong, failed):
                 found.append(f"{exercise.slug}, {wrong.name}: {problem(wrong, failed)}")
-    sys.exit("\n".join(found) or None)
+    if found:
+        sys.exit("\n".join(found))
+    print("every wrong solution is caught", file=sys.stderr)
 
 
 if __name__ == "__main__":
+    numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    if len(numbers) < len(sys.argv) - 1:
+        sys.exit(__doc__)
     try:
-        main([int(word) for word in sys.argv[1:]])
+        main(numbers)
     except ValueError as error:
         sys.exit(f"course.mutants: error: {error}")

@@ -33,8 +33,9 @@ import threading
 import time
 import tomllib
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -47,7 +48,7 @@ import reports  # noqa: E402
 from grading import claim_of, judge, tests_of  # noqa: E402
 from guards import PR_SET_PDEATHSIG  # noqa: E402
 from sandbox import LONGEST, Nursery  # noqa: E402
-from submission import clean_tree, hash_of, name_of, opened  # noqa: E402
+from submission import clean_tree, hash_of, name_of, opened, printable  # noqa: E402
 
 LIMIT = 60.0  # seconds a test
 JUDGING = 30.0  # seconds that a test may take beside the submission
@@ -62,6 +63,7 @@ class UsageError(Exception):
 # ---- one submission ---------------------------------------------------------------------------
 
 
+@cache  # asked for the first time before memory is limited
 def has_gpu():
     import torch
 
@@ -97,7 +99,7 @@ def run_test(nursery, tree: Path, test, limit: float):
             status, message = judge(test, student)
     except (RuntimeError, TimeoutError) as error:
         status, message = "failed", str(error)
-    return status, message[:LONGEST], time.monotonic() - began
+    return status, printable(message[:LONGEST]), time.monotonic() - began
 
 
 def entry(slug, kind, name, worth, test, status, message, seconds):
@@ -131,7 +133,11 @@ def grade(submission: Path, exercises: dict, nursery, limit: float = LIMIT):
                     result = status, message, round(seconds, 2)
                     report.append(entry(slug, kind, name, worth["points"], tests[name], *result))
     hashes = {slug: hash_of(found, one["files"]) for slug, one in exercises.items()}
-    return {"sha256": hashes, "notes": notes + more, "tests": report}
+    about = {
+        slug: notes + [note for name in one["files"] for note in more.get(name, ())]
+        for slug, one in exercises.items()
+    }
+    return {"sha256": hashes, "notes": about, "tests": report}
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -161,7 +167,7 @@ def chosen(numbers, only_public=False):
 def check_submissions(paths):
     for path in paths:
         if not path.is_dir() and not (path.is_file() and path.suffix == ".zip"):
-            raise UsageError(f"{path} is no directory and no zip file: give one for each submission")
+            raise UsageError(f"{path} is no directory and no zip file: give one for each student")
     names = [name_of(path) for path in paths]
     for name in names:
         if names.count(name) > 1:
@@ -190,7 +196,20 @@ def grade_into(connection, *arguments):
 
 
 def grade_apart(submission: Path, exercises: dict, nursery, limit: float):
-    """The report of a submission, judged in a process of its own: what it answers may be too much."""
+    """The report of a submission, judged in a process of its own: what it answers may be too much.
+
+    If something was killed, it is graded a second time: it may have been the machine's fault.
+    """
+    for _ in range(2):
+        report = grade_in_child(submission, exercises, nursery, limit)
+        if report is not None and not nursery.is_dead():
+            return report
+        nursery.revive()
+    return report or not_graded(exercises)
+
+
+def grade_in_child(submission: Path, exercises: dict, nursery, limit: float):
+    """The report, or None if the child came to an end."""
     ours, its = multiprocessing.Pipe(duplex=False)
     fork = multiprocessing.get_context("fork")
     arguments = (its, submission, exercises, nursery, limit)
@@ -200,11 +219,11 @@ def grade_apart(submission: Path, exercises: dict, nursery, limit: float):
     try:
         return ours.recv()
     except EOFError:
-        return not_graded(exercises)
+        return None
     finally:
+        ours.close()
         child.kill()
         child.join()
-        nursery.revive()
 
 
 def not_graded(exercises: dict):
@@ -216,8 +235,17 @@ def not_graded(exercises: dict):
             for name, worth in exercise[kind].items():
                 result = "failed", "the judge came to an end", 0.0
                 report.append(entry(slug, kind, name, worth["points"], tests[name], *result))
-    note = "the judge came to an end while it was graded: look at what it answers"
-    return {"sha256": {}, "notes": [note], "tests": report}
+    note = "the judge came to an end twice while it was graded: look at what it answers"
+    return {"sha256": {}, "notes": {slug: [note] for slug in exercises}, "tests": report}
+
+
+@contextmanager
+def one_temporary_directory():
+    """Everything temporary lies in it, so that nothing is left whatever is killed."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        os.environ["TMPDIR"] = tempfile.tempdir = directory
+        yield
 
 
 def grade_class(paths, exercises, jobs, limit, done):
@@ -239,10 +267,12 @@ def grade_class(paths, exercises, jobs, limit, done):
     import torch  # here, so that a wrong command line is refused at once
 
     torch.set_num_threads(1)
+    has_gpu()
     warnings.simplefilter("ignore")  # about what a submission answers
     kinds = [test for one in exercises.values() for kind in KINDS for test in one[kind].values()]
     compiles = any("compiled" in test or "gpu" in test for test in kinds)
     with ThreadPoolExecutor(jobs) as pool, ExitStack() as stack:
+        stack.enter_context(one_temporary_directory())
         for _ in range(jobs):
             nursery = stack.enter_context(Nursery())
             if compiles:
@@ -250,8 +280,9 @@ def grade_class(paths, exercises, jobs, limit, done):
             free.put(nursery)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # Ctrl-C
         print(f"submissions are guarded by: {nursery.guards}", file=sys.stderr)
-        for path, report in zip(paths, pool.map(one, paths)):
-            done(name_of(path), report)
+        futures = {pool.submit(one, path): path for path in paths}
+        for future in as_completed(futures):
+            done(name_of(futures[future]), future.result())
 
 
 def main(argv=None):
@@ -278,6 +309,7 @@ def main(argv=None):
     except UsageError as error:
         sys.exit(f"grade_all.py: error: {error}")
     found = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     def done(name, report):
         found[name] = report
@@ -288,13 +320,19 @@ def main(argv=None):
         graded = reports.in_words(reports.grades_of(report))
         print(f"{len(found)}/{len(args.submissions)} {name}: {graded}", file=sys.stderr)
 
-    grade_class(args.submissions, exercises, args.jobs, args.limit, done)
-    noted = [name for name, report in found.items() if report["notes"]]
-    grades = {name: reports.grades_of(report) for name, report in found.items()}
-    print(reports.class_table(grades, noted))
-    for name in noted:
-        for note in found[name]["notes"]:
+    try:
+        grade_class(args.submissions, exercises, args.jobs, args.limit, done)
+    except RuntimeError as error:  # of the nursery
+        sys.exit(f"grade_all.py: error: {error}")
+    except KeyboardInterrupt:
+        print("stopped: what is listed below was graded", file=sys.stderr)
+    names = [name_of(path) for path in args.submissions if name_of(path) in found]
+    notes = {name: reports.notes_of(found[name]) for name in names}
+    print(reports.class_table({name: reports.grades_of(found[name]) for name in names}, notes))
+    for name in names:
+        for note in notes[name]:
             print(f"* {name}: {note}")
+    sys.exit(130 * (len(found) < len(args.submissions)))
 
 
 if __name__ == "__main__":

@@ -24,12 +24,14 @@ from functools import cache
 from pathlib import Path
 
 MEMORY = 8 * 2**30  # bytes of address space that the process may add
-PROCESSES = 128  # of the user `nobody`, threads included
+PROCESSES = 128  # of the user `nobody`, threads included, where no seccomp refuses new ones
 NOBODY = 65534
 # Numbers of Linux: Landlock's system calls, and options of prctl.
 CREATE_RULESET = 444
 ADD_RULE = 445
 RESTRICT_SELF = 446
+CAPSET = {"x86_64": 126}.get(platform.machine(), 91)
+CAPABILITY_VERSION = 0x20080522
 PR_SET_PDEATHSIG = 1
 PR_SET_SECCOMP = 22
 PR_SET_NO_NEW_PRIVS = 38
@@ -38,7 +40,8 @@ PR_SET_NO_NEW_PRIVS = 38
 EVENTS = (
     "os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.system", "os.spawn", "subprocess.Popen", "pty.spawn",
     "os.kill", "os.killpg", "signal.pthread_kill", "socket.__new__", "socket.connect", "socket.bind", "ctypes.dlopen",
-    "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate", "os.setxattr", "os.removexattr", "resource.prlimit",
+    "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate", "os.setxattr",
+    "os.removexattr", "os.utime", "resource.prlimit",
 )  # fmt: skip
 
 # What seccomp refuses: system calls of x86-64.
@@ -49,9 +52,16 @@ CALLS = {
     "truncate": 76, "chmod": 90, "fchmod": 91, "fchmodat": 268, "chown": 92, "lchown": 94, "fchownat": 260, "setxattr": 188,
     "pidfd_getfd": 438, "unshare": 272, "setns": 308, "mount": 165, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323,
     "sched_setaffinity": 203, "sched_setscheduler": 144, "sched_setparam": 142, "setpriority": 141, "ioprio_set": 251,
+    "sched_setattr": 314, "fchmodat2": 452, "utimensat": 280, "utime": 132, "utimes": 235, "futimesat": 261, "fchown": 93,
+    "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "setxattrat": 463,
+    "removexattrat": 466, "keyctl": 250, "add_key": 248, "request_key": 249, "reboot": 169, "chroot": 161, "sethostname": 170,
+    "setdomainname": 171, "syslog": 103, "swapon": 167, "swapoff": 168, "init_module": 175, "finit_module": 313,
+    "settimeofday": 164, "clock_settime": 227, "kexec_load": 246, "kexec_file_load": 320, "shmat": 30, "shmctl": 31,
+    "semop": 65, "semctl": 66, "msgsnd": 69, "msgrcv": 70, "msgctl": 71,
 }  # fmt: skip
-CLONE, CLONE3, PRLIMIT = 56, 435, 302
+CLONE, CLONE3, PRLIMIT, FCNTL, PRCTL = 56, 435, 302, 72, 157
 CLONE_THREAD = 0x10000
+SIGNAL_OPTIONS = (8, 10, 15)  # of fcntl: who gets which signal when a pipe is ready
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -123,7 +133,7 @@ def seccomp():
     """
     load, equal, at_least, has_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     refused, missing, allowed = 0x00050001, 0x00050026, 0x7FFF0000  # EPERM, ENOSYS, go on
-    number, architecture, first_argument = 0, 4, 16  # offsets of what a filter sees
+    number, architecture, first, second = 0, 4, 16, 24  # offsets of what a filter sees
     program = [
         (load, 0, 0, architecture),
         (equal, 1, 0, 0xC000003E),  # x86-64
@@ -136,14 +146,27 @@ def seccomp():
     ]
     for call in CALLS.values():
         program += [(equal, 0, 1, call), (answer, 0, 0, refused)]
+    for option in SIGNAL_OPTIONS:
+        program += [
+            (equal, 0, 4, FCNTL),
+            (load, 0, 0, second),
+            (equal, 0, 1, option),
+            (answer, 0, 0, refused),
+            (load, 0, 0, number),
+        ]
     program += [
+        (equal, 0, 4, PRCTL),
+        (load, 0, 0, first),
+        (equal, 0, 1, PR_SET_PDEATHSIG),
+        (answer, 0, 0, refused),
+        (answer, 0, 0, allowed),
         (equal, 0, 4, PRLIMIT),
-        (load, 0, 0, first_argument),
+        (load, 0, 0, first),
         (equal, 0, 1, 0),  # of this process
         (answer, 0, 0, allowed),
         (answer, 0, 0, refused),
         (equal, 0, 3, CLONE),
-        (load, 0, 0, first_argument),
+        (load, 0, 0, first),
         (has_bit, 1, 0, CLONE_THREAD),
         (answer, 0, 0, refused),
         (answer, 0, 0, allowed),
@@ -195,10 +218,19 @@ def becomes_nobody():
 def drop_privileges():
     """Become `nobody`, if that is possible."""
     if becomes_nobody():
-        resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES,) * 2)
+        if not has_seccomp():
+            resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES,) * 2)
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def drop_capabilities():
+    """Root without its powers: it may no longer reboot, mount or change root."""
+    header = struct.pack("=Ii", CAPABILITY_VERSION, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(CAPSET, header, bytes(24)):
+        raise OSError(ctypes.get_errno(), "the capabilities stay")
 
 
 def limit(seconds: float, gpu: bool):
@@ -222,6 +254,8 @@ def confine(tree: Path, scratch: str, seconds: float, gpu: bool):
     devices = [str(path) for path in Path("/dev").glob("nvidia*") if gpu and not path.is_dir()]
     limit(seconds, gpu)
     drop_privileges()
+    if not gpu:
+        drop_capabilities()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # die with the nursery
     if landlock_version() >= 1:
         readable = {*python_places(), *own_places(), str(tree), *["/proc"] * gpu}

@@ -99,9 +99,9 @@ def admitted(paths, wants_all: bool):
         name = submission.name_of(path)
         with submission.opened(path, ["estimator.py"]) as (place, _):
             data, why = submission.read_file(place / "estimator.py")
-        grade = grades.get(name, {"points": 0, "max": 0})
+        grade = grades.get(name, {"points": 0, "max": 0, "blocked": 0})
         if data is None or grade["points"] < grade["max"]:
-            why = f"estimator.py {why}" if why else f"{grade_all.reports.in_words(grade)} points"
+            why = f"estimator.py {why}" if why else f"{grade_all.reports.in_words(grade)}"
             print(f"{name} is left out: {why}")
         else:
             found[name] = data

@@ -171,9 +171,12 @@ def nursery(control: socket.socket):
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     torch.set_num_threads(1)
-    control.send(f"ready {', '.join(names())}".encode())
+    control.send(check_guards().encode())
     while True:
-        data, fds, *_ = socket.recv_fds(control, 65536, 1)
+        try:
+            data, fds, *_ = socket.recv_fds(control, 65536, 1)
+        except ConnectionError:
+            data = b""
         if not data:  # the judge is gone
             sweep()
             return
@@ -191,6 +194,25 @@ def nursery(control: socket.socket):
                 os._exit(1)
         connection.close()
         control.send(b"forked")
+
+
+def check_guards():
+    """"ready" and the guards, once a child has come under them; or why it could not."""
+    reader, writer = os.pipe()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chmod(scratch, 0o777)
+        if os.fork() == 0:
+            try:
+                confine(Path(scratch), os.path.realpath(scratch), 60.0, gpu=False)
+                os.write(writer, b"ready")
+            except BaseException as error:
+                os.write(writer, str(error).encode())
+            os._exit(0)
+        os.close(writer)
+        answer = os.read(reader, 4096).decode()
+        os.close(reader)
+        os.wait()
+    return f"ready {', '.join(names())}" if answer == "ready" else f"no {answer}"
 
 
 class Worker:
@@ -216,7 +238,8 @@ class Worker:
             except Exception as error:  # no message that we know
                 raise RemoteError(f"the answer cannot be read: {type(error).__name__}") from None
             if kind == "error":
-                raise RemoteError(value[:LONGEST] if isinstance(value, str) else "it cannot say why")
+                said = value if isinstance(value, str) else "it cannot say why"
+                raise RemoteError(said[:LONGEST])
             return value
 
         return call
@@ -236,12 +259,17 @@ class Nursery:
         return self.other
 
     def __enter__(self):
+        self.is_open = True
         self.start()
         return self
 
     def __exit__(self, *_):
         if self.other is not None:
             self.other.__exit__()
+        self.is_open = False
+        for pid in children_of(self.process.pid):
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         self.control.close()
         self.process.kill()
         self.process.wait()
@@ -261,7 +289,9 @@ class Nursery:
             start_new_session=True,
         )
         its.close()
-        word, _, self.guards = self.control.recv(256).decode().partition(" ")
+        word, _, self.guards = self.control.recv(4096).decode().partition(" ")
+        if word == "no":
+            raise RuntimeError(f"submissions cannot be guarded on this machine: {self.guards}")
         if word != "ready":
             raise RuntimeError("the nursery did not start: is the environment installed?")
 
@@ -289,11 +319,16 @@ class Nursery:
                 self.control.recv(16)
             shutil.rmtree(scratch, ignore_errors=True)
 
+    def is_dead(self):
+        return self.process.poll() is not None or self.other is not None and self.other.is_dead()
+
     def revive(self):
-        """Start again what a submission has killed. Its worker has died with it."""
+        """Begin anew, after something was killed."""
         if self.other is not None:
             self.other.revive()
-        if self.process.poll() is not None:
+        if self.is_open:
+            self.process.kill()
+            self.process.wait()
             self.control.close()
             self.start()
 

@@ -6,24 +6,31 @@ import re
 import shutil
 import stat
 import tempfile
+import unicodedata
 import zipfile
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+from reports import READ_IT
+
 CLEAN = Path(__file__).resolve().parent / "clean"  # what the students were given
 LARGEST = 2**20  # bytes of a file that a student may hand in
+# Names that no exercise needs, and that code against the grader may.
 UNUSUAL = set(
-    "sys gc os inspect ctypes socket subprocess mmap pickle builtins importlib exec eval compile globals "
-    "currentframe _getframe __code__ __subclasses__ __import__ probes claims grading tiny "
+    "sys gc inspect ctypes ctypeslib socket subprocess mmap pickle builtins importlib exec globals vars "
+    "getattr currentframe _getframe tb_frame f_back f_globals f_locals __code__ __dict__ __import__ "
+    "__subclasses__ __array_interface__ from_dlpack probes claims grading "
     "TorchFunctionMode TorchDispatchMode DisableTorchFunction DisableTorchFunctionSubclass".split()
 )
 
 
 def name_of(path: Path):
     """Of the student."""
-    name = path.stem if path.is_file() else Path(os.path.abspath(path)).name
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
+    return printable(path.stem if path.is_file() else Path(os.path.abspath(path)).name)
+
+
+def printable(text: str):
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def read_file(path: Path):
@@ -50,14 +57,24 @@ def root_of(names, files):
 
 
 def unpack(archive: zipfile.ZipFile, place: Path, files):
-    """Take the files out of a zip file, and no others. Returns the directory they were in."""
-    root = root_of(archive.namelist(), files)
-    for file in {root + file for file in files} & set(archive.namelist()):
-        target = place / file.removeprefix(root)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with archive.open(file) as member:
-            target.write_bytes(member.read(LARGEST + 1))  # one more: read_file says why
-    return root
+    """Take the files out of a zip file, and no others.
+
+    Returns (the directory they were in, notes about those that cannot be read).
+    """
+    # Windows may write a\\b for a/b.
+    members = {info.filename.replace("\\", "/"): info for info in archive.infolist()}
+    root, notes = root_of(members, files), []
+    for file in files:
+        if root + file in members:
+            try:
+                with archive.open(members[root + file]) as member:
+                    data = member.read(LARGEST + 1)  # one more: read_file says why
+            except Exception as error:  # encrypted, damaged, compressed in an unknown way
+                notes.append(f"{file} cannot be read: {error}")
+                continue
+            (place / file).parent.mkdir(parents=True, exist_ok=True)
+            (place / file).write_bytes(data)
+    return root, notes
 
 
 def names_in(directory: Path, files):
@@ -76,19 +93,19 @@ def opened(path: Path, files):
         try:
             if path.is_file():
                 with zipfile.ZipFile(path) as archive:
-                    root = unpack(archive, place, files)
+                    root, notes = unpack(archive, place, files)
             else:
                 root = root_of(names_in(path, files), files)
                 place = path / root
-        except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            notes.append(f"it cannot be read: {error}")
+        except Exception as error:
+            notes = [f"it cannot be read: {error}"]
         if root:
             notes.append(f"the files are taken from {root}")
-        yield place, notes
+        yield place, [printable(note) for note in notes]
 
 
 def clean_tree(submission: Path, tree: Path, files):
-    """A tree with these files of the submission. Returns (file -> its bytes, notes).
+    """A tree with these files of the submission. Returns (file -> its bytes, file -> notes).
 
     It has neither the tests nor the scores of the frozen rollouts: they would give answers away.
     """
@@ -99,21 +116,19 @@ def clean_tree(submission: Path, tree: Path, files):
     rollouts = load_file(tree / "tests" / "rollouts.safetensors")
     rollouts["teacher_logp"].zero_()
     save_file(rollouts, tree / "tests" / "rollouts.safetensors")
-    found, notes = {}, []
+    found, notes = {}, {}
     for name in files:
         data, why = read_file(submission / name)
         if data is not None and not is_inside(submission / name, submission):
             data, why = None, "lies outside of the submission"
         if data is None:
-            notes.append(f"{name} {why}: graded as not written")
+            notes[name] = [f"{name} {why}: graded as not written"]
             continue
         found[name] = data
-        unusual = unusual_names(data, (CLEAN / name).read_bytes())
-        if unusual:
-            notes.append(f"{name} uses {', '.join(unusual)}: read it")
+        notes[name] = notes_about(name, data)
         (tree / name).write_bytes(data)
     if not any(os.path.lexists(submission / name) for name in files):
-        notes = ["none of the files is there: graded as not written"]
+        notes = dict.fromkeys(files, ["none of the files is there: graded as not written"])
     for path in (tree, *tree.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return found, notes
@@ -123,10 +138,17 @@ def is_inside(path: Path, directory: Path):
     return path.resolve().is_relative_to(directory.resolve())
 
 
-def unusual_names(data: bytes, given: bytes):
-    """Names that the file had not, that no exercise needs, and that attacks on the grader do."""
-    words = [set(re.findall(r"\w+", text.decode(errors="replace"))) for text in (data, given)]
-    return sorted((words[0] - words[1]) & UNUSUAL)
+def notes_about(name: str, data: bytes):
+    """What an instructor should know about a file that was handed in."""
+    text = unicodedata.normalize("NFKC", data.decode(errors="replace"))
+    words = [set(re.findall(r"\w+", one)) for one in (text, (CLEAN / name).read_text())]
+    unusual = sorted((words[0] - words[1]) & UNUSUAL)
+    notes = [f"{name} uses {', '.join(unusual)}: {READ_IT}"] if unusual else []
+    try:
+        compile(data, name, "exec")
+    except (SyntaxError, ValueError) as error:
+        notes.append(printable(f"{name} is no Python, so all of its exercises fail: {error}"))
+    return notes
 
 
 def hash_of(found: dict, files):

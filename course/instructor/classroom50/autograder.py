@@ -65,7 +65,8 @@ def main(flags):
     else:
         install()
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, str(HERE / "grade_all.py"), ".", "--public", "--out", out, *flags]
+        grader = [sys.executable, str(HERE / "grade_all.py"), ".", "--public"]
+        command = [*grader, "--out", out, *flags]
         subprocess.run(command, check=True)
         (report,) = json.loads(Path(out, "report.json").read_text()).values()
     Path("result.json").write_text(json.dumps(result_of(report, os.environ), indent=1) + "\n")
