@@ -107,7 +107,8 @@ def places(tmp_path_factory):
     return tmp_path_factory.mktemp("ranks")
 
 
-@pytest.mark.parametrize("world", [2, 4])  # in this order: four ranks continue what two have saved
+# In this order: four ranks continue what two have saved.
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(world, of_one, places, model_dir, tokenizer):
     paths = {family: model_dir(family, seed=2) for family in ("qwen3", "llama")}
     count = sum(p.numel() for p in of_one[0][1].parameters)
@@ -140,7 +141,7 @@ def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(world, 
     third = one.update(table, ROWS[:7])
     alone = new_learner(str(places / f"of_{world}" / "step_2"), CASES[0][1])  # saved by several ranks, continued by one
     alone.load(places / f"of_{world}" / "step_2")
-    assert len(continued) == 2
+    assert len(continued) == 1 + (places / "of_2").exists()
     for metrics in (*continued, alone.update(table, ROWS[:7])):
         assert_same_metrics(metrics, third)
 
@@ -168,7 +169,8 @@ def node_main(number, count, world, out, port, paths, tables):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("count, world", [(2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count, world", [(2, 2), (3, 1)])
 def test_nodes_that_add_up_their_gradients_train_like_one(count, world, of_one, places, model_dir):
     paths = {family: model_dir(family, seed=2) for family in ("qwen3", "llama")}
     for table, *_ in of_one:

@@ -201,7 +201,7 @@ def die_and_collect(process, victim, within=20.0):
 
 
 @pytest.mark.parametrize("victim, message", [
-    pytest.param("generator", "generator 0 died: .*SIGKILL", marks=pytest.mark.slow), ("teacher", "teacher 0 died: .*SIGKILL"), ("learner", r"exitcode *: -9 .*"),
+    pytest.param("generator", "generator 0 died: .*SIGKILL", marks=pytest.mark.slow), pytest.param("teacher", "teacher 0 died: .*SIGKILL", marks=pytest.mark.slow), ("learner", r"exitcode *: -9 .*"),
     ("rank 1", "a rank or a node died"),
 ])  # fmt: skip
 def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path):
@@ -472,6 +472,7 @@ def test_checkpoints_beside_the_newest_are_kept(keep, left, tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == [f"step_{version}" for version in left]
 
 
+@pytest.mark.slow
 def test_bad_input_gives_one_line_also_with_two_ranks(tmp_path):
     run = subprocess.run(command(tmp_path / "run", "--teacher=/nowhere", ranks=2), capture_output=True, text=True)
     assert run.returncode and run.stderr.count("train.py: error: --teacher /nowhere: no model there") == 1

@@ -52,7 +52,7 @@ def read_file(path: Path):
 def root_of(names, files):
     """Which directory of a submission has the files: "", or the only one in it that has some."""
     roots = {name[: -len(file)] for name in names for file in files if name.endswith("/" + file)}
-    inside = [root for root in sorted(roots) if root.count("/") == 1]
+    inside = [root for root in sorted(roots) if root.count("/") == 1 and root != "../"]
     return "" if len(inside) != 1 or set(names) & set(files) else inside[0]
 
 
