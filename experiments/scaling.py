@@ -6,7 +6,6 @@ Everything here is simulated, from peaks of an H100 and assumed efficiencies
 deviation of their logarithm, assumed).
 """
 
-import csv
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
