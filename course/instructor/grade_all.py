@@ -1,6 +1,6 @@
 """Grade a class: `python grade_all.py SUBMISSION...`, a directory or a zip file for each student.
 
-    python grade_all.py submissions/*                   the table, and files in the directory grades
+    python grade_all.py submissions/*                   the table, and the files below
     python grade_all.py alice bob.zip --exercises 6 7   these exercises only
     python grade_all.py alice --public                  the public tests only
     python grade_all.py DIR --gradescope results.json   one submission, for Gradescope
@@ -290,7 +290,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("submissions", type=Path, nargs="+", metavar="SUBMISSION")
-    parser.add_argument("--out", type=Path, default=Path("grades"), help="where the files go")
+    parser.add_argument("--out", type=Path, default=Path("."), help="where the files go: here")
     parser.add_argument("--exercises", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("--public", action="store_true", help="the public tests only")
     parser.add_argument("--jobs", type=int, default=1, help="submissions at a time")
