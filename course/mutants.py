@@ -50,7 +50,9 @@ def graded(exercise: build.Exercise, wrongs):
         place.chmod(0o755)
         build.build(place, others)
         sys.path.insert(0, str(place / "instructor"))
-        for name in ("grade_all", "guards", "submission", "sandbox", "grading", "claims", "tiny"):
+        for path in build.GRADER:
+            sys.modules.pop(path.removesuffix(".py"), None)
+        for name in ("grading", "claims", "tiny"):
             sys.modules.pop(name, None)
         import grade_all
 

@@ -467,6 +467,37 @@ Loss.reverse_kl = StratifiedReverseKL.reverse_kl = zero
     assert points == {"01_shift": 2, "04_staleness": 2, "11_estimator": 2}
 
 
+@pytest.mark.skipif(not guards.has_seccomp(), reason="the filter has the numbers of x86-64")
+def test_the_filter_of_system_calls_refuses_what_reaches_other_processes_and_allows_the_rest():
+    code = """
+import fcntl, os, resource, subprocess, sys, threading
+import guards, ctypes
+parent, libc = os.getppid(), ctypes.CDLL(None)
+reader, writer = os.pipe()
+guards.seccomp()
+refused = {
+    "limit": lambda: resource.prlimit(parent, resource.RLIMIT_CPU), "fork": os.fork, "signal": lambda: os.kill(parent, 0),
+    "owner": lambda: fcntl.fcntl(reader, 8, parent), "which signal": lambda: fcntl.fcntl(reader, 10, 9), "owner_ex": lambda: fcntl.fcntl(reader, 15, bytes(8)),
+    "mode": lambda: os.chmod("/nowhere", 0), "shell": lambda: subprocess.run("true"),
+}
+for name, way in refused.items():
+    try:
+        way()
+    except PermissionError:
+        continue
+    sys.exit(f"{name} is not refused")
+assert libc.prctl(guards.PR_SET_PDEATHSIG, 0, 0, 0, 0) == -1
+assert libc.prctl(15, b"a name", 0, 0, 0) == 0
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+fcntl.fcntl(reader, fcntl.F_GETFL)
+thread = threading.Thread(target=os.write, args=(writer, b"1"))
+thread.start()
+thread.join()
+assert os.read(reader, 1) == b"1"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=build.COURSE / "instructor")
+
+
 def test_a_submission_that_stops_reading_runs_into_the_limit(monkeypatch):
     """What the judge sends may be more than a socket holds."""
     for place in ("instructor", "tests"):

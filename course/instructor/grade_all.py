@@ -241,7 +241,7 @@ def not_graded(exercises: dict):
 
 @contextmanager
 def one_temporary_directory():
-    """Everything temporary lies in it, so that nothing is left whatever is killed."""
+    """Everything temporary lies in it, so a judge that is killed leaves nothing."""
     with tempfile.TemporaryDirectory() as directory:
         os.chmod(directory, 0o755)
         os.environ["TMPDIR"] = tempfile.tempdir = directory

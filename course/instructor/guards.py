@@ -8,8 +8,8 @@
   - A Python audit hook refuses the same files and calls with a clear message. A submission can get
     around the hook, not around the others.
 
-A process that uses a GPU has no seccomp and no limit on files and memory: compiling a kernel starts
-processes and loads libraries.
+A process that uses a GPU has no seccomp and no limit of memory: compiling a kernel starts processes
+and loads libraries.
 """
 
 import ctypes
@@ -125,6 +125,16 @@ def has_seccomp():
     return platform.machine() == "x86_64"
 
 
+def case(call: int, argument: int, test: int, numbers, match: int, other: int):
+    """The instructions for one system call: answer `match` if its argument passes a test."""
+    load, equal, answer = 0x20, 0x15, 0x06
+    *first, last = numbers
+    left = range(len(first), 0, -1)  # tests that a match jumps over
+    tests = [(test, jump, 0, number) for jump, number in zip(left, first)]
+    tests += [(test, 0, 1, last), (answer, 0, 0, match), (answer, 0, 0, other)]
+    return [(equal, 0, 1 + len(tests), call), (load, 0, 0, argument), *tests]
+
+
 def seccomp():
     """Let the kernel refuse CALLS, new processes, and limits of other processes.
 
@@ -146,31 +156,11 @@ def seccomp():
     ]
     for call in CALLS.values():
         program += [(equal, 0, 1, call), (answer, 0, 0, refused)]
-    for option in SIGNAL_OPTIONS:
-        program += [
-            (equal, 0, 4, FCNTL),
-            (load, 0, 0, second),
-            (equal, 0, 1, option),
-            (answer, 0, 0, refused),
-            (load, 0, 0, number),
-        ]
-    program += [
-        (equal, 0, 4, PRCTL),
-        (load, 0, 0, first),
-        (equal, 0, 1, PR_SET_PDEATHSIG),
-        (answer, 0, 0, refused),
-        (answer, 0, 0, allowed),
-        (equal, 0, 4, PRLIMIT),
-        (load, 0, 0, first),
-        (equal, 0, 1, 0),  # of this process
-        (answer, 0, 0, allowed),
-        (answer, 0, 0, refused),
-        (equal, 0, 3, CLONE),
-        (load, 0, 0, first),
-        (has_bit, 1, 0, CLONE_THREAD),
-        (answer, 0, 0, refused),
-        (answer, 0, 0, allowed),
-    ]
+    program += case(PRLIMIT, first, equal, [0], allowed, refused)  # 0: this process
+    program += case(CLONE, first, has_bit, [CLONE_THREAD], allowed, refused)
+    program += case(PRCTL, first, equal, [PR_SET_PDEATHSIG], refused, allowed)
+    program += case(FCNTL, second, equal, SIGNAL_OPTIONS, refused, allowed)
+    program += [(answer, 0, 0, allowed)]
     code = b"".join(struct.pack("HBBI", kind, yes, no, k) for kind, yes, no, k in program)
     block = ctypes.create_string_buffer(code)
     pointer = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(block))
