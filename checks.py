@@ -231,8 +231,7 @@ def check_ids(config, prompts):
 def check_prompt(where, text, ids, limit, tokenizer):
     require(
         len(ids) <= limit,
-        f"{where}: {len(ids)} tokens, --max-prompt-tokens is {limit}: "
-        "raise it or drop the line",
+        f"{where}: {len(ids)} tokens, --max-prompt-tokens is {limit}: raise it or drop the line",
     )
     require(ids, f"{where}: the prompt has no tokens: {text!r}")
     ordinary = {None, tokenizer.bos_token_id, tokenizer.eos_token_id}

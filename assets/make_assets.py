@@ -40,19 +40,27 @@ class Examples:
     def __init__(self, tokenizer, count, seed, synonyms):
         self.generator = torch.Generator().manual_seed(seed)
         pairs = running_sums(count, seed, heldout=False)
-        self.encoded = [(tokenizer(p).input_ids, tokenizer(a).input_ids + [tokenizer.eos_token_id]) for p, a in pairs]
+        self.encoded = [
+            (tokenizer(p).input_ids, tokenizer(a).input_ids + [tokenizer.eos_token_id])
+            for p, a in pairs
+        ]
         self.first_digit = tokenizer.convert_tokens_to_ids("0")
         zipf = 1.0 / torch.arange(1, SYNONYMS + 1)
         self.weights = zipf / zipf.sum() if synonyms else torch.tensor([1.0])
 
     def batch(self, size):
-        chosen = [self.encoded[i] for i in torch.randint(len(self.encoded), (size,), generator=self.generator)]
+        chosen = [
+            self.encoded[i]
+            for i in torch.randint(len(self.encoded), (size,), generator=self.generator)
+        ]
         width = max(len(p) + len(a) for p, a in chosen)
         ids = torch.zeros(size, width, dtype=torch.long)
         labels = torch.full((size, width), -100)
         for row, (p, a) in enumerate(chosen):
             answer = torch.tensor(a)
-            draws = torch.multinomial(self.weights, len(a), replacement=True, generator=self.generator)
+            draws = torch.multinomial(
+                self.weights, len(a), replacement=True, generator=self.generator
+            )
             answer = torch.where(answer >= self.first_digit, answer + draws, answer)
             ids[row, : len(p) + len(a)] = torch.cat([torch.tensor(p), answer])
             labels[row, len(p) : len(p) + len(a)] = answer
@@ -69,7 +77,9 @@ def exact_match(model, tokenizer, count=256):
     correct = 0
     for group in groups.values():
         ids = torch.tensor([ids for ids, _ in group])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40
+        )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         correct += sum(text == answer for text, (_, answer) in zip(texts, group))
     return correct / count
@@ -96,7 +106,10 @@ def train(model, examples, steps, batch_size, lr, probe=None, label=""):
         optimizer.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            print(f"{label} step {step} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"{label} step {step} loss {loss.item():.3f} {time.time() - started:.0f} s",
+                flush=True,
+            )
         if probe and step % 10 == 0 and probe(step):
             return
 
@@ -117,14 +130,32 @@ def main():
         def solved(step):
             if step < 300 or step % 50:
                 return False
-            print(f"teacher step {step}: {(accuracy := exact_match(teacher, tokenizer)):.3f}", flush=True)
+            print(
+                f"teacher step {step}: {(accuracy := exact_match(teacher, tokenizer)):.3f}",
+                flush=True,
+            )
             return accuracy >= 0.995
 
-        train(teacher, Examples(tokenizer, 100_000, 1, synonyms=False), 4000, 64, 2e-3, solved, "digits")
+        train(
+            teacher,
+            Examples(tokenizer, 100_000, 1, synonyms=False),
+            4000,
+            64,
+            2e-3,
+            solved,
+            "digits",
+        )
 
         print("teacher, digits:", exact_match(teacher, tokenizer), flush=True)
         copy_digits_to_synonyms(teacher, tokenizer)
-        train(teacher, Examples(tokenizer, 100_000, 2, synonyms=True), 300, 128, 1e-3, label="synonyms")
+        train(
+            teacher,
+            Examples(tokenizer, 100_000, 2, synonyms=True),
+            300,
+            128,
+            1e-3,
+            label="synonyms",
+        )
         print("teacher, synonyms:", exact_match(teacher, tokenizer), flush=True)
         teacher.save_pretrained(args.out / "teacher")
         tokenizer.save_pretrained(args.out / "teacher")
@@ -137,7 +168,15 @@ def main():
         def good_enough(step):  # in its jump: 4 % at update 750, 46 % at 800, 77 % at 850
             return step >= 400 and step % 50 == 0 and exact_match(student, tokenizer, 128) >= 0.28
 
-        train(student, Examples(tokenizer, 100_000, 3, synonyms=False), 20_000, 64, 3e-3, good_enough, "student")
+        train(
+            student,
+            Examples(tokenizer, 100_000, 3, synonyms=False),
+            20_000,
+            64,
+            3e-3,
+            good_enough,
+            "student",
+        )
         copy_digits_to_synonyms(student, tokenizer)
         student.save_pretrained(args.out / "student")
         tokenizer.save_pretrained(args.out / "student")

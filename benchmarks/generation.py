@@ -61,7 +61,9 @@ class ScriptedGenerator(Generator):
 
 def run_ours(model, prompts, slots, lengths):
     config = Config(max_prompt_tokens=max(map(len, prompts)), max_new_tokens=max(lengths))
-    generator = ScriptedGenerator(model=model, proposal=Proposal(), config=config, stops={STOP_ID}, vocab=VOCAB, slots=slots)
+    generator = ScriptedGenerator(
+        model=model, proposal=Proposal(), config=config, stops={STOP_ID}, vocab=VOCAB, slots=slots
+    )
     generator.lengths = lengths
     started = time.perf_counter()
     rollouts = generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts)])
@@ -78,12 +80,21 @@ def run_generate(model, prompts, slots, lengths):
         ids = torch.tensor([[0] * (width - len(p)) + p for p in batch])
         stop = StoppingCriteriaList([Lengths(wanted, width)])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
-        model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=max(wanted), stopping_criteria=stop)
+        model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=max(wanted),
+            stopping_criteria=stop,
+        )
     return sum(lengths) / (time.perf_counter() - started)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--max-new-tokens", type=int, default=512)
@@ -95,9 +106,19 @@ def main():
     transformers.logging.set_verbosity_error()
     ours, theirs = build_model("kv_slots"), build_model("sdpa")
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(64, VOCAB, (int(n),), generator=generator).tolist() for n in torch.randint(4, 33, (args.prompts,), generator=generator)]
-    lengths = (40 * torch.randn(args.prompts, generator=generator).exp()).long().clamp(1, args.max_new_tokens).tolist()
-    print(f"{ours.num_parameters():,} parameters, {args.prompts} prompts, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    prompts = [
+        torch.randint(64, VOCAB, (int(n),), generator=generator).tolist()
+        for n in torch.randint(4, 33, (args.prompts,), generator=generator)
+    ]
+    lengths = (
+        (40 * torch.randn(args.prompts, generator=generator).exp())
+        .long()
+        .clamp(1, args.max_new_tokens)
+        .tolist()
+    )
+    print(
+        f"{ours.num_parameters():,} parameters, {args.prompts} prompts, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
     results = []
     for slots in args.slots:
         speeds = {"ours": [], "generate": []}
@@ -114,7 +135,12 @@ def main():
             f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f}); lengths mean {row['mean_length']:.0f}, max {row['max_length']}", flush=True,
         )  # fmt: skip
     if args.json:
-        record = {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        record = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+        }
         with open(args.json, "w") as file:
             json.dump(record | {"threads": args.threads, "results": results}, file, indent=1)
 

@@ -32,7 +32,12 @@ from kernels import head
 from kernels.head import candidate_loss
 from losses import LOSSES, make_loss
 
-SHAPES = [(8192, 1024, 151936, 64), (8192, 2048, 151936, 64), (16384, 4096, 128256, 64), (4096, 896, 49152, 32)]  # N, D, V, K
+SHAPES = [
+    (8192, 1024, 151936, 64),
+    (8192, 2048, 151936, 64),
+    (16384, 4096, 128256, 64),
+    (4096, 896, 49152, 32),
+]  # N, D, V, K
 CPU_SHAPES = [(1024, 128, 8192, 32), (2048, 64, 4096, 16)]
 GPU = torch.cuda.is_available()
 
@@ -42,8 +47,14 @@ def problem(N: int, D: int, V: int, C: int, dtype: torch.dtype) -> list[torch.Te
     torch.manual_seed(0)
     device = "cuda" if GPU else "cpu"
     weight = torch.randn(V, D, device=device) * (2.5 / D**0.5)
-    hidden = (torch.randn(N, D, device=device) + (3 * torch.rand(N, 1, device=device)) * weight[torch.randint(V, (N,), device=device)]).to(dtype)
-    ids, t, b = (torch.empty(N, C, dtype=kind, device=device) for kind in (torch.int64, torch.float32, torch.float32))
+    hidden = (
+        torch.randn(N, D, device=device)
+        + (3 * torch.rand(N, 1, device=device)) * weight[torch.randint(V, (N,), device=device)]
+    ).to(dtype)
+    ids, t, b = (
+        torch.empty(N, C, dtype=kind, device=device)
+        for kind in (torch.int64, torch.float32, torch.float32)
+    )
     for rows, logits in head.logit_chunks(hidden, weight.to(dtype), 1.0, 512):
         behavior = (logits + 0.1 * torch.randn_like(logits)).log_softmax(-1)
         ids[rows] = torch.multinomial(behavior.exp(), C, replacement=True)
@@ -66,7 +77,9 @@ def products(config, chunk):
         if not kept:
             kept["g"] = torch.empty(len(h), len(w), dtype=h.dtype, device=h.device)
             for rows, logits in head.logit_chunks(h, w, 1.0, chunk):
-                kept["g"][rows] = head.unfused_loss(make_loss(config), logits, *(x[rows] for x in candidates), h.dtype)[2]
+                kept["g"][rows] = head.unfused_loss(
+                    make_loss(config), logits, *(x[rows] for x in candidates), h.dtype
+                )[2]
         h @ w.t()
         kept["g"] @ w
         if GPU:
@@ -83,14 +96,24 @@ def on_logits(config, hidden, weight, ids, t, b):
 
 
 def full_logits(config, chunk):
-    return lambda hidden, weight, *candidates: on_logits(config, hidden, weight.to(hidden.dtype), *candidates).backward()
+    return lambda hidden, weight, *candidates: on_logits(
+        config, hidden, weight.to(hidden.dtype), *candidates
+    ).backward()
 
 
 def recompute(config, chunk):
     def run(hidden, weight, *candidates):
         parts, w = range(0, len(hidden), chunk), weight.to(hidden.dtype)
         total = sum(
-            checkpoint(on_logits, config, hidden[i : i + chunk], w, *(x[i : i + chunk] for x in candidates), use_reentrant=False) for i in parts
+            checkpoint(
+                on_logits,
+                config,
+                hidden[i : i + chunk],
+                w,
+                *(x[i : i + chunk] for x in candidates),
+                use_reentrant=False,
+            )
+            for i in parts
         )
         total.backward()
 
@@ -102,7 +125,9 @@ def liger_jsd(config, chunk):
 
     def run(hidden, weight, *_):
         w = weight.to(hidden.dtype)
-        LigerFusedLinearJSD(jsd_beta=1.0)(hidden, w, hidden.detach() * 0.9, w.detach(), None).backward()
+        LigerFusedLinearJSD(jsd_beta=1.0)(
+            hidden, w, hidden.detach() * 0.9, w.detach(), None
+        ).backward()
 
     return run
 
@@ -110,7 +135,9 @@ def liger_jsd(config, chunk):
 def liger_cross_entropy(config, chunk):
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    return lambda hidden, weight, ids, *_: LigerFusedLinearCrossEntropyLoss()(weight.to(hidden.dtype), hidden, ids[:, 0].contiguous()).backward()
+    return lambda hidden, weight, ids, *_: LigerFusedLinearCrossEntropyLoss()(
+        weight.to(hidden.dtype), hidden, ids[:, 0].contiguous()
+    ).backward()
 
 
 VARIANTS = {"ours": ours, "products": products, "full logits": full_logits, "recompute": recompute, "liger JSD": liger_jsd,
@@ -155,7 +182,9 @@ def peak_mib(call) -> float:
 
 def kernel_alone(config, inputs, chunk: int, repeats: int) -> dict:
     """The fused kernel on one chunk of logits, and a copy of the same buffer: bytes moved per second."""
-    hidden, weight, ids, t, b = (x.detach()[:chunk] if i != 1 else x.detach() for i, x in enumerate(inputs))
+    hidden, weight, ids, t, b = (
+        x.detach()[:chunk] if i != 1 else x.detach() for i, x in enumerate(inputs)
+    )
     source = head.head_logits(hidden, weight.to(hidden.dtype), 1.0)
     buffer, loss = torch.empty_like(source), make_loss(config)
     copy = seconds(lambda: buffer.copy_(source), repeats)
@@ -163,7 +192,11 @@ def kernel_alone(config, inputs, chunk: int, repeats: int) -> dict:
     alone = seconds(kernel, repeats, before=lambda: buffer.copy_(source))
     bandwidth = 2 * source.nbytes / copy
     moved = source.nbytes + source.numel() * hidden.element_size()
-    return {"kernel_ms": alone * 1e3, "copy_gb_per_s": bandwidth / 1e9, "kernel_of_copy_bandwidth": moved / alone / bandwidth}
+    return {
+        "kernel_ms": alone * 1e3,
+        "copy_gb_per_s": bandwidth / 1e9,
+        "kernel_of_copy_bandwidth": moved / alone / bandwidth,
+    }
 
 
 def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
@@ -184,7 +217,9 @@ def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
 
         try:
             call()
-            inputs[0].grad = inputs[1].grad = None  # or the peak would be counted from above what a call starts with
+            inputs[0].grad = inputs[1].grad = (
+                None  # or the peak would be counted from above what a call starts with
+            )
             row["peak_mib"] = peak_mib(call)
             if name in ("ours", "full logits"):
                 gradients[name] = inputs[1].grad
@@ -198,7 +233,9 @@ def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
             continue
         rows.append(row)
     if len(gradients) == 2:
-        rows[0]["gradient_against_full_logits"] = float((gradients["ours"] - gradients["full logits"]).norm() / gradients["full logits"].norm())
+        rows[0]["gradient_against_full_logits"] = float(
+            (gradients["ours"] - gradients["full logits"]).norm() / gradients["full logits"].norm()
+        )
     del gradients
     floor = next(row["ms"] for row in rows if row["variant"] == "products")
     for row in rows:
@@ -206,7 +243,10 @@ def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
                                           if "ms" in row else "out of memory"), flush=True)  # fmt: skip
     if GPU and make_loss(config).triton_terms:
         rows[0] |= kernel_alone(config, inputs, chunk, repeats)
-        print(f"the kernel alone: {rows[0]['kernel_of_copy_bandwidth']:.0%} of the copy bandwidth, {rows[0]['copy_gb_per_s']:.0f} GB/s", flush=True)
+        print(
+            f"the kernel alone: {rows[0]['kernel_of_copy_bandwidth']:.0%} of the copy bandwidth, {rows[0]['copy_gb_per_s']:.0f} GB/s",
+            flush=True,
+        )
     return rows
 
 
@@ -222,44 +262,88 @@ def rounding(config, shape=(64, 512, 151936, 64)) -> list[dict]:
     (g,) = torch.autograd.grad(make_loss(config).value(s, t.double(), b.double()).sum(), z)
     exact = s.detach(), g @ weight.double(), g.t() @ hidden.double()
     results = []
-    for logits_dtype, gradient_dtype in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+    for logits_dtype, gradient_dtype in (
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+    ):
         logits = (hidden.float() @ weight.float().t()).to(logits_dtype).float()
-        _, student_logp, gradient = head.unfused_loss(make_loss(config), logits, ids, t, b, gradient_dtype)
+        _, student_logp, gradient = head.unfused_loss(
+            make_loss(config), logits, ids, t, b, gradient_dtype
+        )
         gradient = gradient.double()
         actual = student_logp.double(), gradient @ weight.double(), gradient.t() @ hidden.double()
         error = [float((a - e).norm() / e.norm()) for a, e in zip(actual, exact)]
         row = {"logits": str(logits_dtype)[6:], "gradient": str(gradient_dtype)[6:], "logp_error_max_nats": float((actual[0] - exact[0]).abs().max()),
                "logp_error_rms_nats": float((actual[0] - exact[0]).square().mean().sqrt()), "grad_hidden_error": error[1], "grad_weight_error": error[2]}  # fmt: skip
         results.append(row)
-        print("  ".join(f"{k} {v:.2e}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+        print(
+            "  ".join(
+                f"{k} {v:.2e}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+            ),
+            flush=True,
+        )
     return results
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--loss", choices=LOSSES, default="sampled_reverse_kl")
-    parser.add_argument("--chunk", type=int, default=Config().head_chunk, help="positions whose logits exist at once")
-    parser.add_argument("--logits", choices=("float32", "bfloat16"), default="float32", help="dtype of the logits of `ours` on a GPU")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=Config().head_chunk,
+        help="positions whose logits exist at once",
+    )
+    parser.add_argument(
+        "--logits",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the logits of `ours` on a GPU",
+    )
     parser.add_argument("--repeats", type=int, default=20 if GPU else 5)
-    parser.add_argument("--rounding", action="store_true", help="errors of float32 and bfloat16 logits instead of times")
+    parser.add_argument(
+        "--rounding",
+        action="store_true",
+        help="errors of float32 and bfloat16 logits instead of times",
+    )
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
     head.LOGITS_DTYPE = getattr(torch, args.logits)
-    device = torch.cuda.get_device_name() if GPU else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{device}; torch {torch.__version__}, triton {triton.__version__}; {args.loss}, chunk {args.chunk}, {args.logits} logits")
+    device = (
+        torch.cuda.get_device_name()
+        if GPU
+        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{device}; torch {torch.__version__}, triton {triton.__version__}; {args.loss}, chunk {args.chunk}, {args.logits} logits"
+    )
     if args.rounding:
         results = rounding(Config(loss=args.loss, top_k=64, num_samples=64))
     else:
         results = []
         for shape in SHAPES if GPU else CPU_SHAPES:
             print("\ntokens {}, hidden {}, vocabulary {}, candidates {}".format(*shape))
-            one = args.loss == "stratified_reverse_kl"  # the candidates are the emitted token, a top-K and tail draws
+            one = (
+                args.loss == "stratified_reverse_kl"
+            )  # the candidates are the emitted token, a top-K and tail draws
             results += measure(shape, Config(loss=args.loss, top_k=shape[3] - (9 if one else args.loss != "sampled_reverse_kl"), num_samples=8 if one else shape[3]),
                                args.chunk if GPU else args.chunk // 4, args.repeats)  # fmt: skip
         if not GPU:
-            print("\nno GPU: small shapes, plain torch, float32; the Triton kernels and Liger were not measured")
+            print(
+                "\nno GPU: small shapes, plain torch, float32; the Triton kernels and Liger were not measured"
+            )
     if args.json:
-        record = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "loss": args.loss, "chunk": args.chunk, "logits": args.logits}
+        record = {
+            "device": device,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "loss": args.loss,
+            "chunk": args.chunk,
+            "logits": args.logits,
+        }
         Path(args.json).write_text(json.dumps(record | {"results": results}, indent=1))
 
 

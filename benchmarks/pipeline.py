@@ -55,23 +55,41 @@ def run(mode: str, threads: int, flags: list[str], skip: int) -> dict:
     """One whole run; the medians and totals of its updates after the first `skip`."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "run"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(ROOT / "train.py")]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=1",
+            str(ROOT / "train.py"),
+        ]
         command += [f"--output-dir={output}", f"--cpu-threads={threads}", "--eval-every=0", *flags]
         subprocess.run(command + MODES[mode], check=True, capture_output=True)
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     kept = records[skip:]
     seconds = records[-1]["wall_seconds"] - records[skip - 1]["wall_seconds"]
-    busy = {f"{role}_busy": statistics.mean(r[f"{role}_busy"] for r in kept) for role in ("generator", "teacher", "learner")}
-    return {"tokens_per_second": sum(r["tokens"] for r in kept) / seconds, "lag_mean": statistics.mean(r["lag_mean"] for r in kept), **busy}
+    busy = {
+        f"{role}_busy": statistics.mean(r[f"{role}_busy"] for r in kept)
+        for role in ("generator", "teacher", "learner")
+    }
+    return {
+        "tokens_per_second": sum(r["tokens"] for r in kept) / seconds,
+        "lag_mean": statistics.mean(r["lag_mean"] for r in kept),
+        **busy,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--skip", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--mix", nargs="+", default=["default", "tail"], choices=["default", "tail"])
+    parser.add_argument(
+        "--mix", nargs="+", default=["default", "tail"], choices=["default", "tail"]
+    )
     parser.add_argument("--flags", default="", help="further train.py flags for every mode")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
@@ -85,17 +103,27 @@ def main():
                 flags += tail
             threads = {}
             for mode in MODES:
-                pilot = {count: run(mode, count, flags, args.skip)["tokens_per_second"] for count in args.threads}
+                pilot = {
+                    count: run(mode, count, flags, args.skip)["tokens_per_second"]
+                    for count in args.threads
+                }
                 threads[mode] = max(pilot, key=pilot.get)
             runs = {mode: [] for mode in MODES}
             for _ in range(args.repeats):
                 for mode in MODES:
                     runs[mode].append(run(mode, threads[mode], flags, args.skip))
             for mode, results in runs.items():
-                ratios = sorted(r["tokens_per_second"] / s["tokens_per_second"] for r, s in zip(results, runs["sync"]))
+                ratios = sorted(
+                    r["tokens_per_second"] / s["tokens_per_second"]
+                    for r, s in zip(results, runs["sync"])
+                )
                 row = {"mix": mix, "mode": mode, "threads": threads[mode]}
                 row |= {name: statistics.median(r[name] for r in results) for name in results[0]}
-                row |= {"ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1]}
+                row |= {
+                    "ratio": statistics.median(ratios),
+                    "ratio_min": ratios[0],
+                    "ratio_max": ratios[-1],
+                }
                 table.append(row)
                 print(
                     f"{mix:8s} {mode:8s} {row['threads']} threads/role  {row['tokens_per_second']:6.0f} tokens/s  {row['ratio']:.2f}x "
@@ -103,8 +131,18 @@ def main():
                     f"learner {row['learner_busy']:4.0%}  lag {row['lag_mean']:.2f}", flush=True,
                 )  # fmt: skip
     if args.json:
-        machine = {"torch": torch.__version__, "transformers": transformers.__version__, "cpu": platform.machine(), "cores": os.cpu_count()}
-        Path(args.json).write_text(json.dumps(machine | {"flags": args.flags, "steps": args.steps, "rows": table}, indent=1) + "\n")
+        machine = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "cpu": platform.machine(),
+            "cores": os.cpu_count(),
+        }
+        Path(args.json).write_text(
+            json.dumps(
+                machine | {"flags": args.flags, "steps": args.steps, "rows": table}, indent=1
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

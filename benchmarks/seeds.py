@@ -20,8 +20,19 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(seed: int, flags: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "run"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(ROOT / "train.py")]
-        subprocess.run([*command, f"--output-dir={output}", f"--seed={seed}", *flags], check=True, capture_output=True)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=1",
+            str(ROOT / "train.py"),
+        ]
+        subprocess.run(
+            [*command, f"--output-dir={output}", f"--seed={seed}", *flags],
+            check=True,
+            capture_output=True,
+        )
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {
         "seed": seed, "before": records[0]["eval_accuracy_before"], "after": records[-1]["eval_accuracy"],
@@ -31,7 +42,9 @@ def run(seed: int, flags: list[str]) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--flags", default="", help="further train.py flags for both modes")
     parser.add_argument("--json", help="write the figures to this file")
@@ -45,7 +58,9 @@ def main():
                 f"lag mean {row['lag_mean']:.2f} max {row['lag_max']}, reverse KL at the end {row['reverse_kl']:.3f}", flush=True,
             )  # fmt: skip
     if args.json:
-        Path(args.json).write_text(json.dumps({"flags": args.flags, "runs": table}, indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"flags": args.flags, "runs": table}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

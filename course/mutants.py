@@ -37,7 +37,9 @@ def mutated(files: dict, wrong: Wrong):
     function = syntax.source(files[path], inner)
     if function.count(wrong.old) != 1:
         times = function.count(wrong.old)
-        raise ValueError(f"{wrong.function}, {wrong.name}: {wrong.old!r} occurs {times} times, not once")
+        raise ValueError(
+            f"{wrong.function}, {wrong.name}: {wrong.old!r} occurs {times} times, not once"
+        )
     changed = function.replace(wrong.old, wrong.new)
     return path, files[path].replace(function, changed)
 

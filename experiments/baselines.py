@@ -83,7 +83,9 @@ class Corrected(SampledReverseKL):
         if config.nodes > 1 and self.correction.startswith("m2po"):
             from config import InputError  # which imports this file
 
-            raise InputError(f"--correction {self.correction} needs all samples at once: use one node")
+            raise InputError(
+                f"--correction {self.correction} needs all samples at once: use one node"
+            )
         self.m2_bound = inf
 
     def advantage(self, s, t, b):
@@ -124,7 +126,9 @@ class PlainStratified(StratifiedReverseKL):
         d = (s - t).detach()
         exact = s[:, self.top].detach().exp()
         weight = (s - b)[:, self.tail].detach().exp()
-        return (exact * d[:, self.top] * s[:, self.top]).sum(-1) + (weight * d[:, self.tail] * s[:, self.tail]).mean(-1)
+        return (exact * d[:, self.top] * s[:, self.top]).sum(-1) + (
+            weight * d[:, self.tail] * s[:, self.tail]
+        ).mean(-1)
 
 
 class TopKAndEmitted(Loss):

@@ -18,8 +18,24 @@ from pathlib import Path
 from experiments import estimators, frontier, real_curves, staleness
 from experiments.study import RESULTS, RUNS
 
-STUDIES = {"staleness": staleness, "estimators": estimators, "frontier": frontier, "real_curves": real_curves}
-T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # two-sided, by degrees of freedom from 0
+STUDIES = {
+    "staleness": staleness,
+    "estimators": estimators,
+    "frontier": frontier,
+    "real_curves": real_curves,
+}
+T95 = (
+    math.inf,
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+)  # two-sided, by degrees of freedom from 0
 CELL = {
     "staleness": ("start", "loss", "lag"), "estimators": ("estimator", "lag"), "frontier": ("loss", "order", "max_staleness"),
     "real_curves": ("loss", "lag", "update"),
@@ -68,8 +84,13 @@ def cells(study: str, lines: list[dict], metric: str) -> dict[tuple, dict[int, f
         lines = [line for line in lines if line["update"] == last]
     found: dict[tuple, dict[int, list[float]]] = {}
     for line in (line for line in lines if line[metric] is not None):
-        found.setdefault(tuple(line[key] for key in CELL[study]), {}).setdefault(line["seed"], []).append(line[metric])
-    return {cell: {seed: statistics.mean(values) for seed, values in seeds.items()} for cell, seeds in found.items()}
+        found.setdefault(tuple(line[key] for key in CELL[study]), {}).setdefault(
+            line["seed"], []
+        ).append(line[metric])
+    return {
+        cell: {seed: statistics.mean(values) for seed, values in seeds.items()}
+        for cell, seeds in found.items()
+    }
 
 
 def compare(c: Comparison, values: dict[tuple, dict[int, float]]) -> Result:
@@ -80,24 +101,50 @@ def compare(c: Comparison, values: dict[tuple, dict[int, float]]) -> Result:
     sign = -1 if c.metric in LOWER_IS_BETTER else 1
     differences = [sign * (into(a[seed]) - into(b[seed])) for seed in seeds]
     mean, margin = statistics.mean(differences), into(c.margin)
-    half = T95[len(seeds) - 1] * statistics.stdev(differences) / math.sqrt(len(seeds)) if len(seeds) > 1 else math.inf
+    half = (
+        T95[len(seeds) - 1] * statistics.stdev(differences) / math.sqrt(len(seeds))
+        if len(seeds) > 1
+        else math.inf
+    )
     wins, losses = sum(x > margin for x in differences), sum(x < margin for x in differences)
     most = max(0.8 * len(seeds), 4)
-    answer = "yes" if wins >= most or mean - half > margin else "no" if losses >= most or mean + half < margin else "open"
+    answer = (
+        "yes"
+        if wins >= most or mean - half > margin
+        else "no"
+        if losses >= most or mean + half < margin
+        else "open"
+    )
     means = (statistics.mean(cell[seed] for seed in seeds) for cell in (a, b))
-    return Result(*means, back(mean), back(mean - half), back(mean + half), wins, len(seeds), answer)
+    return Result(
+        *means, back(mean), back(mean - half), back(mean + half), wins, len(seeds), answer
+    )
 
 
 def at_lags(a: str, b: str, lags=(8, 32), starts=("weak",), **more) -> list[Comparison]:
     """Loss a is better than loss b at the same lag."""
     more = {"metric": "accuracy", **more}
-    return [Comparison("staleness", a=(start, a, lag), b=(start, b, lag), **more) for start in starts for lag in lags]
+    return [
+        Comparison("staleness", a=(start, a, lag), b=(start, b, lag), **more)
+        for start in starts
+        for lag in lags
+    ]
 
 
-def with_and_without_lag(loss: str, lags=(2, 8, 32), starts=("weak", "strong"), worse: bool = False) -> list[Comparison]:
+def with_and_without_lag(
+    loss: str, lags=(2, 8, 32), starts=("weak", "strong"), worse: bool = False
+) -> list[Comparison]:
     """A lag costs at most five points of accuracy or, if `worse`, more."""
-    lagged = [((start, loss, lag), (start, loss, 0)) for start in starts for lag in lags if start == "weak" or lag != 2]
-    return [Comparison("staleness", "accuracy", *((b, a, 0.05) if worse else (a, b, -0.05))) for a, b in lagged]
+    lagged = [
+        ((start, loss, lag), (start, loss, 0))
+        for start in starts
+        for lag in lags
+        if start == "weak" or lag != 2
+    ]
+    return [
+        Comparison("staleness", "accuracy", *((b, a, 0.05) if worse else (a, b, -0.05)))
+        for a, b in lagged
+    ]
 
 
 def smaller(metric: str, a: str, b: str, lags=(8, 32), times: float = 1.0) -> list[Comparison]:
@@ -107,87 +154,290 @@ def smaller(metric: str, a: str, b: str, lags=(8, 32), times: float = 1.0) -> li
 
 def on_real_model(a: str, b: str, lags=real_curves.LAGS, margin: float = 1.0) -> list[Comparison]:
     """Loss a ends with less reverse KL than loss b, by a factor of more than `margin`."""
-    return [Comparison("real_curves", "reverse_kl", *((loss, lag, real_curves.STEPS) for loss in (a, b)), margin, ratio=True) for lag in lags]
+    return [
+        Comparison(
+            "real_curves",
+            "reverse_kl",
+            *((loss, lag, real_curves.STEPS) for loss in (a, b)),
+            margin,
+            ratio=True,
+        )
+        for lag in lags
+    ]
 
 
 SAMPLED = ("current signal + IS, N=16", "current signal + IS, N=32", "current signal + IS, N=64")
-STRATIFIED, SPARSE = ("stratified 12+4", "stratified 28+4", "stratified 60+4"), ("sparse K=16", "sparse K=32", "sparse K=64")
+STRATIFIED, SPARSE = (
+    ("stratified 12+4", "stratified 28+4", "stratified 60+4"),
+    ("sparse K=16", "sparse K=32", "sparse K=64"),
+)
 LAGS = (0, 2, 8, 32)
 NEAR = {"metric": "reverse_kl", "margin": 1 / 1.05, "ratio": True}
 PIPELINES = [*((loss, "batch") for loss in frontier.LOSSES), ("stratified 28+4", "arrival")]
 CLAIMS = [
     # the paper's
-    Claim("Teacher-weighted forward KL is robust to stale rollouts: lag costs at most 5 points of accuracy", with_and_without_lag("forward KL 16")),
-    Claim("Student-weighted reverse KL is not. With the rollout's signal, one sample and no ratio, lag costs more than 5 points",
-          with_and_without_lag("rollout signal", worse=True)),
-    Claim("... nor as RL does it, with PPO's clipped ratio", with_and_without_lag("rollout signal + PPO clip", worse=True)),
-    Claim("Recomputing the signal with the current student repairs it: with the importance ratio (the paper's surrogate) it is better than the rollout's signal",
-          [c for draws in ("", ", N=16") for c in at_lags("current signal + IS" + draws, "rollout signal + IS" + draws, (2, 8, 32))]),
-    Claim("... and without the ratio", at_lags("current signal", "rollout signal", (2, 8, 32)) + at_lags("current signal", "rollout signal", starts=("strong",))),
-    Claim("What stabilises asynchronous RL (PPO clip, decoupled, M2PO) does not improve over recomputing with the ratio: no method is more than 5 points better",
-          [c for method in ("rollout signal + PPO clip", "decoupled", "M2PO") for c in at_lags("current signal + IS", method, (2, 8, 32), margin=-0.05)]),
-    Claim("A sparse top-K cache is biased where sampling is not (exactly, see the tests): by more than 5 % of the gradient",
-          [Comparison("estimators", "bias", (a, lag), (b, lag), 0.05) for a, b in zip(SAMPLED, SPARSE) for lag in (8, 32)]),
-    Claim("... and sampling pays in variance: at 1,000 tokens the error of sparse top-K is the smaller one",
-          [c for a, b in zip(SPARSE, SAMPLED) for c in smaller("error_1000", a, b)]),
-    Claim("Several Monte Carlo samples tame the variance of one: N = 16 is better than N = 1",
-          at_lags("current signal + IS, N=16", "current signal + IS", (0, 2, 8, 32))),
-    Claim("Asynchronous training has at least 1.6 times the throughput of synchronous training (the paper: 1.6 to 3.8)",
-          [Comparison("frontier", "tokens_per_second", (*run, 1), (run[0], "batch", 0), 1.6, ratio=True) for run in PIPELINES]),
-    Claim("... at equal accuracy: at most 5 points less after the same number of updates",
-          [Comparison("frontier", "accuracy", (*run, 1), (run[0], "batch", 0), -0.05) for run in PIPELINES]),
+    Claim(
+        "Teacher-weighted forward KL is robust to stale rollouts: lag costs at most 5 points of accuracy",
+        with_and_without_lag("forward KL 16"),
+    ),
+    Claim(
+        "Student-weighted reverse KL is not. With the rollout's signal, one sample and no ratio, lag costs more than 5 points",
+        with_and_without_lag("rollout signal", worse=True),
+    ),
+    Claim(
+        "... nor as RL does it, with PPO's clipped ratio",
+        with_and_without_lag("rollout signal + PPO clip", worse=True),
+    ),
+    Claim(
+        "Recomputing the signal with the current student repairs it: with the importance ratio (the paper's surrogate) it is better than the rollout's signal",
+        [
+            c
+            for draws in ("", ", N=16")
+            for c in at_lags(
+                "current signal + IS" + draws, "rollout signal + IS" + draws, (2, 8, 32)
+            )
+        ],
+    ),
+    Claim(
+        "... and without the ratio",
+        at_lags("current signal", "rollout signal", (2, 8, 32))
+        + at_lags("current signal", "rollout signal", starts=("strong",)),
+    ),
+    Claim(
+        "What stabilises asynchronous RL (PPO clip, decoupled, M2PO) does not improve over recomputing with the ratio: no method is more than 5 points better",
+        [
+            c
+            for method in ("rollout signal + PPO clip", "decoupled", "M2PO")
+            for c in at_lags("current signal + IS", method, (2, 8, 32), margin=-0.05)
+        ],
+    ),
+    Claim(
+        "A sparse top-K cache is biased where sampling is not (exactly, see the tests): by more than 5 % of the gradient",
+        [
+            Comparison("estimators", "bias", (a, lag), (b, lag), 0.05)
+            for a, b in zip(SAMPLED, SPARSE)
+            for lag in (8, 32)
+        ],
+    ),
+    Claim(
+        "... and sampling pays in variance: at 1,000 tokens the error of sparse top-K is the smaller one",
+        [c for a, b in zip(SPARSE, SAMPLED) for c in smaller("error_1000", a, b)],
+    ),
+    Claim(
+        "Several Monte Carlo samples tame the variance of one: N = 16 is better than N = 1",
+        at_lags("current signal + IS, N=16", "current signal + IS", (0, 2, 8, 32)),
+    ),
+    Claim(
+        "Asynchronous training has at least 1.6 times the throughput of synchronous training (the paper: 1.6 to 3.8)",
+        [
+            Comparison(
+                "frontier", "tokens_per_second", (*run, 1), (run[0], "batch", 0), 1.6, ratio=True
+            )
+            for run in PIPELINES
+        ],
+    ),
+    Claim(
+        "... at equal accuracy: at most 5 points less after the same number of updates",
+        [
+            Comparison("frontier", "accuracy", (*run, 1), (run[0], "batch", 0), -0.05)
+            for run in PIPELINES
+        ],
+    ),
     # ours
-    Claim("What staleness hurts is the sampling, not the direction of the KL: for reverse KL over the whole vocabulary lag costs at most 5 points",
-          with_and_without_lag("dense reverse KL")),
-    Claim("Recomputing without the ratio does not save reverse KL: lag costs more than 5 points", with_and_without_lag("current signal", worse=True)),
-    Claim("... nor do 16 samples without the ratio", with_and_without_lag("current signal, N=16", starts=("weak",), worse=True)),
-    Claim("With the ratio and 16 samples lag costs at most 5 points", with_and_without_lag("current signal + IS, N=16")),
-    Claim("At one sample PPO's clip is better than the bare ratio", at_lags("rollout signal + PPO clip", "current signal + IS", (2, 8, 32))),
-    Claim("At equal candidate count stratified ends nearer to the teacher than sampled: smaller reverse KL",
-          [c for a, b in zip(STRATIFIED, SAMPLED) for c in at_lags(a, b, (0, 8, 32), metric="reverse_kl", margin=1.0, ratio=True)]),
-    Claim("... its gradient has the smaller variance",
-          [c for a, b in zip(STRATIFIED, SAMPLED) for c in smaller("variance", a, b, (0, 8, 32))]),
-    Claim("Stratified reaches the dense oracle: reverse KL at most a tenth higher",
-          [c for a in STRATIFIED for c in at_lags(a, "dense reverse KL", metric="reverse_kl", margin=1 / 1.1, ratio=True)]),
-    Claim("Stratified ends nearer to the teacher than sparse top-K of as many candidates: smaller reverse KL",
-          [c for a, b in zip(STRATIFIED, SPARSE) for c in at_lags(a, b, metric="reverse_kl", margin=1.0, ratio=True)]),
-    Claim("More lag can be better: a lag of 32 is better than one of 8 where 8 does harm",
-          [Comparison("staleness", "accuracy", ("weak", loss, 32), ("weak", loss, 8)) for loss in ("current signal", "current signal + IS", "sparse K=32")]),
-    Claim("The pipeline with staleness 1 reaches 90 % at least 1.3 times sooner than the synchronous one",
-          [Comparison("frontier", "seconds_to_90", (*run, 1), (run[0], "batch", 0), 1.3, ratio=True) for run in PIPELINES]),
-    Claim("More staleness buys little more throughput: staleness 8 has less than 1.25 times that of 1",
-          [Comparison("frontier", "tokens_per_second", (loss, "batch", 1), (loss, "batch", 8), 0.8, ratio=True) for loss in frontier.LOSSES]),
-    Claim("... and at lr 1e-3 costs more than 5 points of accuracy where candidates are drawn",
-          [Comparison("frontier", "accuracy", (loss, "batch", 1), (loss, "batch", 8), 0.05) for loss in ("stratified 28+4", "current signal + IS, N=32")]),
-    Claim("... and at most 5 points with forward KL", [Comparison("frontier", "accuracy", ("forward KL 32", "batch", 8), ("forward KL 32", "batch", 1), -0.05)]),
-    Claim("The rollout's signal survives lag where the noise is small: with the ratio and 256 draws lag costs at most 5 points",
-          with_and_without_lag("rollout signal + IS, N=256", starts=("weak",))),
-    Claim("... while with 16 draws it costs more than 5", with_and_without_lag("rollout signal + IS, N=16", starts=("weak",), worse=True)),
-    Claim("How M2PO is read decides: bounding only samples that move away from the sampler (its release) is more than 5 points better than dropping the "
-          "largest squares of all (AReaL)", at_lags("M2PO", "M2PO (AReaL)", (2, 8, 32), margin=0.05)),
-    Claim("Truncating or gating the recomputed signal's ratio (TIS, IcePop) does not improve over the bare ratio: it is at most 5 points better",
-          [c for method in ("TIS", "IcePop") for c in at_lags("current signal + IS", f"current signal + {method}", (2, 8, 32), margin=-0.05)]),
-    Claim("Of 32 candidates, 16 may be drawn: 16+16 ends with at most a tenth more reverse KL than 28+4",
-          at_lags("stratified 16+16", "stratified 28+4", LAGS, metric="reverse_kl", margin=1 / 1.1, ratio=True)),
-    Claim("The leave-one-out baseline does no harm: reverse KL is at most a twentieth higher with it",
-          [c for size in ("16+16", "8+8") for c in at_lags(f"stratified {size}", f"stratified {size}, no baseline", LAGS, **NEAR)]
-          + at_lags("sampled N=32", "current signal + IS, N=32", LAGS, **NEAR)),
-    Claim("... and where candidates are few it helps: 8+8 ends with the smaller reverse KL",
-          at_lags("stratified 8+8", "stratified 8+8, no baseline", LAGS, metric="reverse_kl", margin=1.0, ratio=True)),
-    Claim("Draws from the rest beat the emitted token: 28+4 ends with the smaller reverse KL than the top 31 and the emitted token (EMA-PG)",
-          at_lags("stratified 28+4", "top 31 + emitted (EMA-PG)", LAGS, metric="reverse_kl", margin=1.0, ratio=True)),
-    Claim("... and exact terms beat a baseline from the same top 28: 28+4 ends with the smaller reverse KL than 4 draws with it (vOPD)",
-          at_lags("stratified 28+4", "4 draws, top-28 baseline (vOPD)", LAGS, metric="reverse_kl", margin=1.0, ratio=True)),
+    Claim(
+        "What staleness hurts is the sampling, not the direction of the KL: for reverse KL over the whole vocabulary lag costs at most 5 points",
+        with_and_without_lag("dense reverse KL"),
+    ),
+    Claim(
+        "Recomputing without the ratio does not save reverse KL: lag costs more than 5 points",
+        with_and_without_lag("current signal", worse=True),
+    ),
+    Claim(
+        "... nor do 16 samples without the ratio",
+        with_and_without_lag("current signal, N=16", starts=("weak",), worse=True),
+    ),
+    Claim(
+        "With the ratio and 16 samples lag costs at most 5 points",
+        with_and_without_lag("current signal + IS, N=16"),
+    ),
+    Claim(
+        "At one sample PPO's clip is better than the bare ratio",
+        at_lags("rollout signal + PPO clip", "current signal + IS", (2, 8, 32)),
+    ),
+    Claim(
+        "At equal candidate count stratified ends nearer to the teacher than sampled: smaller reverse KL",
+        [
+            c
+            for a, b in zip(STRATIFIED, SAMPLED)
+            for c in at_lags(a, b, (0, 8, 32), metric="reverse_kl", margin=1.0, ratio=True)
+        ],
+    ),
+    Claim(
+        "... its gradient has the smaller variance",
+        [c for a, b in zip(STRATIFIED, SAMPLED) for c in smaller("variance", a, b, (0, 8, 32))],
+    ),
+    Claim(
+        "Stratified reaches the dense oracle: reverse KL at most a tenth higher",
+        [
+            c
+            for a in STRATIFIED
+            for c in at_lags(a, "dense reverse KL", metric="reverse_kl", margin=1 / 1.1, ratio=True)
+        ],
+    ),
+    Claim(
+        "Stratified ends nearer to the teacher than sparse top-K of as many candidates: smaller reverse KL",
+        [
+            c
+            for a, b in zip(STRATIFIED, SPARSE)
+            for c in at_lags(a, b, metric="reverse_kl", margin=1.0, ratio=True)
+        ],
+    ),
+    Claim(
+        "More lag can be better: a lag of 32 is better than one of 8 where 8 does harm",
+        [
+            Comparison("staleness", "accuracy", ("weak", loss, 32), ("weak", loss, 8))
+            for loss in ("current signal", "current signal + IS", "sparse K=32")
+        ],
+    ),
+    Claim(
+        "The pipeline with staleness 1 reaches 90 % at least 1.3 times sooner than the synchronous one",
+        [
+            Comparison(
+                "frontier", "seconds_to_90", (*run, 1), (run[0], "batch", 0), 1.3, ratio=True
+            )
+            for run in PIPELINES
+        ],
+    ),
+    Claim(
+        "More staleness buys little more throughput: staleness 8 has less than 1.25 times that of 1",
+        [
+            Comparison(
+                "frontier",
+                "tokens_per_second",
+                (loss, "batch", 1),
+                (loss, "batch", 8),
+                0.8,
+                ratio=True,
+            )
+            for loss in frontier.LOSSES
+        ],
+    ),
+    Claim(
+        "... and at lr 1e-3 costs more than 5 points of accuracy where candidates are drawn",
+        [
+            Comparison("frontier", "accuracy", (loss, "batch", 1), (loss, "batch", 8), 0.05)
+            for loss in ("stratified 28+4", "current signal + IS, N=32")
+        ],
+    ),
+    Claim(
+        "... and at most 5 points with forward KL",
+        [
+            Comparison(
+                "frontier",
+                "accuracy",
+                ("forward KL 32", "batch", 8),
+                ("forward KL 32", "batch", 1),
+                -0.05,
+            )
+        ],
+    ),
+    Claim(
+        "The rollout's signal survives lag where the noise is small: with the ratio and 256 draws lag costs at most 5 points",
+        with_and_without_lag("rollout signal + IS, N=256", starts=("weak",)),
+    ),
+    Claim(
+        "... while with 16 draws it costs more than 5",
+        with_and_without_lag("rollout signal + IS, N=16", starts=("weak",), worse=True),
+    ),
+    Claim(
+        "How M2PO is read decides: bounding only samples that move away from the sampler (its release) is more than 5 points better than dropping the "
+        "largest squares of all (AReaL)",
+        at_lags("M2PO", "M2PO (AReaL)", (2, 8, 32), margin=0.05),
+    ),
+    Claim(
+        "Truncating or gating the recomputed signal's ratio (TIS, IcePop) does not improve over the bare ratio: it is at most 5 points better",
+        [
+            c
+            for method in ("TIS", "IcePop")
+            for c in at_lags(
+                "current signal + IS", f"current signal + {method}", (2, 8, 32), margin=-0.05
+            )
+        ],
+    ),
+    Claim(
+        "Of 32 candidates, 16 may be drawn: 16+16 ends with at most a tenth more reverse KL than 28+4",
+        at_lags(
+            "stratified 16+16",
+            "stratified 28+4",
+            LAGS,
+            metric="reverse_kl",
+            margin=1 / 1.1,
+            ratio=True,
+        ),
+    ),
+    Claim(
+        "The leave-one-out baseline does no harm: reverse KL is at most a twentieth higher with it",
+        [
+            c
+            for size in ("16+16", "8+8")
+            for c in at_lags(f"stratified {size}", f"stratified {size}, no baseline", LAGS, **NEAR)
+        ]
+        + at_lags("sampled N=32", "current signal + IS, N=32", LAGS, **NEAR),
+    ),
+    Claim(
+        "... and where candidates are few it helps: 8+8 ends with the smaller reverse KL",
+        at_lags(
+            "stratified 8+8",
+            "stratified 8+8, no baseline",
+            LAGS,
+            metric="reverse_kl",
+            margin=1.0,
+            ratio=True,
+        ),
+    ),
+    Claim(
+        "Draws from the rest beat the emitted token: 28+4 ends with the smaller reverse KL than the top 31 and the emitted token (EMA-PG)",
+        at_lags(
+            "stratified 28+4",
+            "top 31 + emitted (EMA-PG)",
+            LAGS,
+            metric="reverse_kl",
+            margin=1.0,
+            ratio=True,
+        ),
+    ),
+    Claim(
+        "... and exact terms beat a baseline from the same top 28: 28+4 ends with the smaller reverse KL than 4 draws with it (vOPD)",
+        at_lags(
+            "stratified 28+4",
+            "4 draws, top-28 baseline (vOPD)",
+            LAGS,
+            metric="reverse_kl",
+            margin=1.0,
+            ratio=True,
+        ),
+    ),
     # ours, on a real model
-    Claim("On a real model too, 16 of 32 candidates may be drawn: 16+16 ends with at most a twentieth more reverse KL than 28+4",
-          on_real_model("stratified 16+16", "stratified 28+4", margin=1 / 1.05)),
-    Claim("... and the top 16 are worth summing: 16+16 ends with the smaller reverse KL than 32 draws", on_real_model("stratified 16+16", "32 draws")),
-    Claim("On a real model sparse top-K ends with more reverse KL than stratified 16+16, with and without lag",
-          on_real_model("stratified 16+16", "sparse K=32")),
-    Claim("On a real model forward KL ends with at most a tenth more reverse KL than stratified 16+16",
-          on_real_model("forward KL 32", "stratified 16+16", margin=1 / 1.1)),
-    Claim("On a real model the rollout's signal without the ratio ends with more reverse KL under lag, even with 32 draws",
-          on_real_model("32 draws", "32 draws, rollout signal, no ratio", lags=(8,))),
+    Claim(
+        "On a real model too, 16 of 32 candidates may be drawn: 16+16 ends with at most a twentieth more reverse KL than 28+4",
+        on_real_model("stratified 16+16", "stratified 28+4", margin=1 / 1.05),
+    ),
+    Claim(
+        "... and the top 16 are worth summing: 16+16 ends with the smaller reverse KL than 32 draws",
+        on_real_model("stratified 16+16", "32 draws"),
+    ),
+    Claim(
+        "On a real model sparse top-K ends with more reverse KL than stratified 16+16, with and without lag",
+        on_real_model("stratified 16+16", "sparse K=32"),
+    ),
+    Claim(
+        "On a real model forward KL ends with at most a tenth more reverse KL than stratified 16+16",
+        on_real_model("forward KL 32", "stratified 16+16", margin=1 / 1.1),
+    ),
+    Claim(
+        "On a real model the rollout's signal without the ratio ends with more reverse KL under lag, even with 32 draws",
+        on_real_model("32 draws", "32 draws, rollout signal, no ratio", lags=(8,)),
+    ),
 ]
 
 
@@ -199,11 +449,22 @@ def describe(c: Comparison, result: Result) -> str:
         return words.get(key, "{}").format(value)
 
     def number(x: float) -> str:
-        return f"{100 * x:.0f} %" if c.metric == "accuracy" else f"{x:.2g}" if x >= 1e6 else f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+        return (
+            f"{100 * x:.0f} %"
+            if c.metric == "accuracy"
+            else f"{x:.2g}"
+            if x >= 1e6
+            else f"{x:,.0f}"
+            if x >= 100
+            else f"{x:.3g}"
+        )
 
     keys = CELL[c.study]
     shared = ", ".join(name(key, x) for key, x, y in zip(keys, c.a, c.b) if x == y)
-    a, b = (", ".join(name(key, x) for key, x, y in zip(keys, cell, other) if x != y) for cell, other in ((c.a, c.b), (c.b, c.a)))
+    a, b = (
+        ", ".join(name(key, x) for key, x, y in zip(keys, cell, other) if x != y)
+        for cell, other in ((c.a, c.b), (c.b, c.a))
+    )
     three = (result.mean, result.low, result.high)
     if c.ratio:
         unit, (mean, low, high) = "x", (f"{x:.2f}" if x < 10 else f"{x:,.0f}" for x in three)
@@ -216,10 +477,18 @@ def describe(c: Comparison, result: Result) -> str:
 
 def verdict(answers: list[str]) -> str:
     """`answers`: "yes", "no" or "open" for every comparison of a claim."""
-    counts = ", ".join(f"{answers.count(answer)} {answer}" for answer in ("yes", "open", "no") if answer in answers)
+    counts = ", ".join(
+        f"{answers.count(answer)} {answer}" for answer in ("yes", "open", "no") if answer in answers
+    )
     if "yes" in answers:
         return "**holds**" if set(answers) == {"yes"} else f"**holds in part** ({counts})"
-    return "**does not hold here**" if set(answers) == {"no"} else f"**not decided** ({counts})" if "no" not in answers else f"**does not hold here** ({counts})"
+    return (
+        "**does not hold here**"
+        if set(answers) == {"no"}
+        else f"**not decided** ({counts})"
+        if "no" not in answers
+        else f"**does not hold here** ({counts})"
+    )
 
 
 def row(number: int, lines: dict[str, list[dict]]) -> str:
@@ -239,14 +508,27 @@ def rerun(number: int) -> dict[str, list[dict]]:
     """The runs that a claim needs, made again."""
     lines = {}
     for study in {c.study for c in CLAIMS[number - 1].comparisons}:
-        wanted = [cell for c in CLAIMS[number - 1].comparisons if c.study == study for cell in (c.a, c.b)]
-        lines[study] = STUDIES[study].make(RUNS / f"claim_{number}_{study}.csv", STUDIES[study].jobs_for(wanted, SEEDS.get(study, range(5))))
+        wanted = [
+            cell for c in CLAIMS[number - 1].comparisons if c.study == study for cell in (c.a, c.b)
+        ]
+        lines[study] = STUDIES[study].make(
+            RUNS / f"claim_{number}_{study}.csv",
+            STUDIES[study].jobs_for(wanted, SEEDS.get(study, range(5))),
+        )
     return lines
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rerun", type=int, choices=range(1, len(CLAIMS) + 1), metavar="N", help="make the runs of claim N again, in runs/claim_N_*.csv (continued if it exists)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rerun",
+        type=int,
+        choices=range(1, len(CLAIMS) + 1),
+        metavar="N",
+        help="make the runs of claim N again, in runs/claim_N_*.csv (continued if it exists)",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the CSVs")
     args = parser.parse_args()
     if args.rerun:

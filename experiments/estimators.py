@@ -42,7 +42,20 @@ RESULTS = study.RESULTS / "estimators.csv"
 ESTIMATORS = [name for name, fields in LOSSES.items() if fields["loss"] in ("sparse_reverse_kl", "plain_sampled") or "signal" in fields
               or fields["loss"] == "stratified_reverse_kl" and fields["num_samples"] < BASELINE_DRAWS.value]  # fmt: skip
 KINDS = {"estimator": str, "seed": int, "update": int, "lag": int, "draws": int}
-COLUMNS = ("seed", "update", "lag", "draws", "drift_kl", "estimator", "candidates", "norm", "bias", "scatter", "cosine", "variance")
+COLUMNS = (
+    "seed",
+    "update",
+    "lag",
+    "draws",
+    "drift_kl",
+    "estimator",
+    "candidates",
+    "norm",
+    "bias",
+    "scatter",
+    "cosine",
+    "variance",
+)
 
 
 def derivative(loss: Loss, s: Tensor, t: Tensor, b: Tensor) -> Tensor:
@@ -100,7 +113,9 @@ def through_softmax(u: Tensor, s: Tensor) -> Tensor:
     return u - s.exp() * u.sum(-1, keepdim=True)
 
 
-def expected_logit_gradient(config: Config, s: Tensor, t: Tensor, b: Tensor, m2_bound: float = float("inf")) -> Tensor:
+def expected_logit_gradient(
+    config: Config, s: Tensor, t: Tensor, b: Tensor, m2_bound: float = float("inf")
+) -> Tensor:
     """Mean of the loss's logit gradient over the candidates that the sampler draws, exactly: log-probabilities [P,V] -> [P,V].
 
     Draws do not interact in any of these losses (M2PO: given its threshold), so N of them have the mean of one.
@@ -122,8 +137,12 @@ class Spread:
         self.s, self.c = s.double(), c.double()
         self.mean = through_softmax(density.double() * self.c, self.s)
         p = self.s.exp()
-        squares = self.c**2 * (1 - 2 * p + (p * p).sum(-1, keepdim=True)) - 2 * self.c * (self.mean - (p * self.mean).sum(-1, keepdim=True))
-        self.mass = density.double() * (squares + (self.mean * self.mean).sum(-1, keepdim=True)).clamp(min=0)
+        squares = self.c**2 * (1 - 2 * p + (p * p).sum(-1, keepdim=True)) - 2 * self.c * (
+            self.mean - (p * self.mean).sum(-1, keepdim=True)
+        )
+        self.mass = density.double() * (
+            squares + (self.mean * self.mean).sum(-1, keepdim=True)
+        ).clamp(min=0)
         self.total = self.mass.sum(-1)  # [P] trace of the covariance
 
     def sample(self, generator: torch.Generator) -> Tensor:
@@ -132,7 +151,9 @@ class Spread:
         v = torch.zeros_like(self.s).scatter(1, y, self.c.gather(1, y))
         v = through_softmax(v, self.s) - self.mean
         sign = torch.randint(0, 2, (len(v), 1), generator=generator) * 2 - 1
-        return sign * v * (self.total[:, None].sqrt() / v.norm(dim=-1, keepdim=True).clamp(min=1e-300))
+        return (
+            sign * v * (self.total[:, None].sqrt() / v.norm(dim=-1, keepdim=True).clamp(min=1e-300))
+        )
 
 
 def dense_logit_gradient(s: Tensor, t: Tensor) -> Tensor:
@@ -147,7 +168,9 @@ class Snapshot:
         """`sampler`: a plain model whose flat parameters are `weights`. `prompts`: which training prompts."""
         self.parameters, parts, size = lagged.learner.parameters, [], lagged.config.batch_size
         for first in prompts[::size]:
-            rows = lagged.fresh_rows(weights, task()[0][first : min(first + size, prompts.stop)], ticket=first)
+            rows = lagged.fresh_rows(
+                weights, task()[0][first : min(first + size, prompts.stop)], ticket=first
+            )
             with torch.no_grad():
                 frozen = [lagged.logits(model, rows) for model in (sampler, lagged.teacher.model)]
             parts.append([lagged.logits(lagged.learner.model, rows), *frozen])
@@ -157,7 +180,9 @@ class Snapshot:
 
     def gradient(self, logit_gradient: Tensor) -> Tensor:
         """G of the mean over positions, flat, float64."""
-        parts = torch.autograd.grad(self.logits, self.parameters, logit_gradient / len(self.logits), retain_graph=True)
+        parts = torch.autograd.grad(
+            self.logits, self.parameters, logit_gradient / len(self.logits), retain_graph=True
+        )
         return torch.cat([part.flatten() for part in parts]).double()
 
     def threshold(self, config: Config, generator: torch.Generator) -> float:
@@ -175,15 +200,22 @@ class Snapshot:
 
     def variance(self, config: Config, draws: int, generator: torch.Generator) -> float:
         """Sum over the parameters of the variance that one draw gives a position's gradient, mean over the positions."""
-        _, c, density = derivatives(config, self.s, self.t, self.b, self.threshold(config, generator))
+        _, c, density = derivatives(
+            config, self.s, self.t, self.b, self.threshold(config, generator)
+        )
         spread = Spread(self.s, c, density)
-        squares = [float(self.gradient(spread.sample(generator).float()).square().sum()) for _ in range(draws)]
+        squares = [
+            float(self.gradient(spread.sample(generator).float()).square().sum())
+            for _ in range(draws)
+        ]
         return statistics.mean(squares) * len(self.s)
 
 
 def of_different_groups(a: list[Tensor], b: list[Tensor]) -> float:
     """Product of two mean vectors, each known from several groups of prefixes: the groups' own noise is not in it."""
-    return statistics.mean(float(torch.dot(x, y)) for i, x in enumerate(a) for j, y in enumerate(b) if i != j)
+    return statistics.mean(
+        float(torch.dot(x, y)) for i, x in enumerate(a) for j, y in enumerate(b) if i != j
+    )
 
 
 def variance_of_one_draw(groups: list[Snapshot], config: Config, draws: int, seed: int) -> float:
@@ -191,7 +223,9 @@ def variance_of_one_draw(groups: list[Snapshot], config: Config, draws: int, see
     if config.loss == "sparse_reverse_kl":
         return 0.0
     generator, each = torch.Generator().manual_seed(seed), -(-draws // len(groups))
-    return sum(group.variance(config, each, generator) * len(group.s) for group in groups) / sum(len(group.s) for group in groups)
+    return sum(group.variance(config, each, generator) * len(group.s) for group in groups) / sum(
+        len(group.s) for group in groups
+    )
 
 
 def measure(groups: list[Snapshot], config: Config, one_draw: float, seed: int) -> dict[str, float]:
@@ -201,9 +235,14 @@ def measure(groups: list[Snapshot], config: Config, one_draw: float, seed: int) 
     bias over prefixes. variance: of one position over its candidates, `one_draw` divided by their number.
     """
     generator = torch.Generator().manual_seed(seed)
-    means, exact = [group.mean(config, group.threshold(config, generator)) for group in groups], [group.exact for group in groups]
+    means, exact = (
+        [group.mean(config, group.threshold(config, generator)) for group in groups],
+        [group.exact for group in groups],
+    )
     biases = [mean - target for mean, target in zip(means, exact)]
-    scale, bias, length = (of_different_groups(vectors, vectors) for vectors in (exact, biases, means))
+    scale, bias, length = (
+        of_different_groups(vectors, vectors) for vectors in (exact, biases, means)
+    )
     scatter = statistics.mean(float(vector.square().sum()) for vector in biases) - bias
     return {
         "norm": scale**0.5, "bias": (max(bias, 0.0) / scale) ** 0.5, "scatter": scatter * len(groups[0].s) / scale,
@@ -226,22 +265,38 @@ def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
         weights.copy_(lagged.versions[-1 - lag])
         groups = [Snapshot(lagged, sampler, weights, prompts) for prompts in GROUPS]
         if of_different_groups([g.exact for g in groups], [g.exact for g in groups]) <= 0:
-            raise RuntimeError(f"after {update} updates the exact gradient is lost in the noise of its prefixes: take earlier --updates")
+            raise RuntimeError(
+                f"after {update} updates the exact gradient is lost in the noise of its prefixes: take earlier --updates"
+            )
         where = {"seed": seed, "update": update, "lag": lag, "draws": draws}
-        where["drift_kl"] = statistics.mean(float((g.b.exp() * (g.b - g.s)).sum(-1).mean()) for g in groups)
+        where["drift_kl"] = statistics.mean(
+            float((g.b.exp() * (g.b - g.s)).sum(-1).mean()) for g in groups
+        )
         one_draw: dict[Config, float] = {}
         for name in ESTIMATORS:
             estimator = replace(config, **LOSSES[name])
             alone = replace(estimator, num_samples=1)  # shared by all N
             if alone not in one_draw:
                 one_draw[alone] = variance_of_one_draw(groups, alone, draws, seed)
-            lines.append({**where, "estimator": name, "candidates": candidates(estimator), **measure(groups, estimator, one_draw[alone], seed)})
+            lines.append(
+                {
+                    **where,
+                    "estimator": name,
+                    "candidates": candidates(estimator),
+                    **measure(groups, estimator, one_draw[alone], seed),
+                }
+            )
     return lines
 
 
 def candidates(config: Config) -> int:
     """Ids a position that the teacher scores for the loss."""
-    sizes = {"sampled_reverse_kl": config.num_samples, "plain_sampled": config.num_samples, "sparse_reverse_kl": config.top_k, "stratified_reverse_kl": config.top_k + config.num_samples}
+    sizes = {
+        "sampled_reverse_kl": config.num_samples,
+        "plain_sampled": config.num_samples,
+        "sparse_reverse_kl": config.top_k,
+        "stratified_reverse_kl": config.top_k + config.num_samples,
+    }
     return sizes[config.loss]
 
 
@@ -250,11 +305,15 @@ def read(path: Path) -> list[dict]:
     lines = study.read(path, COLUMNS, KINDS)
     for line in lines:
         noise = max(line["scatter"], 0.0) + line["variance"]
-        line |= {"deviation": (line["variance"] / BATCHES[0]) ** 0.5} | {f"error_{m}": (line["bias"] ** 2 + noise / m) ** 0.5 for m in BATCHES}
+        line |= {"deviation": (line["variance"] / BATCHES[0]) ** 0.5} | {
+            f"error_{m}": (line["bias"] ** 2 + noise / m) ** 0.5 for m in BATCHES
+        }
     return lines
 
 
-def jobs_for(cells: list[tuple], seeds: range, updates: tuple[int, ...] = (40,), draws: int = 24) -> list[tuple]:
+def jobs_for(
+    cells: list[tuple], seeds: range, updates: tuple[int, ...] = (40,), draws: int = 24
+) -> list[tuple]:
     """A run has the lines of all (estimator, lag)."""
     return [(seed, updates, draws) for seed in seeds]
 
@@ -264,10 +323,20 @@ def make(path: Path, jobs: list[tuple], workers: int = 0) -> list[dict]:
     _, updates, draws = jobs[0]
 
     def missing(lines: list[dict]) -> list[tuple]:
-        if others := {(line["update"], line["draws"]) for line in lines} - {(update, draws) for update in updates}:
-            sys.exit(f"{path} holds (update, draws) {sorted(others)}, not {[(update, draws) for update in updates]}: give another --out")
-        held = {tuple(line[key] for key in ("seed", "update", "lag", "estimator")) for line in lines}
-        return [job for job in jobs if not set(itertools.product(job[:1], updates, LAGS, ESTIMATORS)) <= held]
+        if others := {(line["update"], line["draws"]) for line in lines} - {
+            (update, draws) for update in updates
+        }:
+            sys.exit(
+                f"{path} holds (update, draws) {sorted(others)}, not {[(update, draws) for update in updates]}: give another --out"
+            )
+        held = {
+            tuple(line[key] for key in ("seed", "update", "lag", "estimator")) for line in lines
+        }
+        return [
+            job
+            for job in jobs
+            if not set(itertools.product(job[:1], updates, LAGS, ESTIMATORS)) <= held
+        ]
 
     return study.complete(path, COLUMNS, KINDS, read, missing, at_snapshots, workers)
 
@@ -276,24 +345,58 @@ def summary(lines: list[dict], lag: int) -> str:
     """A line per estimator: means over seeds and snapshots at one lag."""
     chosen = [line for line in lines if line["lag"] == lag]
     drift = statistics.mean(line["drift_kl"] for line in chosen)
-    rows = [f"lag {lag}, {drift:.2g} nats".ljust(26) + "  candidates   bias  cosine  st.dev. (1,000)  error of" + "".join(f"{m:>11,}" for m in BATCHES) + " tokens"]
+    rows = [
+        f"lag {lag}, {drift:.2g} nats".ljust(26)
+        + "  candidates   bias  cosine  st.dev. (1,000)  error of"
+        + "".join(f"{m:>11,}" for m in BATCHES)
+        + " tokens"
+    ]
     for name in dict.fromkeys(line["estimator"] for line in chosen):
-        mean = {key: statistics.mean(line[key] for line in chosen if line["estimator"] == name) for key in chosen[0] if key != "estimator"}
+        mean = {
+            key: statistics.mean(line[key] for line in chosen if line["estimator"] == name)
+            for key in chosen[0]
+            if key != "estimator"
+        }
         errors = "".join(f"{mean[f'error_{m}']:11.3f}" for m in BATCHES)
-        rows.append(f"{name:26s}  {mean['candidates']:10.0f}  {mean['bias']:5.3f}  {mean['cosine']:6.3f}  {mean['deviation']:15.3f}          {errors}")
+        rows.append(
+            f"{name:26s}  {mean['candidates']:10.0f}  {mean['bias']:5.3f}  {mean['cosine']:6.3f}  {mean['deviation']:15.3f}          {errors}"
+        )
     return "\n".join(rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
     parser.add_argument("--seeds", type=study.at_least(1), default=5)
-    parser.add_argument("--updates", type=study.at_least(max(LAGS)), nargs="+", default=[40], help=f"snapshots after these updates, at least {max(LAGS)}, the largest lag")
-    parser.add_argument("--draws", type=study.at_least(1), default=24, help="random vectors that a variance comes from")
-    parser.add_argument("--workers", type=study.at_least(0), default=0, help="processes; 0 is one per core")
+    parser.add_argument(
+        "--updates",
+        type=study.at_least(max(LAGS)),
+        nargs="+",
+        default=[40],
+        help=f"snapshots after these updates, at least {max(LAGS)}, the largest lag",
+    )
+    parser.add_argument(
+        "--draws",
+        type=study.at_least(1),
+        default=24,
+        help="random vectors that a variance comes from",
+    )
+    parser.add_argument(
+        "--workers", type=study.at_least(0), default=0, help="processes; 0 is one per core"
+    )
     args = parser.parse_args()
-    lines = make(args.out, jobs_for([], range(args.seeds), tuple(sorted(args.updates)), args.draws), args.workers)
-    print("\n\n".join(summary([line for line in lines if line["seed"] < args.seeds], lag) for lag in LAGS))
+    lines = make(
+        args.out,
+        jobs_for([], range(args.seeds), tuple(sorted(args.updates)), args.draws),
+        args.workers,
+    )
+    print(
+        "\n\n".join(
+            summary([line for line in lines if line["seed"] < args.seeds], lag) for lag in LAGS
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -36,11 +36,22 @@ def off_the_clock(events: list[dict]) -> list[float]:
 
     It may work off its queue while the others stand still. A synchronous run has no queue: the time must not be a present.
     """
-    teacher = next(event["tid"] for event in events if event["ph"] == "M" and event["args"]["name"] == "teacher 0")
-    spans = [(event["tid"], event["name"], event["ts"], event["ts"] + event["dur"]) for event in events if event["ph"] == "X"]
+    teacher = next(
+        event["tid"]
+        for event in events
+        if event["ph"] == "M" and event["args"]["name"] == "teacher 0"
+    )
+    spans = [
+        (event["tid"], event["name"], event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event["ph"] == "X"
+    ]
     evaluations = sorted((begin, end) for _, name, begin, end in spans if name == "evaluate")
     scoring = [(begin, end) for tid, _, begin, end in spans if tid == teacher]
-    return [(end - begin - sum(max(0, min(end, e) - max(begin, b)) for b, e in scoring)) / 1e6 for begin, end in evaluations[1:]]
+    return [
+        (end - begin - sum(max(0, min(end, e) - max(begin, b)) for b, e in scoring)) / 1e6
+        for begin, end in evaluations[1:]
+    ]
 
 
 def measure(records: list[dict], evaluations: list[float], every: int) -> dict[str, float | None]:
@@ -49,7 +60,9 @@ def measure(records: list[dict], evaluations: list[float], every: int) -> dict[s
     def seconds(step: int) -> float:
         return records[step - 1]["wall_seconds"] - sum(evaluations[: step // every])
 
-    reached = next((record["step"] for record in records if record.get("eval_accuracy", 0) >= TARGET), None)
+    reached = next(
+        (record["step"] for record in records if record.get("eval_accuracy", 0) >= TARGET), None
+    )
     return {
         "tokens_per_second": sum(record["tokens"] for record in records) / seconds(len(records)), "accuracy": records[-1]["eval_accuracy"],
         "seconds_to_90": reached and seconds(reached), "updates_to_90": reached, "lag_max": max(record["lag_max"] for record in records),
@@ -80,7 +93,9 @@ def read(path: Path) -> list[dict]:
 def grid(losses, staleness, seeds: int) -> list[tuple[str, str, int, int]]:
     """Jobs, seed by seed. Arrival order for the first loss alone, and not without staleness, where there is one batch to take rollouts from."""
     arrival = [(loss, "arrival", s) for loss in losses[:1] for s in staleness if s]
-    return jobs_for([(loss, "batch", s) for loss in losses for s in staleness] + arrival, range(seeds))
+    return jobs_for(
+        [(loss, "batch", s) for loss in losses for s in staleness] + arrival, range(seeds)
+    )
 
 
 def make(path: Path, jobs: list[tuple[str, str, int, int]]) -> list[dict]:
@@ -100,18 +115,31 @@ def jobs_for(cells: list[tuple], seeds: range) -> list[tuple]:
 
 def summary(lines: list[dict]) -> str:
     """A line per loss, order and staleness: means over seeds."""
-    rows = ["                           order    staleness  seeds  tokens/s  mean lag  seconds to 90 %  accuracy"]
+    rows = [
+        "                           order    staleness  seeds  tokens/s  mean lag  seconds to 90 %  accuracy"
+    ]
     for cell in dict.fromkeys(tuple(line[key] for key in COLUMNS[:3]) for line in lines):
         chosen = [line for line in lines if tuple(line[key] for key in COLUMNS[:3]) == cell]
-        rate, lag, accuracy = (statistics.mean(line[key] for line in chosen) for key in ("tokens_per_second", "lag_mean", "accuracy"))
+        rate, lag, accuracy = (
+            statistics.mean(line[key] for line in chosen)
+            for key in ("tokens_per_second", "lag_mean", "accuracy")
+        )
         reached = [line["seconds_to_90"] for line in chosen if line["seconds_to_90"]]
-        seconds = f"{statistics.mean(reached):.1f} ({len(reached)} of {len(chosen)})" if reached else "never"
-        rows.append(f"{cell[0]:26s} {cell[1]:8s} {cell[2]:9d}  {len(chosen):5d}  {rate:8.0f}  {lag:8.2f}  {seconds:>15s}  {accuracy:8.1%}")
+        seconds = (
+            f"{statistics.mean(reached):.1f} ({len(reached)} of {len(chosen)})"
+            if reached
+            else "never"
+        )
+        rows.append(
+            f"{cell[0]:26s} {cell[1]:8s} {cell[2]:9d}  {len(chosen):5d}  {rate:8.0f}  {lag:8.2f}  {seconds:>15s}  {accuracy:8.1%}"
+        )
     return "\n".join(rows)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
     parser.add_argument("--seeds", type=study.at_least(1), default=5)
     parser.add_argument("--staleness", type=study.at_least(0), nargs="+", default=STALENESS)

@@ -15,11 +15,24 @@ INSTRUCTION = "Reason step by step, and put the final answer into \\boxed{}."
 def line(question: str, solution: str) -> str:
     """A line of the file; commas are taken out of the answer."""
     answer = solution.split("####")[-1].strip().replace(",", "")
-    return json.dumps({"messages": [{"role": "user", "content": f"{question}\n{INSTRUCTION}"}], "answer": answer}, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            {
+                "messages": [{"role": "user", "content": f"{question}\n{INSTRUCTION}"}],
+                "answer": answer,
+            },
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m experiments.gsm8k", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m experiments.gsm8k",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/gsm8k"))
     args = parser.parse_args()
     try:

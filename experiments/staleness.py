@@ -24,7 +24,11 @@ from experiments import study
 from experiments.lagged import Lagged
 
 VOCAB = 173
-ADDENDS = (4, 5, 6)  # of the built-in prompts: the initial student gets about a third of these right
+ADDENDS = (
+    4,
+    5,
+    6,
+)  # of the built-in prompts: the initial student gets about a third of these right
 BASE = Config(batch_size=32, warmup_steps=10, max_prompt_tokens=24, max_new_tokens=25, slots=32)
 LAGS = (0, 2, 8, 32)
 RESULTS = study.RESULTS / "staleness.csv"
@@ -35,15 +39,26 @@ def task() -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, 128 evaluation prompts): the part of the built-in task with ADDENDS addends, the same for every seed."""
     tokenizer = load_tokenizer("--student", BASE.student_path)
     pairs = running_sums(8000, 0, heldout=False), running_sums(1000, 12345, heldout=True)
-    train, held = ([(text, answer) for text, answer in part if text.count("+") + 1 in ADDENDS] for part in pairs)
-    return tuple([Prompt(text, tokenizer(text).input_ids, answer) for text, answer in part] for part in (train, held[:128]))
+    train, held = (
+        [(text, answer) for text, answer in part if text.count("+") + 1 in ADDENDS]
+        for part in pairs
+    )
+    return tuple(
+        [Prompt(text, tokenizer(text).input_ids, answer) for text, answer in part]
+        for part in (train, held[:128])
+    )
 
 
 def sampled(signal: str, correction: str, samples: int) -> dict:
     """Sampled reverse KL without a baseline."""
     if (signal, correction) == ("current", "is"):
         return {"loss": "plain_sampled", "num_samples": samples}
-    return {"loss": "sampled_reverse_kl", "signal": signal, "correction": correction, "num_samples": samples}
+    return {
+        "loss": "sampled_reverse_kl",
+        "signal": signal,
+        "correction": correction,
+        "num_samples": samples,
+    }
 
 
 def stratified(top_k: int, samples: int, loss: str = "stratified_reverse_kl") -> dict:
@@ -52,7 +67,10 @@ def stratified(top_k: int, samples: int, loss: str = "stratified_reverse_kl") ->
 
 LOSSES = {
     "forward KL 16": {"loss": "forward_kl", "top_k": 16},
-    "dense reverse KL": {"loss": "sparse_reverse_kl", "top_k": VOCAB},  # every id: exact, only the prefixes are stale
+    "dense reverse KL": {
+        "loss": "sparse_reverse_kl",
+        "top_k": VOCAB,
+    },  # every id: exact, only the prefixes are stale
     "rollout signal": sampled("rollout", "none", 1),
     "rollout signal + IS": sampled("rollout", "is", 1),
     "rollout signal + IS, N=16": sampled("rollout", "is", 16),
@@ -91,9 +109,20 @@ QUICK = ("forward KL 16", "rollout signal", "current signal + IS, N=16", "strati
 
 def canonical(loss: str, lag: int) -> str:
     """The loss whose run stands for this one: without lag b = s up to rounding, so signal and correction make no difference."""
-    if lag or loss not in LOSSES or not ("signal" in LOSSES[loss] or LOSSES[loss]["loss"] == "plain_sampled"):
+    if (
+        lag
+        or loss not in LOSSES
+        or not ("signal" in LOSSES[loss] or LOSSES[loss]["loss"] == "plain_sampled")
+    ):
         return loss
-    return next((name for name, fields in LOSSES.items() if fields == sampled("current", "is", LOSSES[loss]["num_samples"])), loss)
+    return next(
+        (
+            name
+            for name, fields in LOSSES.items()
+            if fields == sampled("current", "is", LOSSES[loss]["num_samples"])
+        ),
+        loss,
+    )
 
 
 @dataclass(frozen=True)
@@ -106,10 +135,27 @@ class Job:
 
 def names(job: Job) -> list[str]:
     """The losses that a run gives lines of: its own and, without lag, those it stands for."""
-    return [name for name in (LOSSES if job.start == "weak" else STRONG) if canonical(name, job.lag) == job.loss] or [job.loss]
+    return [
+        name
+        for name in (LOSSES if job.start == "weak" else STRONG)
+        if canonical(name, job.lag) == job.loss
+    ] or [job.loss]
 
 
-COLUMNS = ("start", "loss", "lag", "seed", "max_grad_norm", "update", "accuracy", "forward_kl", "reverse_kl", "grad_norm", "drift_kl", "support_mass_student")
+COLUMNS = (
+    "start",
+    "loss",
+    "lag",
+    "seed",
+    "max_grad_norm",
+    "update",
+    "accuracy",
+    "forward_kl",
+    "reverse_kl",
+    "grad_norm",
+    "drift_kl",
+    "support_mass_student",
+)
 KINDS = {"start": str, "loss": str, "lag": int, "seed": int, "update": int}
 
 
@@ -118,14 +164,34 @@ def run(arguments: tuple[Job, int, int, float]) -> list[dict]:
     job, steps, every, max_grad_norm = arguments
     torch.set_num_threads(1)
     student, lr = ("builtin", 3e-4) if job.start == "weak" else (strong_student(), 1e-4)
-    config = replace(BASE, student=student, seed=job.seed, steps=steps, lr=lr, max_grad_norm=max_grad_norm, **LOSSES[job.loss])
+    config = replace(
+        BASE,
+        student=student,
+        seed=job.seed,
+        steps=steps,
+        lr=lr,
+        max_grad_norm=max_grad_norm,
+        **LOSSES[job.loss],
+    )
     lagged, lines, since = Lagged(config, job.lag, *task()), [], []
     for step in range(1, steps + 1):
         since.append(lagged.update())
         if step % every == 0:
             divergence = lagged.divergence()
-            means = {key: sum(m[key] for m in since) / len(since) for key in ("grad_norm", "drift_kl", "support_mass_student")}
-            lines.append({**vars(job), "max_grad_norm": max_grad_norm, "update": step, "accuracy": lagged.accuracy(), **vars(divergence), **means})
+            means = {
+                key: sum(m[key] for m in since) / len(since)
+                for key in ("grad_norm", "drift_kl", "support_mass_student")
+            }
+            lines.append(
+                {
+                    **vars(job),
+                    "max_grad_norm": max_grad_norm,
+                    "update": step,
+                    "accuracy": lagged.accuracy(),
+                    **vars(divergence),
+                    **means,
+                }
+            )
             since = []
     return [{**line, "loss": name} for name in names(job) for line in lines]
 
@@ -137,7 +203,9 @@ def strong_student(target: float = 0.9) -> str:
     with open(directory.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (directory / "config.json").exists():
-            lagged = Lagged(replace(BASE, lr=1e-3, seed=1000, steps=400, **LOSSES["forward KL 16"]), 0, *task())
+            lagged = Lagged(
+                replace(BASE, lr=1e-3, seed=1000, steps=400, **LOSSES["forward KL 16"]), 0, *task()
+            )
             while lagged.accuracy() < target:
                 for _ in range(5):
                     lagged.update()
@@ -151,13 +219,25 @@ def grid(starts, losses, lags, seeds) -> list[Job]:
 
     From the strong student only the losses in STRONG, without the smallest lag.
     """
-    cells = [(start, loss, lag) for start in starts for lag in lags for loss in losses if start == "weak" or loss in STRONG and lag != 2]
+    cells = [
+        (start, loss, lag)
+        for start in starts
+        for lag in lags
+        for loss in losses
+        if start == "weak" or loss in STRONG and lag != 2
+    ]
     return jobs_for(cells, range(seeds))
 
 
 def jobs_for(cells: list[tuple], seeds: range) -> list[Job]:
     """Jobs that give the lines of some (start, loss, lag)."""
-    return list(dict.fromkeys(Job(start, canonical(loss, lag), lag, seed) for seed in seeds for start, loss, lag in cells))
+    return list(
+        dict.fromkeys(
+            Job(start, canonical(loss, lag), lag, seed)
+            for seed in seeds
+            for start, loss, lag in cells
+        )
+    )
 
 
 def read(path: Path) -> list[dict]:
@@ -169,56 +249,103 @@ def summary(lines: list[dict]) -> str:
     last, groups = max(line["update"] for line in lines), {}
     for line in sorted(lines, key=lambda line: line["lag"]):
         if line["update"] == last:
-            groups.setdefault((line["start"], line["loss"]), {}).setdefault(line["lag"], []).append(line["accuracy"])
+            groups.setdefault((line["start"], line["loss"]), {}).setdefault(line["lag"], []).append(
+                line["accuracy"]
+            )
     return "\n".join(
-        f"{start:6s} {loss:26s} " + "  ".join(f"lag {lag}: {sum(values) / len(values):5.1%}" for lag, values in lags.items())
+        f"{start:6s} {loss:26s} "
+        + "  ".join(f"lag {lag}: {sum(values) / len(values):5.1%}" for lag, values in lags.items())
         for (start, loss), lags in groups.items()
     )
 
 
-def make(path: Path, jobs: list[Job], steps: int = 80, every: int = 20, max_grad_norm: float = BASE.max_grad_norm, workers: int = 0) -> list[dict]:
+def make(
+    path: Path,
+    jobs: list[Job],
+    steps: int = 80,
+    every: int = 20,
+    max_grad_norm: float = BASE.max_grad_norm,
+    workers: int = 0,
+) -> list[dict]:
     """Append the lines of those `jobs` that the CSV does not hold; all its lines."""
     updates = list(range(every, steps + 1, every))
 
     def missing(lines: list[dict]) -> list[tuple]:
         held: dict[Job, list[int]] = {}
         for line in lines:
-            held.setdefault(Job(line["start"], line["loss"], line["lag"], line["seed"]), []).append(line["update"])
+            held.setdefault(Job(line["start"], line["loss"], line["lag"], line["seed"]), []).append(
+                line["update"]
+            )
         for others in held.values():
             if others != updates[: len(others)]:
-                sys.exit(f"{path} holds evaluations after {others} updates, these are {updates}: give another --out")
+                sys.exit(
+                    f"{path} holds evaluations after {others} updates, these are {updates}: give another --out"
+                )
         if others := {line["max_grad_norm"] for line in lines} - {max_grad_norm}:
-            sys.exit(f"{path} holds runs with --max-grad-norm {max(others):g}, this is {max_grad_norm:g}: give another --out")
-        left = [job for job in jobs if any(held.get(replace(job, loss=name)) != updates for name in names(job))]
+            sys.exit(
+                f"{path} holds runs with --max-grad-norm {max(others):g}, this is {max_grad_norm:g}: give another --out"
+            )
+        left = [
+            job
+            for job in jobs
+            if any(held.get(replace(job, loss=name)) != updates for name in names(job))
+        ]
         return [(job, steps, every, max_grad_norm) for job in left]
 
     return study.complete(path, COLUMNS, KINDS, read, missing, run, workers)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="CSV, continued if it exists; default experiments/results/staleness.csv, with --quick runs/staleness_quick.csv")
-    parser.add_argument("--quick", action="store_true", help="two minutes: the main effect, one seed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="CSV, continued if it exists; default experiments/results/staleness.csv, with --quick runs/staleness_quick.csv",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two minutes: the main effect, one seed"
+    )
     parser.add_argument("--seeds", type=study.at_least(1), default=5)
     parser.add_argument("--steps", type=study.at_least(1), default=80, help="updates of a run")
-    parser.add_argument("--every", type=study.at_least(1), default=20, help="updates between evaluations")
+    parser.add_argument(
+        "--every", type=study.at_least(1), default=20, help="updates between evaluations"
+    )
     parser.add_argument("--lags", type=study.at_least(0), nargs="+", default=LAGS)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
-    parser.add_argument("--starts", nargs="+", choices=("weak", "strong"), default=["weak", "strong"])
-    parser.add_argument("--max-grad-norm", type=study.at_least(1e-12, float), default=BASE.max_grad_norm, help="1e9: no clipping")
-    parser.add_argument("--workers", type=study.at_least(0), default=0, help="processes; 0 is one per core")
+    parser.add_argument(
+        "--starts", nargs="+", choices=("weak", "strong"), default=["weak", "strong"]
+    )
+    parser.add_argument(
+        "--max-grad-norm",
+        type=study.at_least(1e-12, float),
+        default=BASE.max_grad_norm,
+        help="1e9: no clipping",
+    )
+    parser.add_argument(
+        "--workers", type=study.at_least(0), default=0, help="processes; 0 is one per core"
+    )
     args = parser.parse_args()
     if args.quick:
         args.starts, args.losses, args.lags, args.seeds = ["weak"], list(QUICK), (0, 8), 1
     jobs = grid(args.starts, args.losses, args.lags, args.seeds)
     if not jobs:
-        parser.error(f"nothing to run: from the strong student only {', '.join(STRONG)}, without lag 2")
+        parser.error(
+            f"nothing to run: from the strong student only {', '.join(STRONG)}, without lag 2"
+        )
     if args.steps % args.every:
-        parser.error(f"--steps {args.steps} with --every {args.every}: --steps must be a multiple, for the last evaluation")
+        parser.error(
+            f"--steps {args.steps} with --every {args.every}: --steps must be a multiple, for the last evaluation"
+        )
     out = args.out or (study.RUNS / "staleness_quick.csv" if args.quick else RESULTS)
     lines = make(out, jobs, args.steps, args.every, args.max_grad_norm, args.workers)
     asked = {"start": args.starts, "loss": args.losses, "lag": args.lags, "seed": range(args.seeds)}
-    print(summary([line for line in lines if all(line[key] in values for key, values in asked.items())]))
+    print(
+        summary(
+            [line for line in lines if all(line[key] in values for key, values in asked.items())]
+        )
+    )
 
 
 if __name__ == "__main__":

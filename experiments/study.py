@@ -33,7 +33,9 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
     return number
 
 
-def read(path: Path, columns: tuple[str, ...], kinds: dict[str, type], optional: tuple[str, ...] = ()) -> list[dict]:
+def read(
+    path: Path, columns: tuple[str, ...], kinds: dict[str, type], optional: tuple[str, ...] = ()
+) -> list[dict]:
     """Lines of a CSV with numbers: floats but for `kinds`; None where an `optional` column is empty. A last line that was cut off is left out.
 
     Exits where the columns are others, or with the number of a line that does not have them.
@@ -48,13 +50,26 @@ def read(path: Path, columns: tuple[str, ...], kinds: dict[str, type], optional:
     for fields in list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))[1:]:
         try:
             pairs = zip(columns, fields, strict=True)
-            lines.append({key: None if key in optional and not field else kinds.get(key, float)(field) for key, field in pairs})
+            lines.append(
+                {
+                    key: None if key in optional and not field else kinds.get(key, float)(field)
+                    for key, field in pairs
+                }
+            )
         except ValueError:
             sys.exit(f"{path}, line {len(lines) + 2} is damaged: delete it, it is made again")
     return lines
 
 
-def complete(path: Path, columns: tuple[str, ...], kinds: dict[str, type], read: Callable, missing: Callable, work: Callable, workers: int) -> list[dict]:
+def complete(
+    path: Path,
+    columns: tuple[str, ...],
+    kinds: dict[str, type],
+    read: Callable,
+    missing: Callable,
+    work: Callable,
+    workers: int,
+) -> list[dict]:
     """All lines of a CSV, once it holds what is wanted: `missing(lines)` gives the jobs still to do, `work(job)` the lines of one.
 
     Lines come in the order of the jobs, so that two studies give one CSV. `kinds` are the columns that tell a line from others: one
@@ -66,7 +81,9 @@ def complete(path: Path, columns: tuple[str, ...], kinds: dict[str, type], read:
             file = open(path, "a+", newline="")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f"{path} is being written by another study: wait for it, or give another --out")
+            sys.exit(
+                f"{path} is being written by another study: wait for it, or give another --out"
+            )
         except OSError as error:
             sys.exit(f"{path} cannot be written: {error}")
         with file:
@@ -80,12 +97,16 @@ def complete(path: Path, columns: tuple[str, ...], kinds: dict[str, type], read:
                 writer.writeheader()
             try:
                 for made in results(work, missing(lines), workers or len(os.sched_getaffinity(0))):
-                    writer.writerows(line for line in made if tuple(line[key] for key in kinds) not in held)
+                    writer.writerows(
+                        line for line in made if tuple(line[key] for key in kinds) not in held
+                    )
                     file.flush()
             except KeyboardInterrupt:
                 sys.exit(f"\nstopped: {path} keeps its lines, the same command makes the rest")
             except BrokenProcessPool:
-                sys.exit(f"\na process died, of too little memory perhaps: {path} keeps its lines, the same command makes the rest, --workers 1 needs less")
+                sys.exit(
+                    f"\na process died, of too little memory perhaps: {path} keeps its lines, the same command makes the rest, --workers 1 needs less"
+                )
     return read(path)
 
 
@@ -94,8 +115,17 @@ def results(work: Callable, jobs: list, workers: int) -> Iterator[list[dict]]:
     with tqdm(total=len(jobs), unit="run") as bar:
         for first in range(0, len(jobs), 32 * workers):
             some = jobs[first : first + 32 * workers]
-            ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; this one ends the others
-            pool = nullcontext() if workers == 1 else ProcessPoolExecutor(workers, mp.get_context("forkserver"), signal.signal, ignore)
+            ignore = (
+                signal.SIGINT,
+                signal.SIG_IGN,
+            )  # Ctrl-C reaches every process of the terminal; this one ends the others
+            pool = (
+                nullcontext()
+                if workers == 1
+                else ProcessPoolExecutor(
+                    workers, mp.get_context("forkserver"), signal.signal, ignore
+                )
+            )
             with pool:
                 try:
                     for lines in map(work, some) if workers == 1 else pool.map(work, some):

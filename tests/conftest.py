@@ -12,7 +12,9 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():  # read by Triton when a kernel is defined; no effect on the children's plain torch path
+if (
+    not torch.cuda.is_available()
+):  # read by Triton when a kernel is defined; no effect on the children's plain torch path
     os.environ["TRITON_INTERPRET"] = "1"
 
 from transformers import (  # noqa: E402
@@ -44,7 +46,9 @@ def build_model(family: str, seed: int = 0, vocab: int = 173, hidden: int = 32, 
         return Qwen3ForCausalLM(Qwen3Config(**common, tie_word_embeddings=True)).eval()
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False)).eval()
-    windows = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"] * (layers // 2))
+    windows = dict(
+        sliding_window=8, layer_types=["sliding_attention", "full_attention"] * (layers // 2)
+    )
     return Gemma3ForCausalLM(Gemma3TextConfig(**common, **windows, query_pre_attn_scalar=8)).eval()
 
 
@@ -86,7 +90,9 @@ def new_generator(
     config = Config(max_prompt_tokens=max_prompt, max_new_tokens=max_new, **settings)
     proposal = proposal or (make_loss(config) if "loss" in settings else Greedy())
     vocab = vocab or len(head_weight(model))
-    return cls(model=model, proposal=proposal, config=config, stops=set(stops), vocab=vocab, slots=slots)
+    return cls(
+        model=model, proposal=proposal, config=config, stops=set(stops), vocab=vocab, slots=slots
+    )
 
 
 def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
@@ -106,7 +112,9 @@ def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
     for row, rollout in enumerate(rollouts):
         rollout.row = row
         table.prompt_len[row] = len(rollout.prompt_ids)
-        table.tokens[row, : len(rollout.prompt_ids)] = torch.tensor(rollout.prompt_ids, dtype=torch.int32)
+        table.tokens[row, : len(rollout.prompt_ids)] = torch.tensor(
+            rollout.prompt_ids, dtype=torch.int32
+        )
         write_rollout(table, rollout)
     return table
 
@@ -126,4 +134,8 @@ LOSS_CONFIGS = [
 
 def label(config: Config) -> str:
     sampled = config.loss == "sampled_reverse_kl"
-    return f"{config.loss}-{config.num_samples}-{config.signal}-{config.correction}" if sampled else config.loss
+    return (
+        f"{config.loss}-{config.num_samples}-{config.signal}-{config.correction}"
+        if sampled
+        else config.loss
+    )

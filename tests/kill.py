@@ -34,7 +34,10 @@ def children(pid):
         if entry.name.isdigit():
             try:
                 parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                table[int(entry.name)] = (parent, (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                table[int(entry.name)] = (
+                    parent,
+                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(),
+                )
             except OSError:
                 continue
     found, frontier = {}, {pid}
@@ -54,7 +57,14 @@ def alive(pid):
 def rivals(seed: int) -> str:
     """Two runs in one directory. An empty string if all went well, else what went wrong."""
     output = Path(tempfile.mkdtemp()) / "run"
-    command = [sys.executable, str(ROOT / "train.py"), f"--output-dir={output}", "--steps=3", "--eval-every=0", "--cpu-threads=1"]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--output-dir={output}",
+        "--steps=3",
+        "--eval-every=0",
+        "--cpu-threads=1",
+    ]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     runs = []
     for _ in range(2):
@@ -62,10 +72,17 @@ def rivals(seed: int) -> str:
         time.sleep(random.Random(seed).uniform(0.0, 0.5))
     texts = [process.communicate(timeout=180)[0] for process in runs]
     codes = sorted(process.returncode for process in runs)
-    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    refused = [text for text in texts if "another run uses it" in text or "holds another run" in text]
+    steps = [
+        json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()
+    ]
+    refused = [
+        text for text in texts if "another run uses it" in text or "holds another run" in text
+    ]
     if codes != [0, 1] or steps != [1, 2, 3] or len(refused) != 1:
-        return f"seed {seed}: two runs in one directory: exit codes {codes}, updates {steps}\n" + "\n".join(texts)
+        return (
+            f"seed {seed}: two runs in one directory: exit codes {codes}, updates {steps}\n"
+            + "\n".join(texts)
+        )
     print(f"seed {seed}: two runs in one directory: one was refused", flush=True)
     shutil.rmtree(output.parent)
     return ""
@@ -77,10 +94,26 @@ def trial(seed: int) -> str:
         return rivals(seed)
     is_hangup = seed % 10 == 4
     chance = random.Random(seed)
-    ranks, generators, delay = chance.choice((1, 2)), chance.choice((1, 2)), chance.uniform(0.3, 12.0)
+    ranks, generators, delay = (
+        chance.choice((1, 2)),
+        chance.choice((1, 2)),
+        chance.uniform(0.3, 12.0),
+    )
     output = tempfile.mkdtemp()
-    command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={ranks}", "--", str(ROOT / "train.py")]
-    command += [f"--generators={generators}", f"--output-dir={output}/run", "--steps=100000", "--eval-every=0", "--cpu-threads=1"]
+    command = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "--",
+        str(ROOT / "train.py"),
+    ]
+    command += [
+        f"--generators={generators}",
+        f"--output-dir={output}/run",
+        "--steps=100000",
+        "--eval-every=0",
+        "--cpu-threads=1",
+    ]
     log = open(f"{output}/log", "w")
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + delay
@@ -91,7 +124,9 @@ def trial(seed: int) -> str:
         time.sleep(0.02)
     living = torchrun | {pid: name for pid, name in children(process.pid).items() if alive(pid)}
     members |= living
-    victim = chance.choice(sorted(pid for pid, name in living.items() if "resource_tracker" not in name))  # nobody needs that one
+    victim = chance.choice(
+        sorted(pid for pid, name in living.items() if "resource_tracker" not in name)
+    )  # nobody needs that one
     done = f"killed {victim} ({living[victim][-70:]})"
     if is_hangup:
         done = "closed the terminal"
@@ -100,7 +135,10 @@ def trial(seed: int) -> str:
         if pid == victim or is_hangup and "resource_tracker" not in name:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGHUP if is_hangup else signal.SIGKILL)
-    server = "forkserver" in living[victim] and len([name for name in living.values() if "forkserver" in name]) == 1
+    server = (
+        "forkserver" in living[victim]
+        and len([name for name in living.values() if "forkserver" in name]) == 1
+    )
     what = f"seed {seed}: {ranks} ranks, {generators} generators, after {delay:.1f} s {done}"
     if server:  # no role was forked yet: it is started again, and the run goes on
         time.sleep(3.0)
@@ -112,7 +150,9 @@ def trial(seed: int) -> str:
         members |= children(process.pid)
         left = {pid: name for pid, name in members.items() if alive(pid)}
         time.sleep(0.1)
-    for number in (signal.SIGUSR1, signal.SIGKILL) if left else ():  # the first prints where every thread is
+    for number in (
+        (signal.SIGUSR1, signal.SIGKILL) if left else ()
+    ):  # the first prints where every thread is
         for pid, name in left.items():
             if alive(pid) and ("train.py" in name or number == signal.SIGKILL):
                 os.kill(pid, number)
@@ -120,9 +160,20 @@ def trial(seed: int) -> str:
     code = process.wait()
     text = Path(f"{output}/log").read_text()
     faults = [f"left after {LIMIT:.0f} s: {left}"] * bool(left) + ["exit code 0"] * (code == 0)
-    if not server and victim != process.pid and "train.py: error:" not in text and "exitcode" not in text:
-        faults.append("nobody says who died")  # rank 0 names a role or a rank, torchrun names a rank
-    if is_hangup and re.search(r"^update +[1-9]", text, re.M) and not list(Path(output).glob("run/step_*/training_state.pt")):
+    if (
+        not server
+        and victim != process.pid
+        and "train.py: error:" not in text
+        and "exitcode" not in text
+    ):
+        faults.append(
+            "nobody says who died"
+        )  # rank 0 names a role or a rank, torchrun names a rank
+    if (
+        is_hangup
+        and re.search(r"^update +[1-9]", text, re.M)
+        and not list(Path(output).glob("run/step_*/training_state.pt"))
+    ):
         faults.append("nothing was saved")
     if faults:
         return f"{what}: {'; '.join(faults)}\n{text[-4000:]}"
@@ -137,7 +188,11 @@ def main():
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     args = parser.parse_args()
-    failures = [failure for seed in range(args.first_seed, args.first_seed + args.trials) if (failure := trial(seed))]
+    failures = [
+        failure
+        for seed in range(args.first_seed, args.first_seed + args.trials)
+        if (failure := trial(seed))
+    ]
     print("\n".join(failures))
     sys.exit(f"{len(failures)} of {args.trials} failed" if failures else 0)
 

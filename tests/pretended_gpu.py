@@ -24,7 +24,14 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
-SYNCHRONISING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten._unique2}
+SYNCHRONISING = {
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten.equal,
+    aten.is_nonzero,
+    aten._unique2,
+}
 PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm}
 
 
@@ -77,7 +84,11 @@ class Gpu:
         self.graphs = []
 
     def wait(self, what):
-        frames = [f for f in traceback.extract_stack() if Path(f.filename).parent in (ROOT, ROOT / "kernels")]
+        frames = [
+            f
+            for f in traceback.extract_stack()
+            if Path(f.filename).parent in (ROOT, ROOT / "kernels")
+        ]
         place = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
         assert not self.capturing, f"{place} {what} while a graph is captured"
         self.waits[f"{place} {what}"] += 1
@@ -91,7 +102,9 @@ class Gpu:
 
     def compute(self, func, args, kwargs):
         """Run on the host, unless a graph records it too."""
-        return self.capturing.record(func, args, kwargs) if self.capturing else run(func, args, kwargs)
+        return (
+            self.capturing.record(func, args, kwargs) if self.capturing else run(func, args, kwargs)
+        )
 
     def dispatch(self, func, args, kwargs):
         packet = getattr(func, "overloadpacket", None)
@@ -99,31 +112,48 @@ class Gpu:
         strangers = [x for x in tensors if not isinstance(x, OnGpu)]
         if packet is aten.copy_ and strangers:
             self.wait("to device" if isinstance(args[0], OnGpu) else "to host")
-        elif packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) and isinstance(args[0], OnGpu):
+        elif packet in (
+            aten.index,
+            aten.index_put,
+            aten.index_put_,
+            aten._index_put_impl_,
+        ) and isinstance(args[0], OnGpu):
             indices = [i for i in args[1] if i is not None]
             for _ in (i for i in indices if not isinstance(i, OnGpu)):
                 self.wait("index on the host")
             strangers = [x for x in strangers if not any(x is i for i in indices)]
         if packet is not aten.copy_:
             assert all(x.dim() == 0 for x in strangers), f"{func} of tensors on both devices"
-        assert packet not in PRODUCTS or not any(x.dtype == torch.float64 for x in tensors), f"{func} in float64"
+        assert packet not in PRODUCTS or not any(x.dtype == torch.float64 for x in tensors), (
+            f"{func} in float64"
+        )
         if packet in SYNCHRONISING:
             self.wait(packet.__name__)
         out = self.compute(func, tree_map(host_of, args), tree_map(host_of, kwargs))
         known = {id(host_of(x)): x for x in tensors}
-        return tree_map_only(torch.Tensor, lambda x: known.get(id(x)) if id(x) in known else OnGpu(x), out)
+        return tree_map_only(
+            torch.Tensor, lambda x: known.get(id(x)) if id(x) in known else OnGpu(x), out
+        )
 
 
 def run(func, args, kwargs):
     """An operator on the host. Products with another output dtype exist on CUDA alone: summed in float32, rounded once."""
     if func is aten.mm.dtype:
         a, b, dtype = args
-        assert a.dtype == b.dtype == torch.bfloat16 and dtype in (torch.bfloat16, torch.float32), "dtypes of a product"
+        assert a.dtype == b.dtype == torch.bfloat16 and dtype in (torch.bfloat16, torch.float32), (
+            "dtypes of a product"
+        )
         return (a.float() @ b.float()).to(dtype)
     if func is aten.addmm.dtype_out:
         total, a, b, dtype = args
         kinds = (a.dtype, b.dtype, total.dtype, dtype, kwargs["out"].dtype)
-        assert kinds == (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32), "dtypes of a product"
+        assert kinds == (
+            torch.bfloat16,
+            torch.bfloat16,
+            torch.float32,
+            torch.float32,
+            torch.float32,
+        ), "dtypes of a product"
         return kwargs["out"].copy_(total + kwargs.get("alpha", 1) * (a.float() @ b.float()))
     return func(*args, **kwargs)
 
@@ -141,9 +171,16 @@ class Graph:
     def record(self, func, args, kwargs):
         for place, storage in storages((args, kwargs)).items():
             if place not in self.made and place not in self.before:
-                self.before[place] = storage, storage.clone()  # whatever the operator writes is undone after the capture
+                self.before[place] = (
+                    storage,
+                    storage.clone(),
+                )  # whatever the operator writes is undone after the capture
         out = run(func, args, kwargs)
-        self.made |= {place: storage for place, storage in storages(out).items() if place not in storages((args, kwargs))}
+        self.made |= {
+            place: storage
+            for place, storage in storages(out).items()
+            if place not in storages((args, kwargs))
+        }
         self.steps.append((func, args, kwargs, out))
         return out
 
@@ -174,7 +211,11 @@ class Factories(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         names = [*args, kwargs.get("device")] if func is torch.Tensor.to else [kwargs.get("device")]
-        places = [x for x in names if isinstance(x, torch.device) or x in ("cpu", "cuda") and isinstance(x, str)]
+        places = [
+            x
+            for x in names
+            if isinstance(x, torch.device) or x in ("cpu", "cuda") and isinstance(x, str)
+        ]
         to_gpu = bool(places) and torch.device(places[0]).type == "cuda"
         if func is torch.Tensor.to and places and (to_gpu or isinstance(args[0], OnGpu)):
             kinds = [x for x in (*args, kwargs.get("dtype")) if isinstance(x, torch.dtype)]
@@ -191,7 +232,9 @@ def launched(launch):
     """shared.fused_loss, for tensors on the device."""
 
     def run_kernel(*args):
-        assert all(isinstance(x, OnGpu) for x in tree_leaves(args) if isinstance(x, torch.Tensor)), "a kernel gets tensors on both devices"
+        assert all(
+            isinstance(x, OnGpu) for x in tree_leaves(args) if isinstance(x, torch.Tensor)
+        ), "a kernel gets tensors on both devices"
         return tuple(map(OnGpu, launch(*tree_map(host_of, args))))
 
     return run_kernel

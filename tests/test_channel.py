@@ -48,10 +48,16 @@ def test_every_field_has_its_own_whole_pages():
     ours = make()
     spans = []
     fields = {name: field for name, field in vars(Channel).items() if isinstance(field, Field)}
-    assert fields["weights"].dtype is None and ours.weights.dtype == torch.float32  # the caller's choice
+    assert (
+        fields["weights"].dtype is None and ours.weights.dtype == torch.float32
+    )  # the caller's choice
     for name, field in fields.items():
         tensor = getattr(ours, name)
-        assert tensor.dtype == (field.dtype or torch.float32) and tensor.dim() == len(field.shape.split()) and not tensor.any()
+        assert (
+            tensor.dtype == (field.dtype or torch.float32)
+            and tensor.dim() == len(field.shape.split())
+            and not tensor.any()
+        )
         spans.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
     assert len(spans) == 17 and all(start % 4096 == spans[0][0] % 4096 for start, _ in spans)
     assert all(first[1] <= second[0] for first, second in zip(sorted(spans), sorted(spans)[1:]))
@@ -107,7 +113,9 @@ def test_a_pickup_that_two_publishes_overtake_is_made_again():
 
 def test_too_little_memory_is_said_with_the_number_the_limit_and_the_fix(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 100_000_000)
-    with pytest.raises(MemoryError, match=r"need 954 MiB .* 95 MiB\s+are available: lower --batch-size \(4\)"):
+    with pytest.raises(
+        MemoryError, match=r"need 954 MiB .* 95 MiB\s+are available: lower --batch-size \(4\)"
+    ):
         memory.check_memory(1_000_000_000, CONFIG)
     memory.check_memory(89_000_000, CONFIG)
     monkeypatch.setattr(memory, "available_memory", lambda: 1000)
@@ -123,7 +131,9 @@ class Queue(list):
 def tickets(config, version=0, trained_ahead=()):
     ours = make(config)
     ours.to_generator = Queue()
-    return ours, Tickets(config, ours, [Prompt("x", [5, 6]), Prompt("y", [7])], version, list(trained_ahead))
+    return ours, Tickets(
+        config, ours, [Prompt("x", [5, 6]), Prompt("y", [7])], version, list(trained_ahead)
+    )
 
 
 def finish(ours, books, tickets):
@@ -136,12 +146,18 @@ def finish(ours, books, tickets):
 def test_rows_suffice_for_every_ticket_the_inequality_admits_and_no_more():
     ours, books = tickets(CONFIG)
     books.issue(0)
-    assert sorted(int(ours.ticket[row]) for row in ours.to_generator) == list(range(12)) and not books.free_rows
+    assert (
+        sorted(int(ours.ticket[row]) for row in ours.to_generator) == list(range(12))
+        and not books.free_rows
+    )
     for version in range(5):
         finish(ours, books, range(version * 4, version * 4 + 4))
         books.trained(books.batch(version))
         books.issue(version + 1)
-        assert not books.free_rows and max(int(ours.ticket[row]) for row in ours.to_generator) == (version + 4) * 4 - 1
+        assert (
+            not books.free_rows
+            and max(int(ours.ticket[row]) for row in ours.to_generator) == (version + 4) * 4 - 1
+        )
 
 
 def test_batch_order_waits_for_its_tickets_and_arrival_order_takes_what_is_there():
@@ -157,7 +173,9 @@ def test_batch_order_waits_for_its_tickets_and_arrival_order_takes_what_is_there
         assert (rows and [int(ours.ticket[row]) for row in rows]) == expected
         finish(ours, books, [2])
         finish(ours, books, [1, 0])
-        in_order = [int(ours.ticket[row]) for row in books.batch(0)]  # of the first to finish, or of the lowest tickets
+        in_order = [
+            int(ours.ticket[row]) for row in books.batch(0)
+        ]  # of the first to finish, or of the lowest tickets
         assert in_order == (expected or [0, 1, 2, 3])
 
 
@@ -171,11 +189,26 @@ def test_resume_issues_every_ticket_once_also_in_arrival_order():
     assert books.lowest == 0 and books.trained_ahead == {3, 5, 8, 9}
     resumed, again = tickets(config, version=1, trained_ahead=sorted(books.trained_ahead))
     again.issue(1)
-    assert sorted(int(resumed.ticket[row]) for row in resumed.to_generator) == [0, 1, 2, 4, 6, 7, 10, 11, 12, 13, 14, 15]
+    assert sorted(int(resumed.ticket[row]) for row in resumed.to_generator) == [
+        0,
+        1,
+        2,
+        4,
+        6,
+        7,
+        10,
+        11,
+        12,
+        13,
+        14,
+        15,
+    ]
 
 
 def test_resume_with_a_smaller_max_staleness_waits_for_free_rows():
-    strict = replace(CONFIG, order="arrival", max_staleness=0)  # 4 rows, and 7 tickets below 12 that were not trained
+    strict = replace(
+        CONFIG, order="arrival", max_staleness=0
+    )  # 4 rows, and 7 tickets below 12 that were not trained
     ours, books = tickets(strict, version=2, trained_ahead=[13, 14, 15])
     issued = []
     for version in (2, 3, 4):
@@ -187,12 +220,20 @@ def test_resume_with_a_smaller_max_staleness_waits_for_free_rows():
 
 
 def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_path, monkeypatch):
-    clock = iter([1.0, 1.5, 1.5005, 1.9, 2.1, 2.2, 5.0, 6.0, 6.0, 6.5])  # begin and end of each span below
+    clock = iter(
+        [1.0, 1.5, 1.5005, 1.9, 2.1, 2.2, 5.0, 6.0, 6.0, 6.5]
+    )  # begin and end of each span below
     monkeypatch.setattr("log.time", SimpleNamespace(monotonic=lambda: next(clock)))
     ours, path, config = make(), tmp_path / "trace.json", Config(output_dir=str(tmp_path))
     start_output(config, None)
     first, second = (Timeline(config, ours, i, f"role {i}") for i in (0, 1))
-    for timeline, name in ((first, "decode"), (first, "decode"), (first, "decode"), (second, "score"), (second, "publish")):
+    for timeline, name in (
+        (first, "decode"),
+        (first, "decode"),
+        (first, "decode"),
+        (second, "score"),
+        (second, "publish"),
+    ):
         with timeline.span(name):
             pass
     first.flush()
@@ -200,15 +241,30 @@ def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_p
     close_trace(path)
     events = json.loads(path.read_text())
     spans = [(e["tid"], e["name"], e["ts"] / 1e6, e["dur"] / 1e6) for e in events if e["ph"] == "X"]
-    merged, apart = (0, "decode", 1.0, pytest.approx(0.9)), (0, "decode", 2.1, pytest.approx(0.1))  # 0.5 ms between them, 100 ms
-    assert sorted(spans, key=lambda span: span[2]) == [merged, apart, (1, "score", 5.0, 1.0), (1, "publish", 6.0, 0.5)]
+    merged, apart = (
+        (0, "decode", 1.0, pytest.approx(0.9)),
+        (0, "decode", 2.1, pytest.approx(0.1)),
+    )  # 0.5 ms between them, 100 ms
+    assert sorted(spans, key=lambda span: span[2]) == [
+        merged,
+        apart,
+        (1, "score", 5.0, 1.0),
+        (1, "publish", 6.0, 0.5),
+    ]
     assert ours.busy[:2].tolist() == pytest.approx([0.9995, 1.5])
 
 
 def test_the_pinned_memory_is_the_whole_mailbox(monkeypatch):
     calls = []
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *args: calls.append(args) or "code"))
+    monkeypatch.setattr(
+        torch.cuda,
+        "cudart",
+        lambda: SimpleNamespace(cudaHostRegister=lambda *args: calls.append(args) or "code"),
+    )
     monkeypatch.setattr(torch.cuda, "check_error", lambda code: calls.append(code))
     channel = make()
     channel.pin()
-    assert calls == [(channel.weights.data_ptr(), channel.weights.nbytes, 0), "code"] and calls[0][0] % 4096 == 0
+    assert (
+        calls == [(channel.weights.data_ptr(), channel.weights.nbytes, 0), "code"]
+        and calls[0][0] % 4096 == 0
+    )

@@ -36,18 +36,42 @@ def refused(*argv):
         (["--steps", "0"], "Invalid value for '--steps': 0 is not in the range x>=1."),
         (["--steps", "many"], "Invalid value for '--steps': 'many' is not a valid integer"),
         (["--steps", "7.5"], "Invalid value for '--steps': '7.5' is not a valid integer"),
-        (["--temperature", "0"], "Invalid value for '--temperature': 0.0 is not in the range x>=0.001."),
+        (
+            ["--temperature", "0"],
+            "Invalid value for '--temperature': 0.0 is not in the range x>=0.001.",
+        ),
         (["--lr", "nan"], "--lr is nan: float range is needed"),
         (["--lr", "inf"], "--lr is inf: float range is needed"),
-        (["--seed", "4294967296"], "Invalid value for '--seed': 4294967296 is not in the range 0<=x<=4294967295."),
-        (["--eval-size", "1000000"], "Invalid value for '--eval-size': 1000000 is not in the range 1<=x<=10000."),
+        (
+            ["--seed", "4294967296"],
+            "Invalid value for '--seed': 4294967296 is not in the range 0<=x<=4294967295.",
+        ),
+        (
+            ["--eval-size", "1000000"],
+            "Invalid value for '--eval-size': 1000000 is not in the range 1<=x<=10000.",
+        ),
         (["--resume", "false"], "Got unexpected extra argument (false)"),
         (["--loss", "kl"], "--loss is kl: one of forward_kl, sparse_reverse_kl, "),
-        (["--order", "random"], "Invalid value for '--order': 'random' is not one of 'batch', 'arrival'."),
-        (["--loss", "forward_kl", "--correction", "ppo"], "--signal and --correction belong to sampled_reverse_kl"),
-        (["--batch-size", "9000"], "18000 rollouts in flight, the limit is 16384: lower --batch-size"),
-        (["--teachers", "3"], "--batch-size is 64, there are 1 nodes with --teachers 3: take a multiple of both"),
-        (["--max-new-tokens", "9000"], "--micro-batch-tokens is 8192, one sequence may have 9064: raise it"),
+        (
+            ["--order", "random"],
+            "Invalid value for '--order': 'random' is not one of 'batch', 'arrival'.",
+        ),
+        (
+            ["--loss", "forward_kl", "--correction", "ppo"],
+            "--signal and --correction belong to sampled_reverse_kl",
+        ),
+        (
+            ["--batch-size", "9000"],
+            "18000 rollouts in flight, the limit is 16384: lower --batch-size",
+        ),
+        (
+            ["--teachers", "3"],
+            "--batch-size is 64, there are 1 nodes with --teachers 3: take a multiple of both",
+        ),
+        (
+            ["--max-new-tokens", "9000"],
+            "--micro-batch-tokens is 8192, one sequence may have 9064: raise it",
+        ),
         (["--config", "/nowhere.yaml"], "No such file"),
     ],
 )
@@ -56,7 +80,15 @@ def test_a_setting_that_cannot_work_is_refused_with_its_reason(argv, message):
 
 
 def test_settings_made_in_code_are_checked_like_flags():
-    for name, value in (("steps", 0), ("steps", 7.5), ("steps", "7"), ("lr", float("nan")), ("order", "random"), ("loss", "kl"), ("teacher", None)):
+    for name, value in (
+        ("steps", 0),
+        ("steps", 7.5),
+        ("steps", "7"),
+        ("lr", float("nan")),
+        ("order", "random"),
+        ("loss", "kl"),
+        ("teacher", None),
+    ):
         with pytest.raises(InputError, match=f"--{name}"):
             Config(**{name: value})
 
@@ -71,7 +103,9 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     path.write_text(replace(config, resume=True).dump())
     assert parse(["--config", str(path)]) == config  # the settings of a resumed run start a new one
     path.write_text("stepz: 7\n")
-    assert f"--config {path}: stepz is no option with one value, see --help" in refused("--config", str(path))
+    assert f"--config {path}: stepz is no option with one value, see --help" in refused(
+        "--config", str(path)
+    )
     path.write_text("prompts:\n")
     assert parse(["--config", str(path)]).prompts == ""
     path.write_text("max-staleness: 3\nsteps: 8\n")
@@ -111,7 +145,10 @@ def test_running_sums_are_right_and_held_out_prompts_are_disjoint():
         totals = {total[0]: int(total[:0:-1]) for total in answer.split(",")}
         running = dict(zip(addends, itertools.accumulate(addends.values())))
         assert "".join(addends) == "abcdefgh"[: len(addends)]
-        assert totals == {name: total for name, total in running.items() if name != "a"} and len(answer) == 5 * len(totals) - 1
+        assert (
+            totals == {name: total for name, total in running.items() if name != "a"}
+            and len(answer) == 5 * len(totals) - 1
+        )
     sizes = [prompt.count("+") + 1 for prompt in train]
     assert set(sizes) == set(ADDENDS) and sizes.count(2) > 1.5 * sizes.count(8)
 
@@ -123,16 +160,27 @@ def test_synonyms_decode_to_their_digit_and_prompts_survive_a_round_trip(tokeniz
 
 
 def write_lines(path, *lines):
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n"
+    )
     return str(path)
 
 
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ([{"prompt": "1+1="}, "{not json"], "line 2: one JSON object per line is needed: Expecting"),
-        (['{"prompt": "1", "answer": "\\ud800"}'], "line 1: one JSON object .*surrogates not allowed"),
-        (['{"prompt": "1", "answer": ' + "7" * 5000 + "}"], "line 1: one JSON object .*4300 digits"),
+        (
+            [{"prompt": "1+1="}, "{not json"],
+            "line 2: one JSON object per line is needed: Expecting",
+        ),
+        (
+            ['{"prompt": "1", "answer": "\\ud800"}'],
+            "line 1: one JSON object .*surrogates not allowed",
+        ),
+        (
+            ['{"prompt": "1", "answer": ' + "7" * 5000 + "}"],
+            "line 1: one JSON object .*4300 digits",
+        ),
         (["[" * 100_000], "line 1: one JSON object .*recursion"),
         ([""], r"no prompts in it \(up to 64 tokens long\)"),
         ([{"text": "hello"}], "line 1: needs an object with either `prompt`"),
@@ -142,7 +190,10 @@ def write_lines(path, *lines):
         ([{"prompt": 7}], "line 1: the prompt is empty or not text"),
         ([{"prompt": "1", "answer": ["x"]}], "line 1: `answer` is list"),
         ([{"messages": "hello"}], "line 1: the chat template refuses `messages`: a list is needed"),
-        ([{"prompt": "1+1="}, {"prompt": "1 apple"}], "line 2: the prompt has characters that the tokenizer does not know: '1 apple'"),
+        (
+            [{"prompt": "1+1="}, {"prompt": "1 apple"}],
+            "line 2: the prompt has characters that the tokenizer does not know: '1 apple'",
+        ),
     ],
 )
 def test_a_bad_prompt_file_is_refused_with_its_line(lines, message, tmp_path, tokenizer):
@@ -152,26 +203,40 @@ def test_a_bad_prompt_file_is_refused_with_its_line(lines, message, tmp_path, to
 
 def test_a_prompt_file_that_cannot_be_read_is_refused(tmp_path, tokenizer):
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "caf\xe9"}\n'.encode("latin-1"))
-    for path, message in (("/nowhere.jsonl", "No such file"), (str(tmp_path), "Is a directory"), (str(tmp_path / "latin.jsonl"), "'utf-8' codec")):
-        with pytest.raises(InputError, match=f"{path}: a file of JSON lines in UTF-8 is needed: .*{message}"):
+    for path, message in (
+        ("/nowhere.jsonl", "No such file"),
+        (str(tmp_path), "Is a directory"),
+        (str(tmp_path / "latin.jsonl"), "'utf-8' codec"),
+    ):
+        with pytest.raises(
+            InputError, match=f"{path}: a file of JSON lines in UTF-8 is needed: .*{message}"
+        ):
             read_jsonl(path, tokenizer, 64)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, tokenizer):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n', encoding="utf-8-sig")
-    assert [prompt.text for prompt in read_jsonl(str(tmp_path / "p.jsonl"), tokenizer, 64)] == ["1+1="]
+    assert [prompt.text for prompt in read_jsonl(str(tmp_path / "p.jsonl"), tokenizer, 64)] == [
+        "1+1="
+    ]
 
 
 def test_a_prompt_above_the_limit_is_refused(tmp_path, tokenizer):
     path = write_lines(tmp_path / "p.jsonl", {"prompt": "1+1="}, {"prompt": "1+" * 20 + "1="})
-    with pytest.raises(InputError, match="line 2: 42 tokens, --max-prompt-tokens is 8: raise it or drop the line"):
+    with pytest.raises(
+        InputError, match="line 2: 42 tokens, --max-prompt-tokens is 8: raise it or drop the line"
+    ):
         read_jsonl(path, tokenizer, 8)
-    with pytest.raises(InputError, match="built-in prompts have up to 32 tokens, --max-prompt-tokens is 8"):
+    with pytest.raises(
+        InputError, match="built-in prompts have up to 32 tokens, --max-prompt-tokens is 8"
+    ):
         load_prompts(Config(max_prompt_tokens=8), tokenizer)
 
 
 def test_line_separators_inside_strings_do_not_split_a_line(tmp_path, tokenizer):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "1+1=", "answer": "a\u2028b\x85c"}\n', encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "1+1=", "answer": "a\u2028b\x85c"}\n', encoding="utf-8"
+    )
     assert read_jsonl(str(tmp_path / "p.jsonl"), tokenizer, 8)[0].answer == "a\u2028b\x85c"
 
 
@@ -184,7 +249,9 @@ def test_messages_need_a_chat_template(tmp_path):
 
 
 def test_messages_go_through_the_chat_template(tmp_path, tokenizer):
-    path = write_lines(tmp_path / "p.jsonl", {"messages": [{"role": "user", "content": "1+2="}], "answer": 3})
+    path = write_lines(
+        tmp_path / "p.jsonl", {"messages": [{"role": "user", "content": "1+2="}], "answer": 3}
+    )
     prompt = read_jsonl(path, tokenizer, 64)[0]
     assert (prompt.text, prompt.answer) == ("1+2=", "3")
 
@@ -194,14 +261,20 @@ def test_only_plain_prompts_get_the_tokenizers_own_special_tokens(tmp_path):
     from tokenizers.processors import TemplateProcessing
 
     adds_bos = build_tokenizer()
-    adds_bos._tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    adds_bos._tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 1)]
+    )
     message = {"messages": [{"role": "user", "content": "1+2="}]}
-    plain, chat = read_jsonl(write_lines(tmp_path / "p.jsonl", {"prompt": "1+2="}, message), adds_bos, 64)
+    plain, chat = read_jsonl(
+        write_lines(tmp_path / "p.jsonl", {"prompt": "1+2="}, message), adds_bos, 64
+    )
     assert plain.ids == [1, *chat.ids] and 1 not in chat.ids
 
 
 def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
-    rows = [{"prompt": f"{i % 60}+{i % 60}=", "answer": str(i)} for i in range(200)]  # prompts repeat
+    rows = [
+        {"prompt": f"{i % 60}+{i % 60}=", "answer": str(i)} for i in range(200)
+    ]  # prompts repeat
     path = write_lines(tmp_path / "p.jsonl", *rows)
     train, held = load_prompts(Config(prompts=path, eval_size=10), tokenizer)
     assert len(held) == 10 and not {p.text for p in train} & {p.text for p in held}
@@ -211,7 +284,9 @@ def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
     no_answer = write_lines(tmp_path / "n.jsonl", {"prompt": "5+5="})
     with pytest.raises(InputError, match="every evaluation prompt needs an `answer`"):
         load_prompts(Config(prompts=path, eval_prompts=no_answer), tokenizer)
-    with pytest.raises(InputError, match="e.jsonl: all are evaluation prompts, none is left to train on"):
+    with pytest.raises(
+        InputError, match="e.jsonl: all are evaluation prompts, none is left to train on"
+    ):
         load_prompts(Config(prompts=held_path, eval_prompts=held_path), tokenizer)
     assert load_prompts(Config(prompts=no_answer), tokenizer)[1] == []
 
@@ -249,9 +324,14 @@ def test_answers_are_matched_exactly_then_by_box_then_by_last_number(response, a
 
 
 def test_a_missing_model_directory_is_refused_at_once():
-    with pytest.raises(InputError, match=r"--teacher /nowhere: no model there \(config.json is missing in /nowhere\)"):
+    with pytest.raises(
+        InputError,
+        match=r"--teacher /nowhere: no model there \(config.json is missing in /nowhere\)",
+    ):
         check_models(Config(teacher="/nowhere"))
-    with pytest.raises(InputError, match="--teacher tests/nowhere: no model there .*tests/nowhere"):  # not a hub id: tests is a directory here
+    with pytest.raises(
+        InputError, match="--teacher tests/nowhere: no model there .*tests/nowhere"
+    ):  # not a hub id: tests is a directory here
         check_models(Config(teacher="tests/nowhere"))
 
 
@@ -277,7 +357,9 @@ def test_weights_that_are_missing_or_cut_short_are_refused_in_one_line(model_dir
 ])  # fmt: skip
 def test_a_config_that_the_run_cannot_use_is_refused(settings, message, model_dir, tmp_path):
     other = shutil.copytree(model_dir(), tmp_path / "other")
-    (other / "config.json").write_text(json.dumps(json.loads((other / "config.json").read_text()) | settings))
+    (other / "config.json").write_text(
+        json.dumps(json.loads((other / "config.json").read_text()) | settings)
+    )
     with pytest.raises(InputError, match=message):
         check_models(Config(student=model_dir(), teacher=str(other)))
     (other / "config.json").write_text("{")
@@ -292,24 +374,42 @@ def test_a_config_with_fewer_layers_than_its_files_is_refused(model_dir, tmp_pat
     settings = json.loads((cut / "config.json").read_text())
     settings |= {"num_hidden_layers": 1, "layer_types": settings["layer_types"][:1]}
     (cut / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(InputError, match=r"cut: \d+ tensors have no place in it, model.layers.1.\S+ for one"):
+    with pytest.raises(
+        InputError, match=r"cut: \d+ tensors have no place in it, model.layers.1.\S+ for one"
+    ):
         load(str(cut))
 
 
-def test_a_model_whose_early_tokens_change_with_the_length_is_refused_at_the_lengths_of_the_run(tmp_path):
+def test_a_model_whose_early_tokens_change_with_the_length_is_refused_at_the_lengths_of_the_run(
+    tmp_path,
+):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
+    sizes = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+    )
     scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=16, rope_parameters=scaling)).save_pretrained(tmp_path)
+    LlamaForCausalLM(
+        LlamaConfig(**sizes, max_position_embeddings=16, rope_parameters=scaling)
+    ).save_pretrained(tmp_path)
     for kind in (torch.float32, torch.bfloat16):
         load_model(str(tmp_path), kind, torch.device("cpu"), "kv_slots", length=16)
-    load_model(str(tmp_path), torch.bfloat16, torch.device("cpu"), "kv_slots", length=28)  # cannot tell it from rounding
+    load_model(
+        str(tmp_path), torch.bfloat16, torch.device("cpu"), "kv_slots", length=28
+    )  # cannot tell it from rounding
     build_tokenizer().save_pretrained(tmp_path)
     sizes = {"student": str(tmp_path), "max_prompt_tokens": 12}
     Sampler(Config(**sizes, max_new_tokens=4), torch.device("cpu"), 1, [])
-    with pytest.raises(InputError, match=r"or they change with the length of the sequence \(compared: 8 and 28 tokens\)"):
+    with pytest.raises(
+        InputError,
+        match=r"or they change with the length of the sequence \(compared: 8 and 28 tokens\)",
+    ):
         Sampler(Config(**sizes, max_new_tokens=16), torch.device("cpu"), 1, [])
 
 
@@ -320,7 +420,9 @@ def test_weights_that_are_not_finite_are_called_so(value, tmp_path):
     model = build_model("qwen3")
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
     model.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="is not supported: its logits are not finite: damaged weights?"):
+    with pytest.raises(
+        InputError, match="is not supported: its logits are not finite: damaged weights?"
+    ):
         load(str(tmp_path))
 
 
@@ -328,7 +430,9 @@ def test_a_prompt_with_a_token_that_the_models_lack_is_refused(model_dir, tmp_pa
     path = write_lines(tmp_path / "p.jsonl", {"prompt": "1+1="})
     config = Config(student=model_dir(vocab=12), teacher=model_dir(), prompts=path)
     highest = max(tokenizer("1+1=").input_ids)
-    with pytest.raises(InputError, match=f"a prompt has token {highest}, the models know 12 tokens"):
+    with pytest.raises(
+        InputError, match=f"a prompt has token {highest}, the models know 12 tokens"
+    ):
         load_prompts(config, tokenizer)
 
 
@@ -340,7 +444,9 @@ def test_a_model_whose_files_lack_a_tensor_is_refused_not_started_at_random(mode
     tensors = load_file(partial / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="1 tensors are not in its files, model.norm.weight for one"):
+    with pytest.raises(
+        InputError, match="1 tensors are not in its files, model.norm.weight for one"
+    ):
         load(str(partial))
 
 
@@ -351,7 +457,10 @@ def test_different_tokenizers_are_refused(model_dir, tmp_path, tokenizer):
     other.add_tokens(["<new>"])
     build_model("qwen3", vocab=174).save_pretrained(tmp_path)
     other.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"different tokenizers \(174 and 173 tokens\): choose two models of one family"):
+    with pytest.raises(
+        InputError,
+        match=r"different tokenizers \(174 and 173 tokens\): choose two models of one family",
+    ):
         check_models(Config(student=model_dir(), teacher=str(tmp_path)))
 
 
@@ -359,14 +468,19 @@ def test_heads_padded_to_different_sizes_are_cut_to_the_smaller(model_dir):
     for sizes in ((190, 180), (180, 190)):
         config = Config(student=model_dir(vocab=sizes[0]), teacher=model_dir(vocab=sizes[1]))
         assert check_models(config) == [] and shared_vocabulary(config) == 180
-        assert stop_ids(config.student_path, load_tokenizer("--student", config.student_path)) == {1}
+        assert stop_ids(config.student_path, load_tokenizer("--student", config.student_path)) == {
+            1
+        }
 
 
 @pytest.mark.parametrize("loss, limit", [("forward_kl", 173), ("stratified_reverse_kl", 172)])
 def test_a_top_k_above_the_vocabulary_is_refused(loss, limit, model_dir):
     config = Config(student=model_dir(), teacher=model_dir(), loss=loss, top_k=limit)
     check_models(config)
-    with pytest.raises(InputError, match=f"--top-k is {limit + 1}, the vocabulary has 173 ids: {limit} is the most for {loss}"):
+    with pytest.raises(
+        InputError,
+        match=f"--top-k is {limit + 1}, the vocabulary has 173 ids: {limit} is the most for {loss}",
+    ):
         check_models(replace(config, top_k=limit + 1))
 
 
@@ -375,7 +489,9 @@ def test_a_loss_of_ones_own_with_a_tail_leaves_an_id_for_it(model_dir, monkeypat
         pass
 
     monkeypatch.setitem(LOSSES, "mine", Mine)
-    with pytest.raises(InputError, match="--top-k is 173, the vocabulary has 173 ids: 172 is the most for mine"):
+    with pytest.raises(
+        InputError, match="--top-k is 173, the vocabulary has 173 ids: 172 is the most for mine"
+    ):
         check_models(Config(student=model_dir(), teacher=model_dir(), loss="mine", top_k=173))
 
 
@@ -418,9 +534,15 @@ def test_an_output_directory_that_holds_another_run_is_left_alone(tmp_path):
     config = Config(output_dir=str(tmp_path))
     assert check_output(config, "hash") == (None, [])
     start_output(config, None)
-    assert check_output(config, "hash") == (None, [])  # died before its first update: nothing to lose
+    assert check_output(config, "hash") == (
+        None,
+        [],
+    )  # died before its first update: nothing to lose
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(InputError, match="holds another run: choose a new directory, or --resume if a step_N is in it"):
+    with pytest.raises(
+        InputError,
+        match="holds another run: choose a new directory, or --resume if a step_N is in it",
+    ):
         check_output(replace(config, lr=1.0), "hash")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
@@ -433,7 +555,9 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
     start_output(replace(config, resume=False), None)
     shutil.copytree(model_dir(), tmp_path / "step_4")
     progress = write_checkpoint(tmp_path / "step_4", config)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 7)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i}) + "\n" for i in range(1, 7))
+    )
     with pytest.raises(InputError, match="--resume: seed was 0 and is now 5: keep it"):
         check_output(replace(config, seed=5), "hash")
     with pytest.raises(InputError, match="has made 4 updates already, --steps is 4"):
@@ -443,22 +567,34 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
     assert notes == [f"resuming from {checkpoint}"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     start_output(config, tmp_path / "step_4")
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4  # updates 5 and 6 are made again
+    assert (
+        len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    )  # updates 5 and 6 are made again
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     start_output(config, checkpoint)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4  # and so is what the machine did not finish writing
+    assert (
+        len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    )  # and so is what the machine did not finish writing
     start_output(replace(config, lr=0.5), checkpoint)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 0.5
-    assert read_progress(checkpoint)["settings"]["lr"] == 1e-3  # a checkpoint keeps the settings that made it
-    with pytest.raises(InputError, match="--resume: the prompts are not what they were: give the same files"):
+    assert (
+        read_progress(checkpoint)["settings"]["lr"] == 1e-3
+    )  # a checkpoint keeps the settings that made it
+    with pytest.raises(
+        InputError, match="--resume: the prompts are not what they were: give the same files"
+    ):
         check_output(config, "another hash")
     for text in ("", "a: [", "- 1\n"):
         progress.write_text(text)
-        with pytest.raises(InputError, match="--resume: .*step_4 is damaged, or of an older version"):
+        with pytest.raises(
+            InputError, match="--resume: .*step_4 is damaged, or of an older version"
+        ):
             check_output(config, "hash")
     progress.unlink()
-    with pytest.raises(InputError, match="--resume: .*older version of this program: .*No such file"):
+    with pytest.raises(
+        InputError, match="--resume: .*older version of this program: .*No such file"
+    ):
         check_output(config, "hash")
 
 
@@ -473,7 +609,23 @@ def write_checkpoint(directory, config):
 def test_a_fingerprint_is_of_texts_and_answers_in_order():
     one, other = Prompt("a", [1], "2"), Prompt("a", [1], "3")
     assert fingerprint([one, other]) == fingerprint([Prompt("a", [7], "2"), other])
-    assert len({fingerprint(prompts) for prompts in ([one], [other], [one, one], [other, one], [one, other], [Prompt("a2", [1], None)], [])}) == 7
+    assert (
+        len(
+            {
+                fingerprint(prompts)
+                for prompts in (
+                    [one],
+                    [other],
+                    [one, one],
+                    [other, one],
+                    [one, other],
+                    [Prompt("a2", [1], None)],
+                    [],
+                )
+            }
+        )
+        == 7
+    )
 
 
 def test_a_run_is_resumed_from_the_newest_checkpoint_that_is_whole(tmp_path):
@@ -514,8 +666,13 @@ def test_an_output_directory_belongs_to_one_run_at_a_time(tmp_path):
     os.close(first)
     os.close(lock_output(tmp_path / "run"))
     (tmp_path / "file").touch()
-    for path, message in ((tmp_path / "file" / "x", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
-        with pytest.raises(InputError, match=f"--output-dir .* cannot be used, choose another: .*{message}"):
+    for path, message in (
+        (tmp_path / "file" / "x", "Not a directory"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(
+            InputError, match=f"--output-dir .* cannot be used, choose another: .*{message}"
+        ):
             lock_output(path)
 
 
@@ -524,9 +681,14 @@ def test_the_built_in_prompts_are_measured_with_the_tokenizer_at_hand():
     from tokenizers.processors import TemplateProcessing
 
     adds_bos = build_tokenizer()
-    adds_bos._tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    adds_bos._tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 1)]
+    )
     load_prompts(Config(max_prompt_tokens=33), adds_bos)
-    with pytest.raises(InputError, match="built-in prompts have up to 33 tokens, --max-prompt-tokens is 32: raise it"):
+    with pytest.raises(
+        InputError,
+        match="built-in prompts have up to 33 tokens, --max-prompt-tokens is 32: raise it",
+    ):
         load_prompts(Config(max_prompt_tokens=32), adds_bos)
 
 

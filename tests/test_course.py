@@ -41,7 +41,14 @@ def grade(trees, submissions, *flags):
     """What grade_all.py writes: name -> report, name -> grades."""
     out = trees / "grades"
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, trees / "instructor" / "grade_all.py", *submissions, "--out", out, *flags]
+    command = [
+        sys.executable,
+        trees / "instructor" / "grade_all.py",
+        *submissions,
+        "--out",
+        out,
+        *flags,
+    ]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=trees)
     assert result.returncode == 0, result.stdout + result.stderr
     return tuple(json.loads((out / name).read_text()) for name in ("report.json", "grades.json"))
@@ -73,7 +80,14 @@ def test_every_exercise_has_its_handout_tests_and_ten_points():
             points += sum(worth for worth, _ in found.values())
         assert points == 10, (one.slug, points)
         handout = (build.COURSE / f"{one.slug}.md").read_text()
-        for heading in ("## The idea", "## What to write", "## How it is graded", "## The experiment", "## Questions", "## To read"):
+        for heading in (
+            "## The idea",
+            "## What to write",
+            "## How it is graded",
+            "## The experiment",
+            "## Questions",
+            "## To read",
+        ):
             assert heading in handout, (one.slug, heading)
 
 
@@ -107,18 +121,31 @@ def test_no_line_of_a_solution_stands_anywhere_in_what_students_get(trees):
         "self.version.fill_(version)", "for part in parts:", "logp = logits.log_softmax(-1)",
         "return value.detach(), s.detach(), gradient",
     }  # fmt: skip
-    lines = {line: names for line, names in solution_lines().items() if len(line) > COMMON and line not in harmless}
+    lines = {
+        line: names
+        for line, names in solution_lines().items()
+        if len(line) > COMMON and line not in harmless
+    }
     for path in (trees / "student").rglob("*"):
         if path.is_file() and path.suffix in (".py", ".md", ".yml", ".toml", ""):
             for number, line in enumerate(path.read_text(errors="ignore").splitlines(), 1):
-                assert line.strip() not in lines, f"{path}:{number} shows {lines[line.strip()]}: {line.strip()}"
+                assert line.strip() not in lines, (
+                    f"{path}:{number} shows {lines[line.strip()]}: {line.strip()}"
+                )
 
 
 def test_what_students_get_has_no_history_no_leftovers_and_no_hidden_tests(trees):
     for tree in ("student", "instructor/classroom50"):
         names = [path.relative_to(trees) for path in (trees / tree).rglob("*")]
         for name in names:
-            assert not {".git", "__pycache__", ".pytest_cache", "hidden", "solution", "wrong"} & set(name.parts), name
+            assert not {
+                ".git",
+                "__pycache__",
+                ".pytest_cache",
+                "hidden",
+                "solution",
+                "wrong",
+            } & set(name.parts), name
             assert name.suffix != ".pyc" and name.name != "points.toml" or tree != "student", name
     hidden = {path.read_text() for path in (trees / "instructor" / "hidden").glob("*.py")}
     assert len(hidden) == len(EXERCISES)
@@ -134,9 +161,17 @@ def test_links_of_the_students_pages_lead_somewhere(trees):
 
 
 def test_an_assignment_is_never_overwritten(trees):
-    result = subprocess.run([sys.executable, "-m", "course.build", "--out", trees], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "course.build", "--out", trees],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 1
-    assert "exists: delete it or give another --out" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        "exists: delete it or give another --out" in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
 def test_exercises_that_a_course_does_without_are_left_in(tmp_path):
@@ -165,7 +200,9 @@ def test_the_frozen_rollouts_are_those_that_the_program_makes():
     made = frozen()
     assert made.keys() == table.keys()
     for name, tensor in made.items():
-        torch.testing.assert_close(tensor, table[name], rtol=0, atol=1e-4 if tensor.is_floating_point() else 0, msg=name)
+        torch.testing.assert_close(
+            tensor, table[name], rtol=0, atol=1e-4 if tensor.is_floating_point() else 0, msg=name
+        )
 
 
 # ---- grading ------------------------------------------------------------------------------------------
@@ -186,14 +223,20 @@ def check_scores(trees, tmp_path, numbers):
     flags = ["--exercises", *map(str, numbers)]
     trees_of_all = [trees / "student", trees / "instructor" / "solution"]
     reports, grades = grade(trees, [*trees_of_all, *places], *flags)
-    wrong = [one for one in reports["solution"]["tests"] if one["status"] not in ("passed", "blocked")]
+    wrong = [
+        one for one in reports["solution"]["tests"] if one["status"] not in ("passed", "blocked")
+    ]
     assert not wrong
     assert grades["solution"]["points"] == grades["solution"]["max"] > 0
     assert grades["student"]["points"] == 0
     assert all(one["status"] in ("failed", "blocked") for one in reports["student"]["tests"])
     for number in numbers:
         for slug, one in grades[f"only_{number}"]["exercises"].items():
-            assert one["points"] == (one["max"] if int(slug[:2]) == number else 0), (number, slug, one)
+            assert one["points"] == (one["max"] if int(slug[:2]) == number else 0), (
+                number,
+                slug,
+                one,
+            )
 
 
 def test_stubs_score_nothing_and_each_solution_its_own_points(trees, tmp_path):
@@ -208,8 +251,12 @@ def test_the_whole_course_stubs_score_nothing_and_each_solution_its_own_points(t
 def test_a_student_is_told_which_claim_failed_and_why(trees, tmp_path):
     tree = submission(tmp_path / "tree", {})
     build.copy_tree(trees / "student", tree / "student")
-    (tree / "student" / "losses.py").write_text(alone(6)["losses.py"].replace("(t.exp() * (t - s)).sum(-1)", "(s.exp() * (t - s)).sum(-1)"))
-    result = subprocess.run([sys.executable, "grade.py", "6"], cwd=tree / "student", capture_output=True, text=True)
+    (tree / "student" / "losses.py").write_text(
+        alone(6)["losses.py"].replace("(t.exp() * (t - s)).sum(-1)", "(s.exp() * (t - s)).sum(-1)")
+    )
+    result = subprocess.run(
+        [sys.executable, "grade.py", "6"], cwd=tree / "student", capture_output=True, text=True
+    )
     assert result.returncode == 1
     assert "failed" in result.stdout and "why:" in result.stdout and "is right" in result.stdout
 
@@ -338,8 +385,14 @@ def attack_files(trees, attack, classmate="/nowhere"):
         (exercise,) = (one for one in EXERCISES if one.number == 7)
         message = f'raise NotImplementedError("exercise 7: {exercise.title}")'
         before, after = text.split("class SampledReverseKL")
-        return {"losses.py": before + "class SampledReverseKL" + after.replace(message, attack[1], 1)}
-    names = {"PATH": trees / "instructor" / "hidden" / "test_07_score_function.py", "SOLUTION": trees / "instructor" / "solution", "CLASSMATE": classmate}
+        return {
+            "losses.py": before + "class SampledReverseKL" + after.replace(message, attack[1], 1)
+        }
+    names = {
+        "PATH": trees / "instructor" / "hidden" / "test_07_score_function.py",
+        "SOLUTION": trees / "instructor" / "solution",
+        "CLASSMATE": classmate,
+    }
     header = "import os, sys\nimport numpy as np\nimport torch\nHERE = os.path.dirname(os.path.abspath(__file__))\n"
     header += "".join(f"{name} = {str(path)!r}\n" for name, path in names.items())
     return {"losses.py": text + "\n" + header + attack}
@@ -362,16 +415,25 @@ QUICK_ATTACKS = (  # one of each kind
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("names", [QUICK_ATTACKS, pytest.param(tuple(ATTACKS), marks=pytest.mark.slow)], ids=["one of each kind", "all"])
+@pytest.mark.parametrize(
+    "names",
+    [QUICK_ATTACKS, pytest.param(tuple(ATTACKS), marks=pytest.mark.slow)],
+    ids=["one of each kind", "all"],
+)
 def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(names, trees, tmp_path):
     """What can be seen of it is in the report, and the honest submission that comes last has its points."""
     attacks = {name: ATTACKS[name] for name in names}
     if guards.landlock_version() < 3 or not guards.has_seccomp():
         attacks.pop("takes_the_hook_away")  # docs/teaching.md says so: then the hook alone guards
     classmate = tmp_path / "zz_honest" / "losses.py"
-    places = [submission(tmp_path / name, attack_files(trees, attack, classmate)) for name, attack in attacks.items()]
+    places = [
+        submission(tmp_path / name, attack_files(trees, attack, classmate))
+        for name, attack in attacks.items()
+    ]
     for place in places:
-        submission(place, {"tests/claims.py": "def check(*_): pass", "tests/test_07_score_function.py": ""})
+        submission(
+            place, {"tests/claims.py": "def check(*_): pass", "tests/test_07_score_function.py": ""}
+        )
     linked = submission(tmp_path / "links_to_the_solution", {})
     (linked / "losses.py").symlink_to(trees / "instructor" / "solution" / "losses.py")
     around = submission(tmp_path / "goes_around", {})
@@ -383,8 +445,12 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(names, tree
     (circle / "losses.py").symlink_to(circle / "losses.py")
     honest = submission(tmp_path / "zz_honest", alone(7))
     submissions = [*places, linked, around, deeper, large, circle, honest]
-    reports, grades = grade(trees, submissions, "--exercises", "7", "--public", "--limit", "2", "--jobs", "2")
-    assert {name: one["points"] for name, one in grades.items()} == {name: 5 * (name == "zz_honest") for name in grades}
+    reports, grades = grade(
+        trees, submissions, "--exercises", "7", "--public", "--limit", "2", "--jobs", "2"
+    )
+    assert {name: one["points"] for name, one in grades.items()} == {
+        name: 5 * (name == "zz_honest") for name in grades
+    }
     for name in {"sleeps", "spins"} & set(attacks):
         assert {one["status"] for one in reports[name]["tests"]} >= {"timeout"}, name
     assert "is no regular file" in notes(reports["links_to_the_solution"])[0]
@@ -406,11 +472,23 @@ def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(names, tree
 def test_an_empty_answer_scores_nothing_in_any_exercise(trees, tmp_path):
     """A loop over what comes back must not pass because nothing did."""
     files = sorted({path for one in EXERCISES for path in one.files})
-    for name, answer in {"list": "[]", "tensor": "torch.zeros(0)", "true": "True", "dict": "{}", "zero": "torch.zeros(())", "tuples": "[()] * 50"}.items():
+    for name, answer in {
+        "list": "[]",
+        "tensor": "torch.zeros(0)",
+        "true": "True",
+        "dict": "{}",
+        "zero": "torch.zeros(())",
+        "tuples": "[()] * 50",
+    }.items():
         attack = f"\nimport torch\nsave = torch.save\nif 'lambda' not in save.__name__:\n    torch.save = lambda value, file: save(('value', {answer}), file)\n"
-        submission(tmp_path / name, {path: (trees / "student" / path).read_text() + attack for path in files})
+        submission(
+            tmp_path / name,
+            {path: (trees / "student" / path).read_text() + attack for path in files},
+        )
     _, grades = grade(trees, sorted(tmp_path.iterdir()), "--limit", "20")
-    assert {name: one["points"] for name, one in grades.items()} == dict.fromkeys(grades, 0) and len(grades) == 6
+    assert {name: one["points"] for name, one in grades.items()} == dict.fromkeys(
+        grades, 0
+    ) and len(grades) == 6
 
 
 @pytest.mark.slow
@@ -461,9 +539,14 @@ Loss.reverse_kl = StratifiedReverseKL.reverse_kl = zero
 """,
         "estimator.py": "\nMine.__init__ = lambda self, config: Loss.__init__(self)\nMine.value = lambda self, s, t, b: (0 * s).sum(-1)\n",
     }
-    files = {path: (trees / "student" / path).read_text() + "\n\n" + text for path, text in functions.items()}
+    files = {
+        path: (trees / "student" / path).read_text() + "\n\n" + text
+        for path, text in functions.items()
+    }
     _, grades = grade(trees, [submission(tmp_path / "trivial", files)])
-    points = {slug: one["points"] for slug, one in grades["trivial"]["exercises"].items() if one["points"]}
+    points = {
+        slug: one["points"] for slug, one in grades["trivial"]["exercises"].items() if one["points"]
+    }
     assert points == {"01_shift": 2, "04_staleness": 2, "11_estimator": 2}
 
 
@@ -515,7 +598,12 @@ def test_a_lab_without_exercise_8_does_not_show_the_answer_to_exercise_7(tmp_pat
     """Its tail is what exercise 7 asks for."""
     build.build(tmp_path, solved=[2, 3, 5, 6, 8, 9, 10, 11])
     text = (tmp_path / "student" / "losses.py").read_text()
-    for name in ("SampledReverseKL.value", "StratifiedReverseKL.value", "StratifiedReverseKL.reverse_kl", "Loss.reverse_kl"):
+    for name in (
+        "SampledReverseKL.value",
+        "StratifiedReverseKL.value",
+        "StratifiedReverseKL.reverse_kl",
+        "Loss.reverse_kl",
+    ):
         *_, last = syntax.function(text, name).body
         assert isinstance(last, ast.Raise), name
     assert "draw(" in syntax.source(text, "Proposal.propose")
@@ -529,16 +617,32 @@ def test_once_all_is_solved_the_student_trains(tmp_path):
     names = [name for one in EXERCISES for name in one.functions]
     files = build.with_solutions(build.all_blank(solution, EXERCISES), solution, names)
     build.write_tree(tmp_path / "tree", files, EXERCISES)
-    for command in (["serial.py", "--steps", "2"], ["train.py", "--steps", "2"], ["experiment.py", "mine", "--loss", "mine", "--steps", "2"]):
-        subprocess.run([sys.executable, *command], cwd=tmp_path / "tree", check=True, capture_output=True)
+    for command in (
+        ["serial.py", "--steps", "2"],
+        ["train.py", "--steps", "2"],
+        ["experiment.py", "mine", "--loss", "mine", "--steps", "2"],
+    ):
+        subprocess.run(
+            [sys.executable, *command], cwd=tmp_path / "tree", check=True, capture_output=True
+        )
 
 
 @pytest.mark.slow
 def test_a_grader_that_is_killed_leaves_no_process(trees, tmp_path):
     """Its submission spins; the nursery notices that the judge is gone, and sweeps."""
     place = submission(tmp_path / "spins", attack_files(trees, ATTACKS["spins"]))
-    command = [sys.executable, trees / "instructor" / "grade_all.py", place, "--exercises", "7", "--limit", "300"]
-    grader = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        trees / "instructor" / "grade_all.py",
+        place,
+        "--exercises",
+        "7",
+        "--limit",
+        "300",
+    ]
+    grader = subprocess.Popen(
+        list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     sandbox = str(trees / "instructor" / "sandbox.py").encode()
 
     def running():
@@ -567,15 +671,26 @@ def test_a_file_that_stands_outside_of_the_submission_is_not_graded(trees, tmp_p
 
 
 @pytest.mark.slow
-def test_a_blank_in_sampling_attention_or_tickets_fails_no_test_of_the_learner_or_the_teacher(tmp_path):
+def test_a_blank_in_sampling_attention_or_tickets_fails_no_test_of_the_learner_or_the_teacher(
+    tmp_path,
+):
     """All but the one that compares the generator with the teacher."""
     tree = tmp_path / "tree"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "__pycache__"))
+    shutil.copytree(
+        ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "__pycache__")
+    )
     names = [name for one in EXERCISES if one.number in (2, 3, 4) for name in one.functions]
     for name in (*names, "losses.Proposal.propose"):
         path, inner = build.place_of(name)
         (tree / path).write_text(syntax.blank((tree / path).read_text(), inner, "blank"))
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_learner.py", "tests/test_teacher.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "tests/test_learner.py",
+        "tests/test_teacher.py",
+    ]
     command += ["-k", "not test_teacher_equal_to_student_agrees"]
     result = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-2000:]
@@ -584,7 +699,9 @@ def test_a_blank_in_sampling_attention_or_tickets_fails_no_test_of_the_learner_o
 # ---- the graders' formats -----------------------------------------------------------------------------
 
 
-def test_zip_files_and_one_directory_too_many_are_graded_and_a_broken_one_stops_nobody(trees, tmp_path, monkeypatch):
+def test_zip_files_and_one_directory_too_many_are_graded_and_a_broken_one_stops_nobody(
+    trees, tmp_path, monkeypatch
+):
     monkeypatch.syspath_prepend(trees / "instructor")
     import submission as handed_in
 
@@ -594,7 +711,11 @@ def test_zip_files_and_one_directory_too_many_are_graded_and_a_broken_one_stops_
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "mine").symlink_to(tmp_path / "plain")
     (tmp_path / "broken.zip").write_text("no zip file")
-    for name, inside in {"zipped": "losses.py", "zipped deeper": "my work/losses.py", "windows": "my work\\losses.py"}.items():
+    for name, inside in {
+        "zipped": "losses.py",
+        "zipped deeper": "my work/losses.py",
+        "windows": "my work\\losses.py",
+    }.items():
         with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
             archive.writestr(inside, "1")
             archive.writestr("../channel.py", "outside")
@@ -614,35 +735,77 @@ def test_what_was_graded_before_stays_unless_it_is_graded_again(tmp_path):
     """A student or an exercise can be graded again without the others."""
 
     def tests(kind, slug, points):
-        return [{"exercise": slug, "kind": kind, "test": "test", "claim": "It is right.", "status": "failed", "message": "", "points": points, "worth": 5}]
+        return [
+            {
+                "exercise": slug,
+                "kind": kind,
+                "test": "test",
+                "claim": "It is right.",
+                "status": "failed",
+                "message": "",
+                "points": points,
+                "worth": 5,
+            }
+        ]
 
     def add(name, tests):
-        instructor_reports.add(tmp_path, name, {"sha256": {one["exercise"]: "1" for one in tests}, "notes": {}, "tests": tests})
+        instructor_reports.add(
+            tmp_path,
+            name,
+            {"sha256": {one["exercise"]: "1" for one in tests}, "notes": {}, "tests": tests},
+        )
         return json.loads((tmp_path / "grades.json").read_text())
 
     add("ann", tests("hidden", "02_b", 4) + tests("public", "02_b", 3))
     add("bob", tests("public", "02_b", 5))
     grades = add("ann", tests("public", "02_b", 1) + tests("public", "01_a", 2))
     assert {name: one["points"] for name, one in grades.items()} == {"ann": 7, "bob": 5}
-    assert (tmp_path / "grades.csv").read_text() == "submission,points,max,blocked,01_a,02_b\nann,7,15,0,2,5\nbob,5,5,0,,5\n"
+    assert (
+        tmp_path / "grades.csv"
+    ).read_text() == "submission,points,max,blocked,01_a,02_b\nann,7,15,0,2,5\nbob,5,5,0,,5\n"
     assert "exercise 01_a: 2 of 5" in (tmp_path / "feedback" / "ann.txt").read_text()
     assert " -   5  5 of 5" in instructor_reports.class_table(grades, {})
-    report = {"sha256": {"02_b": "another"}, "notes": {"02_b": []}, "tests": tests("public", "02_b", 1)}
-    again = instructor_reports.merged(json.loads((tmp_path / "report.json").read_text())["ann"], report)
+    report = {
+        "sha256": {"02_b": "another"},
+        "notes": {"02_b": []},
+        "tests": tests("public", "02_b", 1),
+    }
+    again = instructor_reports.merged(
+        json.loads((tmp_path / "report.json").read_text())["ann"], report
+    )
     assert "ran on other files" in notes(again)[0]
 
 
 @pytest.mark.slow
 def test_a_class_that_is_interrupted_keeps_what_was_graded(trees, tmp_path):
     """Ctrl-C stops within the test that runs, and nothing runs on."""
-    places = [submission(tmp_path / "a", alone(7)), submission(tmp_path / "b", attack_files(trees, ATTACKS["sleeps"]))]
+    places = [
+        submission(tmp_path / "a", alone(7)),
+        submission(tmp_path / "b", attack_files(trees, ATTACKS["sleeps"])),
+    ]
     out = tmp_path / "out"
 
     def listen():  # also where the tests were started in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    command = [sys.executable, trees / "instructor" / "grade_all.py", *places, "--exercises", "7", "--limit", "300", "--out", out]
-    grader = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=listen)
+    command = [
+        sys.executable,
+        trees / "instructor" / "grade_all.py",
+        *places,
+        "--exercises",
+        "7",
+        "--limit",
+        "300",
+        "--out",
+        out,
+    ]
+    grader = subprocess.Popen(
+        list(map(str, command)),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=listen,
+    )
     wait_until((out / "grades.json").exists)
     grader.send_signal(signal.SIGINT)
     assert grader.wait(30) != 0
@@ -656,12 +819,26 @@ def test_a_class_that_is_interrupted_keeps_what_was_graded(trees, tmp_path):
 def test_gradescope_gets_a_score_for_every_test(trees, tmp_path):
     place = submission(tmp_path / "submission", alone(7))
     out = tmp_path / "results.json"
-    command = [sys.executable, trees / "instructor" / "grade_all.py", place, "--gradescope", out, "--exercises", "7"]
+    command = [
+        sys.executable,
+        trees / "instructor" / "grade_all.py",
+        place,
+        "--gradescope",
+        out,
+        "--exercises",
+        "7",
+    ]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     result = json.loads(out.read_text())
-    assert sum(one["score"] for one in result["tests"]) == sum(one["max_score"] for one in result["tests"]) == 10
+    assert (
+        sum(one["score"] for one in result["tests"])
+        == sum(one["max_score"] for one in result["tests"])
+        == 10
+    )
     assert {one["visibility"] for one in result["tests"]} == {"visible", "after_published"}
-    assert all({"name", "score", "max_score", "status", "output"} <= set(one) for one in result["tests"])
+    assert all(
+        {"name", "score", "max_score", "status", "output"} <= set(one) for one in result["tests"]
+    )
 
 
 @pytest.mark.slow
@@ -670,12 +847,25 @@ def test_classroom_50_gets_its_result_from_public_tests_alone(trees, tmp_path):
     assert not list(bundle.rglob("hidden*")) and not list(bundle.rglob("solution*"))
     checkout = submission(tmp_path / "checkout", alone(7))
     urls = {f"{name}_URL": f"https://example.org/{name}" for name in ("COMMIT", "RELEASE")}
-    names = {"CLASSROOM": "course", "ASSIGNMENT": "opd", "SUBMISSION_TAG": "submit/1", "RUNNER_TEMP": str(tmp_path)}
+    names = {
+        "CLASSROOM": "course",
+        "ASSIGNMENT": "opd",
+        "SUBMISSION_TAG": "submit/1",
+        "RUNNER_TEMP": str(tmp_path),
+    }
     command = [sys.executable, bundle / "autograder.py", "--installed", "--exercises", "7"]
-    subprocess.run(list(map(str, command)), cwd=checkout, env=os.environ | urls | names, check=True, capture_output=True)
+    subprocess.run(
+        list(map(str, command)),
+        cwd=checkout,
+        env=os.environ | urls | names,
+        check=True,
+        capture_output=True,
+    )
     result = json.loads((checkout / "result.json").read_text())
     assert result["schema"] == "classroom50/result/v1" and result["classroom"] == "course"
-    assert result["score"] == result["max-score"] == 5 == sum(one["score"] for one in result["tests"])
+    assert (
+        result["score"] == result["max-score"] == 5 == sum(one["score"] for one in result["tests"])
+    )
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -686,4 +876,8 @@ def test_classroom_50_gets_its_result_from_public_tests_alone(trees, tmp_path):
 def test_what_the_grader_cannot_use_is_one_line(flags, message, trees):
     command = [sys.executable, trees / "instructor" / "grade_all.py", *flags]
     result = subprocess.run(command, cwd=trees, capture_output=True, text=True)
-    assert result.returncode == 1 and re.search(message, result.stderr) and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 1
+        and re.search(message, result.stderr)
+        and "Traceback" not in result.stderr
+    )

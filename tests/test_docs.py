@@ -15,8 +15,17 @@ from conftest import ROOT
 TOKENS, CODE_LINES = 21_500, 2_300  # of the whole system, without comments and docstrings
 WIDTH, TOKENS_PER_LINE, LONGEST_FILE = 100, 9.5, 400
 OUTSIDE = ("tests/", "benchmarks/", "experiments/", "assets/", "docs/", "course/")
-LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-FSTRING_START = getattr(tokenize, "FSTRING_START", None)  # Python 3.12: an f-string is many tokens; they count as one
+LAYOUT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+FSTRING_START = getattr(
+    tokenize, "FSTRING_START", None
+)  # Python 3.12: an f-string is many tokens; they count as one
 FSTRING_END = getattr(tokenize, "FSTRING_END", None)
 
 BUDGETED = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
@@ -27,8 +36,14 @@ def lines(path):
 
 
 def test_the_readme_lists_every_file_with_its_line_count():
-    table = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M))
-    actual = {str(path.relative_to(ROOT)): str(lines(path)) for path in BUDGETED if path.name != "__init__.py"}
+    table = dict(
+        re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    )
+    actual = {
+        str(path.relative_to(ROOT)): str(lines(path))
+        for path in BUDGETED
+        if path.name != "__init__.py"
+    }
     assert table == actual
 
 
@@ -38,15 +53,22 @@ def test_the_readme_lists_every_file_with_its_line_count():
 @cache
 def system():
     """Every tracked Python file of the system -> its source."""
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     paths = [ROOT / name for name in listed if not name.startswith(OUTSIDE)]
-    return {path: path.read_text() for path in paths if path.exists()}  # one may be renamed just now
+    return {
+        path: path.read_text() for path in paths if path.exists()
+    }  # one may be renamed just now
 
 
 def docstring_lines(tree):
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
             found |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return found
 
@@ -64,13 +86,19 @@ def measure(source: str):
 
 
 def test_an_f_string_is_one_token_and_docstrings_are_none():
-    source = '"""Doc."""\n\n\ndef f(x):\n    """Doc."""\n    return f"{x} and {f\'{x}\'!r}"  # why\n'
+    source = (
+        '"""Doc."""\n\n\ndef f(x):\n    """Doc."""\n    return f"{x} and {f\'{x}\'!r}"  # why\n'
+    )
     assert measure(source) == (8, 2)
 
 
 def test_the_token_and_line_budget_is_kept():
     tokens, lines = (sum(counts) for counts in zip(*map(measure, system().values())))
-    assert tokens <= TOKENS and lines <= CODE_LINES and tokens <= TOKENS_PER_LINE * lines, (tokens, lines, tokens / lines)
+    assert tokens <= TOKENS and lines <= CODE_LINES and tokens <= TOKENS_PER_LINE * lines, (
+        tokens,
+        lines,
+        tokens / lines,
+    )
 
 
 def test_no_file_is_long_and_no_line_is_wide():
@@ -82,7 +110,11 @@ def test_no_file_is_long_and_no_line_is_wide():
 def test_functions_are_short():
     nodes = [node for source in system().values() for node in ast.walk(ast.parse(source))]
     lengths = sorted(n.end_lineno - n.lineno + 1 for n in nodes if isinstance(n, ast.FunctionDef))
-    assert lengths[len(lengths) // 2] <= 9 and lengths[int(0.9 * len(lengths))] <= 22 and lengths[-1] <= 45
+    assert (
+        lengths[len(lengths) // 2] <= 9
+        and lengths[int(0.9 * len(lengths))] <= 22
+        and lengths[-1] <= 45
+    )
 
 
 # ---- what the pages say -----------------------------------------------------------------------
@@ -92,7 +124,9 @@ def find_excerpt(run: list[str], source: list[str], start: int):
     """Where the lines of `run` stand in `source` from line `start` on, whatever their indentation, or -1."""
     wanted = textwrap.dedent("\n".join(run))
     places = range(start, len(source) - len(run) + 1)
-    return next((i for i in places if textwrap.dedent("\n".join(source[i : i + len(run)])) == wanted), -1)
+    return next(
+        (i for i in places if textwrap.dedent("\n".join(source[i : i + len(run)])) == wanted), -1
+    )
 
 
 def check_excerpt(block: str):
@@ -105,12 +139,16 @@ def check_excerpt(block: str):
     for run in re.split(r"^\s*# \.\.\.$", "\n".join(body), flags=re.M):
         run = run.strip("\n").split("\n")
         start = find_excerpt(run, source, end)
-        assert any(run) and start >= 0, f"not in {named[1]}, or not in this order:\n" + "\n".join(run)
+        assert any(run) and start >= 0, f"not in {named[1]}, or not in this order:\n" + "\n".join(
+            run
+        )
         end = start + len(run)
 
 
 def test_every_excerpt_in_the_walkthrough_stands_in_the_source():
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "walkthrough.md").read_text(), re.M | re.S)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "walkthrough.md").read_text(), re.M | re.S
+    )
     assert blocks
     for block in blocks:
         check_excerpt(block)
@@ -129,13 +167,40 @@ def test_torchrun_leaves_our_flags_to_us():
     """It takes abbreviations of its own options, --signal for one, unless -- comes first."""
     for name in ("README.md", "Makefile", "config.py", "train.py", "docs/gpu-checklist.md"):
         text = (ROOT / name).read_text()
-        assert re.findall(r"torchrun .*(?:-- )train\.py", text) == re.findall(r"torchrun .*[ /]train\.py", text), name
+        assert re.findall(r"torchrun .*(?:-- )train\.py", text) == re.findall(
+            r"torchrun .*[ /]train\.py", text
+        ), name
 
 
 def test_every_flag_in_the_readme_exists():
     from config import Config, new_option
 
-    known = {new_option(item).opts[0] for item in fields(Config)} | {"--config", "--help", "--standalone", "--nproc-per-node", "--shutdown-timeout", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--plan"}
-    known |= {"--model", "--json", "--seeds", "--threads", "--quick", "--starts", "--losses", "--out", "--run", "--lags"}  # generate.py, benchmarks
+    known = {new_option(item).opts[0] for item in fields(Config)} | {
+        "--config",
+        "--help",
+        "--standalone",
+        "--nproc-per-node",
+        "--shutdown-timeout",
+        "--nnodes",
+        "--node-rank",
+        "--master-addr",
+        "--master-port",
+        "--plan",
+    }
+    known |= {
+        "--model",
+        "--json",
+        "--seeds",
+        "--threads",
+        "--quick",
+        "--starts",
+        "--losses",
+        "--out",
+        "--run",
+        "--lags",
+    }  # generate.py, benchmarks
     # not an arrow of the picture, --row#-->
-    assert set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)(?!#)\b", (ROOT / "README.md").read_text())) <= known
+    assert (
+        set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)(?!#)\b", (ROOT / "README.md").read_text()))
+        <= known
+    )

@@ -17,9 +17,30 @@ from conftest import ROOT
 from channel import Rollout
 from checks import load_model
 from experiments import claims, frontier, heal, real_curves, real_model, staleness
-from experiments.estimators import ESTIMATORS, Snapshot, Spread, dense_logit_gradient, derivatives, expected_logit_gradient, measure, of_different_groups
+from experiments.estimators import (
+    ESTIMATORS,
+    Snapshot,
+    Spread,
+    dense_logit_gradient,
+    derivatives,
+    expected_logit_gradient,
+    measure,
+    of_different_groups,
+)
 from experiments.lagged import CPU, Lagged, flat
-from experiments.staleness import BASE, LAGS, LOSSES, STRONG, Job, canonical, grid, make, run, summary, task
+from experiments.staleness import (
+    BASE,
+    LAGS,
+    LOSSES,
+    STRONG,
+    Job,
+    canonical,
+    grid,
+    make,
+    run,
+    summary,
+    task,
+)
 from experiments.study import results
 from kernels.head import unfused_loss
 from losses import make_loss
@@ -29,7 +50,10 @@ def policies(lag, positions=5, vocab=40):
     """log-probabilities of student, teacher and a stale sampler, float64 [P,V]."""
     generator = torch.Generator().manual_seed(0)
     z = 1.5 * torch.randn(positions, vocab, dtype=torch.float64, generator=generator)
-    t, b = (z + scale * torch.randn(positions, vocab, dtype=torch.float64, generator=generator) for scale in (1.0, lag))
+    t, b = (
+        z + scale * torch.randn(positions, vocab, dtype=torch.float64, generator=generator)
+        for scale in (1.0, lag)
+    )
     return z.log_softmax(-1), t.log_softmax(-1), b.log_softmax(-1)
 
 
@@ -47,24 +71,37 @@ def small(name):
 @pytest.mark.parametrize("name", UNBIASED)
 def test_importance_weights_with_the_current_signal_have_exactly_no_bias_at_any_lag(name, lag):
     s, t, b = policies(lag)
-    torch.testing.assert_close(expected_logit_gradient(small(name), s, t, b), dense_logit_gradient(s, t), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        expected_logit_gradient(small(name), s, t, b),
+        dense_logit_gradient(s, t),
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 def test_the_rollouts_signal_with_the_ratio_pushes_away_from_the_sampler():
     s, t, b = policies(1.0)
-    torch.testing.assert_close(expected_logit_gradient(small("rollout signal + IS"), s, t, b), dense_logit_gradient(s, t) - dense_logit_gradient(s, b))
+    torch.testing.assert_close(
+        expected_logit_gradient(small("rollout signal + IS"), s, t, b),
+        dense_logit_gradient(s, t) - dense_logit_gradient(s, b),
+    )
 
 
 @pytest.mark.parametrize("name", BIASED)
 def test_the_others_are_biased_under_lag(name):
     s, t, b = policies(1.0)
     exact = dense_logit_gradient(s, t)
-    assert (expected_logit_gradient(small(name), s, t, b, m2_bound=0.2) - exact).norm() > 0.05 * exact.norm()
+    assert (
+        expected_logit_gradient(small(name), s, t, b, m2_bound=0.2) - exact
+    ).norm() > 0.05 * exact.norm()
 
 
 def test_the_whole_vocabulary_as_support_is_the_dense_gradient():
     s, t, b = policies(1.0)
-    torch.testing.assert_close(expected_logit_gradient(replace(BASE, loss="sparse_reverse_kl", top_k=40), s, t, b), dense_logit_gradient(s, t))
+    torch.testing.assert_close(
+        expected_logit_gradient(replace(BASE, loss="sparse_reverse_kl", top_k=40), s, t, b),
+        dense_logit_gradient(s, t),
+    )
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -82,7 +119,9 @@ def test_the_expectation_is_the_mean_of_what_the_generator_draws_and_the_learner
     ids, logp = loss.propose(b.clone(), uniforms)
     _, _, g = unfused_loss(loss, s.clone(), ids, t.gather(1, ids), logp, torch.float32)
     g = g.view(3, draws, -1).double()
-    error = (g.mean(1) - exact).norm() / (g.var(1).sum() / draws).sqrt().clamp(min=1e-6 * exact.norm())
+    error = (g.mean(1) - exact).norm() / (g.var(1).sum() / draws).sqrt().clamp(
+        min=1e-6 * exact.norm()
+    )
     assert error < 2  # standard errors of the whole vector
     squares = (g - exact.double()[:, None]).square().sum(-1)
     _, c, density = derivatives(config, *(x[::draws] for x in (s, t, b)), m2_bound=0.2)
@@ -90,7 +129,9 @@ def test_the_expectation_is_the_mean_of_what_the_generator_draws_and_the_learner
     assert ((squares.mean(1) - claimed).abs() <= 4 * squares.std(1) / draws**0.5 + 1e-9).all()
 
 
-@pytest.mark.parametrize("name", ["current signal + IS", "rollout signal + PPO clip", "stratified 28+4"])
+@pytest.mark.parametrize(
+    "name", ["current signal + IS", "rollout signal + PPO clip", "stratified 28+4"]
+)
 def test_the_random_vectors_have_the_covariance_of_one_draw_through_any_linear_map(name):
     s, t, b = policies(1.0)
     _, c, density = derivatives(small(name), s, t, b)
@@ -102,8 +143,12 @@ def test_the_random_vectors_have_the_covariance_of_one_draw_through_any_linear_m
     image = torch.einsum("dpv,pyv->dpy", map_, v)
     exact = torch.einsum("py,dpy,epy->de", density, image, image)
     spread = Spread(s, c, density)
-    drawn = torch.stack([torch.einsum("dpv,pv->d", map_, spread.sample(generator)) for _ in range(5_000)])
-    torch.testing.assert_close(drawn.T @ drawn / len(drawn), exact, rtol=0, atol=0.06 * float(exact.diag().max()))
+    drawn = torch.stack(
+        [torch.einsum("dpv,pv->d", map_, spread.sample(generator)) for _ in range(5_000)]
+    )
+    torch.testing.assert_close(
+        drawn.T @ drawn / len(drawn), exact, rtol=0, atol=0.06 * float(exact.diag().max())
+    )
 
 
 def linear_snapshot(seed, parameters=6):
@@ -125,7 +170,9 @@ def test_the_variance_is_that_of_one_draw_at_one_position(name):
     v = c[..., None] * (torch.eye(s.shape[1]) - s.exp()[:, None])
     v = v - (density[..., None] * v).sum(1, keepdim=True)
     exact = (density[None] * torch.einsum("dpv,pyv->dpy", map_, v).square()).sum() / len(s)
-    assert snapshot.variance(config, 3000, torch.Generator().manual_seed(0)) == pytest.approx(float(exact), rel=0.05)
+    assert snapshot.variance(config, 3000, torch.Generator().manual_seed(0)) == pytest.approx(
+        float(exact), rel=0.05
+    )
 
 
 def test_bias_scatter_and_variance_are_in_units_of_the_exact_gradient_and_of_one_position():
@@ -134,7 +181,9 @@ def test_bias_scatter_and_variance_are_in_units_of_the_exact_gradient_and_of_one
     scale = float(torch.dot(groups[0].exact, groups[1].exact))
     assert found["variance"] == pytest.approx(48.0 / 16 / scale)
     biases = [group.mean(config, None) - group.exact for group in groups]
-    assert found["bias"] ** 2 + found["scatter"] / len(groups[0].s) == pytest.approx(sum(float(x.square().sum()) for x in biases) / 2 / scale)
+    assert found["bias"] ** 2 + found["scatter"] / len(groups[0].s) == pytest.approx(
+        sum(float(x.square().sum()) for x in biases) / 2 / scale
+    )
 
 
 @pytest.mark.parametrize("lag", [0, 2])
@@ -156,7 +205,11 @@ def short_run(loss, lag, seed):
 
 def test_one_seed_gives_one_result_and_another_seed_another():
     first, again, other = (short_run("forward KL 16", 2, seed) for seed in (0, 0, 1))
-    assert first == again != other and first[0]["update"] == 2 and set(first[0]) == set(staleness.COLUMNS)
+    assert (
+        first == again != other
+        and first[0]["update"] == 2
+        and set(first[0]) == set(staleness.COLUMNS)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if canonical(name, 0) != name])
@@ -169,20 +222,31 @@ def test_without_lag_signal_and_correction_make_no_difference(name):
         return flat(lagged.learner.model) - start
 
     path, stand_in = moved(name), moved(canonical(name, 0))
-    assert (path - stand_in).norm() < 1e-3 * stand_in.norm()  # Adam makes much of rounding where the gradient is nearly zero
+    assert (
+        (path - stand_in).norm() < 1e-3 * stand_in.norm()
+    )  # Adam makes much of rounding where the gradient is nearly zero
 
 
 def test_a_run_without_lag_gives_the_lines_of_all_that_it_stands_for():
     lines = short_run("current signal + IS", 0, 0)
-    assert {line["loss"] for line in lines} == {name for name in LOSSES if canonical(name, 0) == "current signal + IS"} >= {"M2PO", "decoupled"}
+    assert (
+        {line["loss"] for line in lines}
+        == {name for name in LOSSES if canonical(name, 0) == "current signal + IS"}
+        >= {"M2PO", "decoupled"}
+    )
     assert [{**line, "loss": ""} for line in lines] == len(lines) * [{**lines[0], "loss": ""}]
 
 
 def test_the_population_bias_has_no_noise_of_the_groups():
     generator = torch.Generator().manual_seed(0)
     mean = torch.ones(1000, dtype=torch.float64)
-    groups = [mean + 3 * torch.randn(1000, dtype=torch.float64, generator=generator) for _ in range(40)]
-    assert of_different_groups(groups, groups) == pytest.approx(1000, rel=0.05) and groups[0].square().sum() > 8000
+    groups = [
+        mean + 3 * torch.randn(1000, dtype=torch.float64, generator=generator) for _ in range(40)
+    ]
+    assert (
+        of_different_groups(groups, groups) == pytest.approx(1000, rel=0.05)
+        and groups[0].square().sum() > 8000
+    )
 
 
 def test_no_run_is_made_twice_and_none_is_missing():
@@ -191,44 +255,75 @@ def test_no_run_is_made_twice_and_none_is_missing():
     for seed in (0, 1):
         for name in LOSSES:
             assert all(Job("weak", canonical(name, lag), lag, seed) in jobs for lag in LAGS)
-            assert name not in STRONG or all(Job("strong", canonical(name, lag), lag, seed) in jobs for lag in (0, 8, 32))
+            assert name not in STRONG or all(
+                Job("strong", canonical(name, lag), lag, seed) in jobs for lag in (0, 8, 32)
+            )
 
 
 def test_the_summary_is_the_mean_over_seeds_of_the_last_evaluation():
     line = {"start": "weak", "loss": "M2PO", "lag": 8, "update": 80}
-    lines = [line | {"accuracy": 0.25}, line | {"accuracy": 0.75}, line | {"update": 20, "accuracy": 1.0}, line | {"lag": 0, "accuracy": 1.0}]
+    lines = [
+        line | {"accuracy": 0.25},
+        line | {"accuracy": 0.75},
+        line | {"update": 20, "accuracy": 1.0},
+        line | {"lag": 0, "accuracy": 1.0},
+    ]
     assert summary(lines).split() == "weak M2PO lag 0: 100.0% lag 8: 50.0%".split()
 
 
 def compared(a, b, **more):
-    comparison = claims.Comparison("staleness", **{"metric": "accuracy", **more}, a=("weak", "A", 8), b=("weak", "B", 8))
-    return claims.compare(comparison, {("weak", "A", 8): dict(enumerate(a)), ("weak", "B", 8): dict(enumerate(b))})
+    comparison = claims.Comparison(
+        "staleness", **{"metric": "accuracy", **more}, a=("weak", "A", 8), b=("weak", "B", 8)
+    )
+    return claims.compare(
+        comparison, {("weak", "A", 8): dict(enumerate(a)), ("weak", "B", 8): dict(enumerate(b))}
+    )
 
 
 def test_a_comparison_is_answered_by_four_of_five_seeds_or_by_the_interval():
     noisy = [0.5, 0.5, 0.5, 0.5, 0.5]
-    assert compared([0.6, 0.6, 0.6, 0.6, 0.1], noisy).answer == "yes"  # 4 of 5, though the interval holds 0
+    assert (
+        compared([0.6, 0.6, 0.6, 0.6, 0.1], noisy).answer == "yes"
+    )  # 4 of 5, though the interval holds 0
     assert compared([0.6, 0.6, 0.6, 0.1, 0.1], noisy).answer == "open"
     assert compared([0.4, 0.4, 0.4, 0.4, 0.9], noisy).answer == "no"
-    three = compared([0.6, 0.61, 0.62], [0.5] * 3)  # too few seeds to count, an interval that is clear
+    three = compared(
+        [0.6, 0.61, 0.62], [0.5] * 3
+    )  # too few seeds to count, an interval that is clear
     assert three.answer == "yes" and three.wins == three.seeds == 3
-    assert compared([0.6, 0.61, 0.9], [0.5] * 3).answer == "open" and compared([0.9], [0.5]).answer == "open"
+    assert (
+        compared([0.6, 0.61, 0.9], [0.5] * 3).answer == "open"
+        and compared([0.9], [0.5]).answer == "open"
+    )
 
 
 def test_the_interval_is_students_over_seeds():
     result = compared([0.1, 0.2, 0.3, 0.4, 0.5], [0.0] * 5)
-    assert (result.mean, result.low, result.high) == pytest.approx((0.3, 0.3 - 2.776 * 0.0707107, 0.3 + 2.776 * 0.0707107), rel=1e-4)
+    assert (result.mean, result.low, result.high) == pytest.approx(
+        (0.3, 0.3 - 2.776 * 0.0707107, 0.3 + 2.776 * 0.0707107), rel=1e-4
+    )
 
 
 def test_a_verdict_is_never_more_than_its_comparisons():
-    assert claims.verdict(["yes", "yes"]) == "**holds**" and claims.verdict(["yes", "open", "no"]) == "**holds in part** (1 yes, 1 open, 1 no)"
-    assert claims.verdict(["no", "no"]) == "**does not hold here**" and claims.verdict(["open", "open"]) == "**not decided** (2 open)"
+    assert (
+        claims.verdict(["yes", "yes"]) == "**holds**"
+        and claims.verdict(["yes", "open", "no"]) == "**holds in part** (1 yes, 1 open, 1 no)"
+    )
+    assert (
+        claims.verdict(["no", "no"]) == "**does not hold here**"
+        and claims.verdict(["open", "open"]) == "**not decided** (2 open)"
+    )
     assert claims.verdict(["open", "no"]) == "**does not hold here** (1 open, 1 no)"
 
 
 def test_margins_ratios_and_metrics_of_which_less_is_better():
-    assert compared([0.52] * 5, [0.5] * 5, margin=0.05).answer == "no" and compared([0.46] * 5, [0.5] * 5, margin=-0.05).answer == "yes"
-    assert compared([0.2] * 5, [0.4] * 5, metric="reverse_kl", margin=1.9, ratio=True).answer == "yes"
+    assert (
+        compared([0.52] * 5, [0.5] * 5, margin=0.05).answer == "no"
+        and compared([0.46] * 5, [0.5] * 5, margin=-0.05).answer == "yes"
+    )
+    assert (
+        compared([0.2] * 5, [0.4] * 5, metric="reverse_kl", margin=1.9, ratio=True).answer == "yes"
+    )
     halved = compared([0.2] * 5, [0.4] * 5, metric="reverse_kl", margin=2.1, ratio=True)
     assert halved.answer == "no" and halved.mean == pytest.approx(2.0)
 
@@ -243,26 +338,64 @@ def test_every_claim_can_be_rerun_and_its_cells_are_those_of_the_study():
             elif c.study == "frontier":
                 assert set(frontier.jobs_for([c.a, c.b], range(5))) <= pipeline
             elif c.study == "real_curves":
-                assert c.a[0] in real_curves.LOSSES and c.b[0] in real_curves.LOSSES and c.a[1] in real_curves.LAGS
-                assert len(real_curves.jobs_for([c.a, c.b], range(5))) == 10 and c.a[2] == real_curves.STEPS
+                assert (
+                    c.a[0] in real_curves.LOSSES
+                    and c.b[0] in real_curves.LOSSES
+                    and c.a[1] in real_curves.LAGS
+                )
+                assert (
+                    len(real_curves.jobs_for([c.a, c.b], range(5))) == 10
+                    and c.a[2] == real_curves.STEPS
+                )
             else:
                 assert c.a[0] in LOSSES and c.b[0] in LOSSES and {c.a[1], c.b[1]} <= set(LAGS)
 
 
 def test_evaluations_are_taken_off_the_clock_of_the_frontier():
-    records = [{"step": i, "wall_seconds": 2.0 * i + i // 2, "tokens": 100, "lag_max": 1, "lag_mean": 0.5, "drift_kl": 0.0, **dict.fromkeys(frontier.BUSY, 0.5)} for i in (1, 2, 3, 4)]
+    records = [
+        {
+            "step": i,
+            "wall_seconds": 2.0 * i + i // 2,
+            "tokens": 100,
+            "lag_max": 1,
+            "lag_mean": 0.5,
+            "drift_kl": 0.0,
+            **dict.fromkeys(frontier.BUSY, 0.5),
+        }
+        for i in (1, 2, 3, 4)
+    ]
     records[1]["eval_accuracy"], records[3]["eval_accuracy"] = 0.5, 0.95
     line = frontier.measure(records, [1.0, 1.0], every=2)
-    assert (line["tokens_per_second"], line["seconds_to_90"], line["updates_to_90"], line["accuracy"]) == (50.0, 8.0, 4, 0.95)
+    assert (
+        line["tokens_per_second"],
+        line["seconds_to_90"],
+        line["updates_to_90"],
+        line["accuracy"],
+    ) == (50.0, 8.0, 4, 0.95)
     records[3]["eval_accuracy"] = 0.6
     assert frontier.measure(records, [1.0, 1.0], every=2)["seconds_to_90"] is None
 
 
 def test_the_teacher_gets_no_time_off_the_clock():
-    names = [{"ph": "M", "tid": tid, "args": {"name": name}} for tid, name in enumerate(("generator 0", "teacher 0", "learner"))]
-    spans = [(0, "evaluate", 0, 5), (0, "decode", 5, 10), (0, "evaluate", 10, 14), (1, "score", 9, 11), (1, "score", 13, 20), (2, "update", 0, 20)]
-    events = names + [{"ph": "X", "tid": tid, "name": name, "ts": begin * 1e6, "dur": (end - begin) * 1e6} for tid, name, begin, end in spans]
-    assert frontier.off_the_clock(events) == [pytest.approx(2.0)]  # of 4 seconds the teacher worked 1 + 1
+    names = [
+        {"ph": "M", "tid": tid, "args": {"name": name}}
+        for tid, name in enumerate(("generator 0", "teacher 0", "learner"))
+    ]
+    spans = [
+        (0, "evaluate", 0, 5),
+        (0, "decode", 5, 10),
+        (0, "evaluate", 10, 14),
+        (1, "score", 9, 11),
+        (1, "score", 13, 20),
+        (2, "update", 0, 20),
+    ]
+    events = names + [
+        {"ph": "X", "tid": tid, "name": name, "ts": begin * 1e6, "dur": (end - begin) * 1e6}
+        for tid, name, begin, end in spans
+    ]
+    assert frontier.off_the_clock(events) == [
+        pytest.approx(2.0)
+    ]  # of 4 seconds the teacher worked 1 + 1
 
 
 @pytest.fixture
@@ -271,9 +404,17 @@ def without_training(monkeypatch):
 
     def run(arguments):
         job, steps, every, norm = arguments
-        numbers = {column: 0.125 * (job.lag + job.seed) for column in staleness.COLUMNS if column not in staleness.KINDS}
+        numbers = {
+            column: 0.125 * (job.lag + job.seed)
+            for column in staleness.COLUMNS
+            if column not in staleness.KINDS
+        }
         updates = range(every, steps + 1, every)
-        return [{**vars(job), "loss": name, **numbers, "max_grad_norm": norm, "update": update} for name in staleness.names(job) for update in updates]
+        return [
+            {**vars(job), "loss": name, **numbers, "max_grad_norm": norm, "update": update}
+            for name in staleness.names(job)
+            for update in updates
+        ]
 
     monkeypatch.setattr(staleness, "run", run)
 
@@ -304,7 +445,9 @@ def test_a_study_is_continued_not_repeated_and_not_mixed(tmp_path, without_train
     path.write_bytes(text.splitlines()[0])  # stopped within the first line
     assert make(path, jobs, steps=2, every=1, workers=1) == both and path.read_bytes() == text
     header, line = text.splitlines(keepends=True)[:2]
-    path.write_bytes(header + b",".join(line.split(b",")[:6] + [b""] + line.split(b",")[7:]))  # no accuracy
+    path.write_bytes(
+        header + b",".join(line.split(b",")[:6] + [b""] + line.split(b",")[7:])
+    )  # no accuracy
     with pytest.raises(SystemExit, match="line 2 is damaged"):
         make(path, jobs, steps=2, every=1)
     path.write_bytes(text.replace(b"KL 16,8", b"KL 16,eight", 1))
@@ -315,13 +458,20 @@ def test_a_study_is_continued_not_repeated_and_not_mixed(tmp_path, without_train
         make(path, jobs, steps=2, every=1)
 
 
-def test_a_loss_that_is_new_adds_its_lines_and_removes_none(tmp_path, monkeypatch, without_training):
-    job, new = Job("weak", "current signal + IS, N=4", 0, 0), {"mine": {**LOSSES["rollout signal + PPO clip"], "num_samples": 4}}
+def test_a_loss_that_is_new_adds_its_lines_and_removes_none(
+    tmp_path, monkeypatch, without_training
+):
+    job, new = (
+        Job("weak", "current signal + IS, N=4", 0, 0),
+        {"mine": {**LOSSES["rollout signal + PPO clip"], "num_samples": 4}},
+    )
     make(tmp_path / "s.csv", [job], steps=1, every=1, workers=1)
     before = (tmp_path / "s.csv").read_text()
     monkeypatch.setattr(staleness, "LOSSES", LOSSES | new)
     lines = make(tmp_path / "s.csv", [job], steps=1, every=1, workers=1)
-    assert (tmp_path / "s.csv").read_text().startswith(before) and [line["loss"] for line in lines] == [job.loss, "mine"]
+    assert (tmp_path / "s.csv").read_text().startswith(before) and [
+        line["loss"] for line in lines
+    ] == [job.loss, "mine"]
 
 
 def test_a_process_that_dies_ends_the_study_instead_of_hanging_it():
@@ -342,8 +492,14 @@ def test_the_figures_are_drawn_from_the_committed_results(tmp_path):
     shutil.copytree(ROOT / "experiments" / "results", tmp_path / "results")
     for picture in (tmp_path / "results").glob("*.png"):
         picture.unlink()
-    subprocess.run([sys.executable, "-m", "experiments.figures", "--results", tmp_path / "results"], cwd=ROOT, check=True)
-    assert {p.name for p in (tmp_path / "results").glob("*.png")} == {p.name for p in (ROOT / "experiments" / "results").glob("*.png")}
+    subprocess.run(
+        [sys.executable, "-m", "experiments.figures", "--results", tmp_path / "results"],
+        cwd=ROOT,
+        check=True,
+    )
+    assert {p.name for p in (tmp_path / "results").glob("*.png")} == {
+        p.name for p in (ROOT / "experiments" / "results").glob("*.png")
+    }
 
 
 @pytest.mark.slow
@@ -388,14 +544,26 @@ def test_each_space_has_the_squares_of_its_own_image(monkeypatch):
     found, rows = measured("stratified 8+4", fields, monkeypatch, draws=1)
     loss, generator = make_loss(replace(BASE, **fields)), torch.Generator().manual_seed(0)
     errors = [real_model.logit_gradient(loss, r, generator) - r.exact() for r in found]
-    for space, image in (("logits", lambda g: g), ("hidden", lambda g: g @ HEAD), ("parameters", flat_pull)):
-        parts, wholes = ([real_model.square(image(g)) for g in gradients] for gradients in (errors, [r.exact() for r in found]))
-        assert rows[space]["variance"] == pytest.approx(sum(parts) / sum(wholes)) and rows[space]["variance_error"] > 0
+    for space, image in (
+        ("logits", lambda g: g),
+        ("hidden", lambda g: g @ HEAD),
+        ("parameters", flat_pull),
+    ):
+        parts, wholes = (
+            [real_model.square(image(g)) for g in gradients]
+            for gradients in (errors, [r.exact() for r in found])
+        )
+        assert (
+            rows[space]["variance"] == pytest.approx(sum(parts) / sum(wholes))
+            and rows[space]["variance_error"] > 0
+        )
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     values = [1.0, 4.0, 2.0, 7.0, 7.0]
-    assert real_model.ratio(values, [1.0] * 5) == pytest.approx((4.2, statistics.stdev(values) / 5**0.5))
+    assert real_model.ratio(values, [1.0] * 5) == pytest.approx(
+        (4.2, statistics.stdev(values) / 5**0.5)
+    )
 
 
 @pytest.mark.parametrize("name", ["current signal + IS, N=4", "stratified 12+4"])
@@ -414,10 +582,16 @@ def test_the_measured_variance_of_a_logit_gradient_is_the_closed_form(name, monk
 def test_the_measured_bias_of_sparse_is_the_closed_form_and_it_has_no_variance(monkeypatch):
     fields = {"loss": "sparse_reverse_kl", "top_k": 8}
     found, rows = measured("sparse K=8", fields, monkeypatch, draws=1)
-    errors = [expected_logit_gradient(replace(BASE, **fields), r.s, r.t, r.b) - r.exact() for r in found]
+    errors = [
+        expected_logit_gradient(replace(BASE, **fields), r.s, r.t, r.b) - r.exact() for r in found
+    ]
     wholes = [real_model.square(r.exact()) for r in found]
-    assert rows["logits"]["bias"] == pytest.approx(sum(map(real_model.square, errors)) / sum(wholes))
-    errors, exact = (torch.stack([flat_pull(x) for x in xs]) for xs in (errors, [r.exact() for r in found]))
+    assert rows["logits"]["bias"] == pytest.approx(
+        sum(map(real_model.square, errors)) / sum(wholes)
+    )
+    errors, exact = (
+        torch.stack([flat_pull(x) for x in xs]) for xs in (errors, [r.exact() for r in found])
+    )
     products = [float((x @ x.T).sum() - (x @ x.T).trace()) for x in (errors, exact)]
     assert rows["parameters"]["bias"] == pytest.approx(products[0] / products[1])
     assert all(row["variance"] == 0 for row in rows.values())
@@ -444,24 +618,39 @@ def test_folding_keeps_inner_products_of_gradients(monkeypatch):
     g = torch.randn(2, 12, 173, generator=torch.Generator().manual_seed(0))
     folded = torch.stack([pull(x) for x in g])
     z = heal.response_logits(student, rollout)
-    whole = [torch.cat([p.flatten() for p in torch.autograd.grad(z, pullback.parameters, x, retain_graph=True)]) for x in g]
+    whole = [
+        torch.cat(
+            [p.flatten() for p in torch.autograd.grad(z, pullback.parameters, x, retain_graph=True)]
+        )
+        for x in g
+    ]
     exact = torch.stack(whole) @ torch.stack(whole).T
-    torch.testing.assert_close(folded @ folded.T, exact, rtol=0, atol=0.05 * float(exact.diag().max()))
+    torch.testing.assert_close(
+        folded @ folded.T, exact, rtol=0, atol=0.05 * float(exact.diag().max())
+    )
     ones = torch.ones(len(pullback.signs))  # without signs they would add up
     assert real_model.square(pullback.fold(ones)) == pytest.approx(len(ones), rel=0.1)
 
 
-def test_a_training_curve_has_a_line_before_the_first_update_and_one_for_each_evaluation(tmp_path, monkeypatch):
+def test_a_training_curve_has_a_line_before_the_first_update_and_one_for_each_evaluation(
+    tmp_path, monkeypatch
+):
     """On the built-in pair instead of SmolLM2."""
     for name in ("student", "teacher"):
         (tmp_path / name).symlink_to(ROOT / "assets" / name)
     for name, prompts in (("prompts.jsonl", task()[0][:40]), ("held_out.jsonl", task()[1][:8])):
-        (tmp_path / name).write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in prompts))
+        (tmp_path / name).write_text(
+            "".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in prompts)
+        )
     monkeypatch.setattr(real_curves, "STEPS", 4)
     monkeypatch.setattr(real_curves, "EVERY", 2)
-    lines = [real_curves.run(real_curves.Job("stratified 16+16", lag, 0, tmp_path)) for lag in (0, 8, 0)]
+    lines = [
+        real_curves.run(real_curves.Job("stratified 16+16", lag, 0, tmp_path)) for lag in (0, 8, 0)
+    ]
     assert [line["update"] for line in lines[0]] == [0, 2, 4] and lines[0] == lines[2]
-    assert lines[0][0]["train_loss"] is None and lines[0][0]["reverse_kl"] == lines[1][0]["reverse_kl"]
+    assert (
+        lines[0][0]["train_loss"] is None and lines[0][0]["reverse_kl"] == lines[1][0]["reverse_kl"]
+    )
     assert lines[0][2]["drift_k3"] < 1e-9 < lines[1][2]["drift_k3"]
     assert lines[0][2]["reverse_kl"] != lines[1][2]["reverse_kl"]
 
@@ -471,4 +660,7 @@ def test_the_page_shows_the_tables_of_the_real_model():
     document = (ROOT / "docs" / "staleness.md").read_text()
     for space in ("logits", "parameters"):
         assert real_model.table(lines, space) in document
-    assert real_curves.table(real_curves.read(ROOT / "experiments" / "results" / "real_curves.csv")) in document
+    assert (
+        real_curves.table(real_curves.read(ROOT / "experiments" / "results" / "real_curves.csv"))
+        in document
+    )

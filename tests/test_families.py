@@ -8,7 +8,9 @@ from experiments.families import KINDS, table, verdict
 PAGE = ROOT / "docs" / "families.md"
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "deepseek_v3", "gemma3_text", "phi3", "mixtral"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gpt2", "opt", "deepseek_v3", "gemma3_text", "phi3", "mixtral"]
+)
 def test_an_accepted_family_is_exact(kind):
     assert verdict(kind) == ("exact", "")
 

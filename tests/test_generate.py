@@ -32,7 +32,10 @@ def test_cached_decoding_equals_full_forward_at_every_slot_age_and_after_refills
     reference = load(path)
     generator = new_generator(load(path, "kv_slots"), loss="sampled_reverse_kl", num_samples=3)
     rollouts = generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(19))])
-    assert max(len(r.response_ids) for r in rollouts) == 24 and min(len(r.response_ids) for r in rollouts) < 24
+    assert (
+        max(len(r.response_ids) for r in rollouts) == 24
+        and min(len(r.response_ids) for r in rollouts) < 24
+    )
     for rollout in rollouts:
         ids = rollout.prompt_ids + rollout.response_ids
         with torch.no_grad():
@@ -45,24 +48,39 @@ def test_cached_decoding_equals_full_forward_at_every_slot_age_and_after_refills
 def test_greedy_output_equals_model_generate(family, model_dir):
     path = model_dir(family)
     reference = load(path)
-    rollouts = new_generator(load(path, "kv_slots"), slots=3).generate([Rollout(ids) for ids in prompts(11, seed=1)])
+    rollouts = new_generator(load(path, "kv_slots"), slots=3).generate(
+        [Rollout(ids) for ids in prompts(11, seed=1)]
+    )
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids])
-        out = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=1)
+        out = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=1,
+        )
         assert rollout.response_ids == out[0, ids.shape[1] :].tolist()
 
 
 def test_a_rollout_depends_on_its_ticket_and_not_on_its_neighbours(model_dir):
     model = load(model_dir(), "kv_slots")
-    alone, crowded = (new_generator(model, slots=s, loss="stratified_reverse_kl", top_k=4, num_samples=2) for s in (1, 7))
+    alone, crowded = (
+        new_generator(model, slots=s, loss="stratified_reverse_kl", top_k=4, num_samples=2)
+        for s in (1, 7)
+    )
     first = alone.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(9))])
-    second = crowded.generate([Rollout(ids, ticket=i) for i, ids in reversed(list(enumerate(prompts(9))))])
+    second = crowded.generate(
+        [Rollout(ids, ticket=i) for i, ids in reversed(list(enumerate(prompts(9))))]
+    )
     assert [r.response_ids for r in first] == [r.response_ids for r in reversed(second)]
     again = alone.generate([Rollout(prompts(9)[0], ticket=100)])[0]
     assert again.response_ids != first[0].response_ids
 
 
-def test_the_stop_token_is_the_last_response_token_also_with_several_stops_and_pad_as_stop(model_dir):
+def test_the_stop_token_is_the_last_response_token_also_with_several_stops_and_pad_as_stop(
+    model_dir,
+):
     model = load(model_dir(), "kv_slots")
     stops = (0, 1, 5, 9, 60, 61, 62, 63)  # 0 is the pad token
     rollouts = new_generator(model, stops=stops, loss="sampled_reverse_kl").generate(
@@ -71,8 +89,12 @@ def test_the_stop_token_is_the_last_response_token_also_with_several_stops_and_p
     seen = set()
     for rollout in rollouts:
         stopped = [token for token in rollout.response_ids if token in stops]
-        assert (rollout.finish == STOP) == (rollout.response_ids[-1] in stops) == (len(stopped) == 1)
-        assert rollout.finish == STOP or len(rollout.response_ids) == 24 and rollout.finish == LENGTH
+        assert (
+            (rollout.finish == STOP) == (rollout.response_ids[-1] in stops) == (len(stopped) == 1)
+        )
+        assert (
+            rollout.finish == STOP or len(rollout.response_ids) == 24 and rollout.finish == LENGTH
+        )
         seen.update(stopped)
     assert len(seen) >= 3 and {r.finish for r in rollouts} == {STOP, LENGTH}
 
@@ -85,7 +107,10 @@ def test_new_weights_in_flight_keep_the_cache_and_each_token_records_its_version
     generator.add([rollout])
     for _ in range(5):
         generator.step()
-    keys_before = {layer: keys[0, :, : len(rollout.prompt_ids) + 4].clone() for layer, (keys, _) in generator.cache.layers.items()}
+    keys_before = {
+        layer: keys[0, :, : len(rollout.prompt_ids) + 4].clone()
+        for layer, (keys, _) in generator.cache.layers.items()
+    }
     flat.mul_(1.5)
     generator.version = 3
     while generator.active:
@@ -100,10 +125,16 @@ def test_column_0_is_the_emitted_token_and_columns_are_as_declared(loss, model_d
     model = load(model_dir(), "kv_slots")
     generator = new_generator(model, loss=loss, top_k=6, num_samples=3)
     columns = make_loss(Config(loss=loss, top_k=6, num_samples=3))
-    written = 1 if loss == "forward_kl" else columns.num_columns  # the teacher fills in its own top-K
+    written = (
+        1 if loss == "forward_kl" else columns.num_columns
+    )  # the teacher fills in its own top-K
     assert columns.num_proposed == written
     for rollout in generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(3))]):
-        assert rollout.candidate_ids.shape == rollout.behavior_logp.shape == (len(rollout.weight_version), written)
+        assert (
+            rollout.candidate_ids.shape
+            == rollout.behavior_logp.shape
+            == (len(rollout.weight_version), written)
+        )
         if loss in ("sparse_reverse_kl", "stratified_reverse_kl"):
             top = rollout.candidate_ids[:, columns.top]
             assert all(len(set(row)) == 6 for row in top.tolist())
@@ -132,15 +163,25 @@ def chi_square_p(observed: torch.Tensor, probs: torch.Tensor) -> float:
 @pytest.mark.parametrize("vocab", [300, 150_000])
 def test_draws_follow_the_full_softmax_tail_included(vocab):
     generator = torch.Generator().manual_seed(7)
-    logits = torch.randn(vocab, generator=generator) * 2 - 6 * torch.rand(vocab, generator=generator)
+    logits = torch.randn(vocab, generator=generator) * 2 - 6 * torch.rand(
+        vocab, generator=generator
+    )
     logits[0] += 12
     probs = logits.double().softmax(-1)
     draws = 3_000_000
-    ids = draw(logits.softmax(-1)[None], torch.rand(1, draws, dtype=torch.float64, generator=generator))[0]
+    ids = draw(
+        logits.softmax(-1)[None], torch.rand(1, draws, dtype=torch.float64, generator=generator)
+    )[0]
     counts = torch.bincount(ids, minlength=vocab)
     assert chi_square_p(counts, probs) > 1e-3
-    biased = probs.float().cumsum(0)  # the same test turns down a sampler that is one id off in the tail
-    wrong = torch.searchsorted(biased, torch.rand(draws, generator=generator), right=True).add_(1).clamp_(max=vocab - 1)
+    biased = probs.float().cumsum(
+        0
+    )  # the same test turns down a sampler that is one id off in the tail
+    wrong = (
+        torch.searchsorted(biased, torch.rand(draws, generator=generator), right=True)
+        .add_(1)
+        .clamp_(max=vocab - 1)
+    )
     assert chi_square_p(torch.bincount(wrong, minlength=vocab), probs) < 1e-6
 
 
@@ -150,7 +191,9 @@ def test_an_id_of_probability_1e_minus_9_is_drawn_as_often_as_it_should_be():
     probs = torch.full((1, vocab), 1e-9)
     probs[0, 0] = 1 - 1e-9 * (vocab - 1)
     draws = 5_000_000
-    ids = draw(probs, torch.rand(1, draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    ids = draw(
+        probs, torch.rand(1, draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )
     expected = draws * 1e-9 * (vocab - 1)  # 500
     assert abs(int((ids > 0).sum()) - expected) < 5 * math.sqrt(expected)
 
@@ -162,15 +205,22 @@ def test_stratified_candidates_follow_the_sampler_and_the_restricted_sampler(voc
     logits = (torch.randn(1, vocab, generator=generator) * 1.5).repeat(rows, 1)
     probs = logits[0].double().softmax(-1)
     uniforms = torch.rand(rows, 1 + n, dtype=torch.float64, generator=generator)
-    ids, logp = make_loss(Config(loss="stratified_reverse_kl", top_k=k, num_samples=n)).propose(logits, uniforms)
+    ids, logp = make_loss(Config(loss="stratified_reverse_kl", top_k=k, num_samples=n)).propose(
+        logits, uniforms
+    )
     top = probs.topk(k).indices
     tail = probs.scatter(0, top, 0.0)
     assert set(ids[0, 1 : 1 + k].tolist()) == set(top.tolist())
     assert chi_square_p(torch.bincount(ids[:, 0], minlength=vocab), probs) > 1e-3
-    assert chi_square_p(torch.bincount(ids[:, 1 + k :].flatten(), minlength=vocab), tail / tail.sum()) > 1e-3
+    assert (
+        chi_square_p(torch.bincount(ids[:, 1 + k :].flatten(), minlength=vocab), tail / tail.sum())
+        > 1e-3
+    )
     expected = (tail / tail.sum()).log()[ids[:, 1 + k :]]
     torch.testing.assert_close(logp[:, 1 + k :].double(), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(logp[:, : 1 + k].double(), probs.log()[ids[:, : 1 + k]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logp[:, : 1 + k].double(), probs.log()[ids[:, : 1 + k]], atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("vocab", [200, 256, 4096])
@@ -181,8 +231,14 @@ def test_drawing_inverts_the_cumulative_sum_and_never_gives_an_impossible_id(voc
     probs[torch.rand(3, vocab, generator=generator) < 0.5] = 0.0
     probs[:, :130] = probs[:, -3:] = 0.0  # the first block and the last ids
     ends = probs.double().cumsum(-1)
-    uniforms = torch.cat([torch.rand(3, 500, dtype=torch.float64, generator=generator), ends / ends[:, -1:]], 1)
-    uniforms = torch.cat([uniforms, torch.zeros(3, 1), torch.full((3, 1), 1 - 2.0**-53)], 1).clamp(max=1 - 2.0**-53).double()
+    uniforms = torch.cat(
+        [torch.rand(3, 500, dtype=torch.float64, generator=generator), ends / ends[:, -1:]], 1
+    )
+    uniforms = (
+        torch.cat([uniforms, torch.zeros(3, 1), torch.full((3, 1), 1 - 2.0**-53)], 1)
+        .clamp(max=1 - 2.0**-53)
+        .double()
+    )
     ids = draw(probs, uniforms)
     assert (probs.gather(1, ids) > 0).all()
     expected = torch.searchsorted(ends, uniforms[:, :500] * ends[:, -1:], right=True)
@@ -193,14 +249,23 @@ def test_no_entry_of_width_0_is_found_whatever_rounding_does_to_the_target():
     weights = torch.tensor([[0.0, 0.0, 1.0, 0.0, 2.0, 0.0]])
     target = torch.tensor([[-1e-17, 0.0, 1.0, 3.0, 3.0 + 1e-15]], dtype=torch.float64)
     assert find(weights, target).tolist() == [[2, 2, 4, 4, 4]]
-    assert 0 <= int(find(torch.full((1, 4), float("nan")), target).max()) < 4  # the learner says what is wrong
+    assert (
+        0 <= int(find(torch.full((1, 4), float("nan")), target).max()) < 4
+    )  # the learner says what is wrong
 
 
 def test_blocks_are_summed_in_float64():
     """Ids of 1e-9 between two heavy blocks, below float32's resolution of their sums, are drawn as often as they should be."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        probs = torch.cat([torch.rand(1, 128, generator=generator), torch.full((1, 128), 1e-8), torch.rand(1, 128, generator=generator)], 1)
+        probs = torch.cat(
+            [
+                torch.rand(1, 128, generator=generator),
+                torch.full((1, 128), 1e-8),
+                torch.rand(1, 128, generator=generator),
+            ],
+            1,
+        )
         ends = probs.double().cumsum(-1)[0]
         target = ends[190] + 0.5e-8  # in the middle of id 191
         assert abs(draw(probs, (target / ends[-1]).view(1, 1)).item() - 191) <= 1
@@ -219,15 +284,26 @@ def test_sampling_passes_over_the_logits_at_most_a_dozen_times(loss, passes):
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            is_view = func in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)
-            is_sparse = func in (torch.ops.aten.scatter_.value, torch.ops.aten.gather.default, torch.ops.aten.index.Tensor)
+            is_view = func in (
+                torch.ops.aten.view.default,
+                torch.ops.aten._unsafe_view.default,
+                torch.ops.aten.detach.default,
+            )
+            is_sparse = func in (
+                torch.ops.aten.scatter_.value,
+                torch.ops.aten.gather.default,
+                torch.ops.aten.index.Tensor,
+            )
             tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
             if not is_view and not is_sparse:
                 self.seen += sum(x.numel() >= rows * vocab for x in tensors)
             return out
 
     proposal = make_loss(Config(loss=loss, top_k=28, num_samples=4))
-    logits, uniforms = torch.randn(rows, vocab), torch.rand(rows, proposal.num_uniforms, dtype=torch.float64)
+    logits, uniforms = (
+        torch.randn(rows, vocab),
+        torch.rand(rows, proposal.num_uniforms, dtype=torch.float64),
+    )
     with Count() as count:
         proposal.propose(logits, uniforms)
     assert count.seen == passes
@@ -254,8 +330,12 @@ def test_temperature_scales_the_logits_of_draws_and_log_probabilities(model_dir)
 
 
 def test_only_ids_below_the_shared_vocabulary_are_drawn(model_dir):
-    generator = new_generator(load(model_dir(), "kv_slots"), stops=(), loss="sampled_reverse_kl", num_samples=8, vocab=100)
-    rollouts = generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(8, vocab=100))])
+    generator = new_generator(
+        load(model_dir(), "kv_slots"), stops=(), loss="sampled_reverse_kl", num_samples=8, vocab=100
+    )
+    rollouts = generator.generate(
+        [Rollout(ids, ticket=i) for i, ids in enumerate(prompts(8, vocab=100))]
+    )
     assert max(int(r.candidate_ids.max()) for r in rollouts) < 100
 
 
@@ -265,19 +345,37 @@ def test_models_whose_memory_the_slots_do_not_hold_are_refused(tmp_path):
     torch.manual_seed(0)
     common = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=2, head_dim=8, eos_token_id=1, pad_token_id=0, bos_token_id=None)  # fmt: skip
-    soft_capped = Gemma2ForCausalLM(Gemma2Config(**common, final_logit_softcapping=None, attn_logit_softcapping=50.0))
-    linear = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, num_experts=0)
-    recurrent = Qwen3NextForCausalLM(
-        Qwen3NextConfig(**common, **linear, layer_types=["linear_attention", "full_attention"], mlp_only_layers=[0, 1])
+    soft_capped = Gemma2ForCausalLM(
+        Gemma2Config(**common, final_logit_softcapping=None, attn_logit_softcapping=50.0)
     )
-    for model, name, message in ((soft_capped, "gemma2", "softcap"), (recurrent, "qwen3_next", "do not hold all that it remembers")):
+    linear = dict(
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_experts=0,
+    )
+    recurrent = Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **common,
+            **linear,
+            layer_types=["linear_attention", "full_attention"],
+            mlp_only_layers=[0, 1],
+        )
+    )
+    for model, name, message in (
+        (soft_capped, "gemma2", "softcap"),
+        (recurrent, "qwen3_next", "do not hold all that it remembers"),
+    ):
         model.save_pretrained(tmp_path / name)
         load(str(tmp_path / name))
         with pytest.raises(InputError, match=message):
             load(str(tmp_path / name), "kv_slots")
 
 
-def test_decoding_does_not_rely_on_the_memory_layout_of_the_attention_kernel(model_dir, monkeypatch):
+def test_decoding_does_not_rely_on_the_memory_layout_of_the_attention_kernel(
+    model_dir, monkeypatch
+):
     """On a GPU the memory-efficient kernel returns [n, q, H, D] transposed; the CPU's returns it contiguous."""
     import attention
 
@@ -285,23 +383,46 @@ def test_decoding_does_not_rely_on_the_memory_layout_of_the_attention_kernel(mod
     expected = new_generator(load(path, "kv_slots")).generate([Rollout(ids) for ids in prompts(5)])
     plain = attention.F.scaled_dot_product_attention
     monkeypatch.setattr(
-        attention.F, "scaled_dot_product_attention", lambda *a, **k: plain(*a, **k).transpose(1, 2).contiguous().transpose(1, 2)
+        attention.F,
+        "scaled_dot_product_attention",
+        lambda *a, **k: plain(*a, **k).transpose(1, 2).contiguous().transpose(1, 2),
     )
-    for a, b in zip(expected, new_generator(load(path, "kv_slots")).generate([Rollout(ids) for ids in prompts(5)])):
+    for a, b in zip(
+        expected,
+        new_generator(load(path, "kv_slots")).generate([Rollout(ids) for ids in prompts(5)]),
+    ):
         assert a.response_ids == b.response_ids
 
 
-def test_evaluation_between_rollouts_takes_their_slots_and_changes_none_of_them(model_dir, tokenizer):
-    config = Config(student=model_dir(), teacher=model_dir(), max_prompt_tokens=20, max_new_tokens=12, slots=3, top_k=4)
-    held_out = [Prompt(text, tokenizer(text).input_ids, answer) for text, answer in running_sums(5, 0, heldout=True)]
-    with_evaluation, without = (Sampler(config, torch.device("cpu"), 8, prompts) for prompts in (held_out, []))
+def test_evaluation_between_rollouts_takes_their_slots_and_changes_none_of_them(
+    model_dir, tokenizer
+):
+    config = Config(
+        student=model_dir(),
+        teacher=model_dir(),
+        max_prompt_tokens=20,
+        max_new_tokens=12,
+        slots=3,
+        top_k=4,
+    )
+    held_out = [
+        Prompt(text, tokenizer(text).input_ids, answer)
+        for text, answer in running_sums(5, 0, heldout=True)
+    ]
+    with_evaluation, without = (
+        Sampler(config, torch.device("cpu"), 8, prompts) for prompts in (held_out, [])
+    )
     assert with_evaluation.greedy.cache is with_evaluation.generator.cache
     found = []
     for sampler in (with_evaluation, without):
-        first = sampler.generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(7))])
+        first = sampler.generator.generate(
+            [Rollout(ids, ticket=i) for i, ids in enumerate(prompts(7))]
+        )
         if sampler.held_out:
             assert sampler.accuracy() == sampler.accuracy()
-        second = sampler.generator.generate([Rollout(ids, ticket=7 + i) for i, ids in enumerate(prompts(7))])
+        second = sampler.generator.generate(
+            [Rollout(ids, ticket=7 + i) for i, ids in enumerate(prompts(7))]
+        )
         found.append([(r.response_ids, r.behavior_logp) for r in first + second])
     for (ids, logp), (expected_ids, expected_logp) in zip(*found):
         assert ids == expected_ids and torch.equal(logp, expected_logp)
@@ -368,7 +489,9 @@ def test_steps_through_graphs_of_a_few_shapes_change_nothing(family, model_dir, 
     for a, b in zip(plain, padded.generate(rollouts[1])):
         assert a.response_ids == b.response_ids
         torch.testing.assert_close(a.behavior_logp, b.behavior_logp, atol=2e-5, rtol=0)
-    assert {slots for slots, _ in padded.graphs} <= {1, 2, 4, 6} and {length for _, length in padded.graphs} <= {16, 32, 44}
+    assert {slots for slots, _ in padded.graphs} <= {1, 2, 4, 6} and {
+        length for _, length in padded.graphs
+    } <= {16, 32, 44}
     assert padded.pool == "a pool"
 
 
@@ -385,18 +508,42 @@ def sample(monkeypatch, capsys, *flags):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_the_command_line_answers_every_prompt_in_order_and_marks_the_answers(monkeypatch, capsys, tmp_path):
+def test_the_command_line_answers_every_prompt_in_order_and_marks_the_answers(
+    monkeypatch, capsys, tmp_path
+):
     prompts = [("a47+b58=", "b501"), ("a47+b58+c91=", "b501,c691"), ("a10+b10=", "wrong")]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in prompts))
-    flags = [f"--model={ROOT}/assets/teacher", f"--prompts={tmp_path}/p.jsonl", "--max-new-tokens=40", "--slots=2"]
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in prompts)
+    )
+    flags = [
+        f"--model={ROOT}/assets/teacher",
+        f"--prompts={tmp_path}/p.jsonl",
+        "--max-new-tokens=40",
+        "--slots=2",
+    ]
     greedy = sample(monkeypatch, capsys, *flags, "--temperature=0")
-    assert [(r["prompt"], r["correct"], r["finish"]) for r in greedy] == [(p, a != "wrong", "stop") for p, a in prompts]
+    assert [(r["prompt"], r["correct"], r["finish"]) for r in greedy] == [
+        (p, a != "wrong", "stop") for p, a in prompts
+    ]
     assert greedy[1]["response"] == "b501,c691" and greedy[1]["tokens"] == 10
-    first, second, other = (sample(monkeypatch, capsys, *flags, f"--seed={seed}") for seed in (0, 0, 1))
-    assert first == second and [r["tokens"] for r in first] == [r["tokens"] for r in other] == [r["tokens"] for r in greedy]
+    first, second, other = (
+        sample(monkeypatch, capsys, *flags, f"--seed={seed}") for seed in (0, 0, 1)
+    )
+    assert first == second and [r["tokens"] for r in first] == [r["tokens"] for r in other] == [
+        r["tokens"] for r in greedy
+    ]
 
 
-@pytest.mark.parametrize("flag", ["--slots=0", "--max-new-tokens=0", "--temperature=-1", "--temperature=nan", "--seed=4294967296"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--slots=0",
+        "--max-new-tokens=0",
+        "--temperature=-1",
+        "--temperature=nan",
+        "--seed=4294967296",
+    ],
+)
 def test_the_command_line_refuses_what_could_never_end(flag, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         sample(monkeypatch, capsys, "--model=x", "--prompts=y", flag)
@@ -408,7 +555,10 @@ def test_the_command_line_refuses_what_cannot_fit_into_memory(monkeypatch, capsy
     monkeypatch.setattr("experiments.sample.available_memory", lambda: 2**30)
     flags = ["--model=builtin", f"--prompts={tmp_path}/p.jsonl"]
     assert len(sample(monkeypatch, capsys, *flags)) == 1
-    with pytest.raises(SystemExit, match=r"GiB are needed, 1.0 are free: lower --slots \(64\) or --max-new-tokens \(9999999\)"):
+    with pytest.raises(
+        SystemExit,
+        match=r"GiB are needed, 1.0 are free: lower --slots \(64\) or --max-new-tokens \(9999999\)",
+    ):
         sample(monkeypatch, capsys, *flags, "--max-new-tokens=9999999")
 
 
@@ -416,7 +566,9 @@ def test_the_command_line_keeps_to_the_length_that_the_model_takes(monkeypatch, 
     (tmp_path / "p.jsonl").write_text('{"prompt": "a47+b58="}\n')
     flags = ["--model=builtin", f"--prompts={tmp_path}/p.jsonl"]
     assert len(sample(monkeypatch, capsys, *flags)) == 1
-    with pytest.raises(SystemExit, match=r"a sequence may have \d+ tokens, the model takes 128: lower"):
+    with pytest.raises(
+        SystemExit, match=r"a sequence may have \d+ tokens, the model takes 128: lower"
+    ):
         sample(monkeypatch, capsys, *flags, "--max-new-tokens=200")
 
 

@@ -26,7 +26,10 @@ def a_gpu_is_there():
 
 def problem(config, dtype, positions=N):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(positions, D, device=GPU).to(dtype), torch.randn(V, D, device=GPU) * (2 / D**0.5)
+    hidden, weight = (
+        torch.randn(positions, D, device=GPU).to(dtype),
+        torch.randn(V, D, device=GPU) * (2 / D**0.5),
+    )
     logp = (hidden.float() @ weight.t()).log_softmax(-1)
     columns = make_loss(config).num_columns
     ids = torch.multinomial(logp.exp(), columns, replacement=True)  # draws repeat
@@ -54,19 +57,32 @@ CONFIGS = [*LOSS_CONFIGS[:3], Config(loss="sampled_reverse_kl", num_samples=256)
 def test_gradients_at_a_real_vocabulary_equal_float64_ones(config, dtype):
     """The products' rounding is all that differs: float32 log-probabilities in both, bfloat16 gradients in one."""
     hidden, weight, ids, t, b = problem(config, dtype)
-    loss, *exact = run(config, hidden.double(), weight.to(dtype).double(), ids, t.double(), b.double())
+    loss, *exact = run(
+        config, hidden.double(), weight.to(dtype).double(), ids, t.double(), b.double()
+    )
     total, *ours = run(config, hidden, weight, ids, t, b)
     s, t, b = exact[2], t.double(), b.double()
     scale = new_loss(config).value(s, t, b).abs().sum()
     assert (total - loss).abs() <= 1e-4 * scale  # terms of both signs: the sum may be small
-    for o, e, bound in zip(ours, exact, (1e-2, 1e-2, 1e-5) if dtype == torch.bfloat16 else (2e-5, 2e-5, 1e-5)):
+    for o, e, bound in zip(
+        ours, exact, (1e-2, 1e-2, 1e-5) if dtype == torch.bfloat16 else (2e-5, 2e-5, 1e-5)
+    ):
         assert torch.isfinite(o).all() and (o - e).norm() <= bound * e.norm()
 
 
 @pytest.mark.parametrize("vocab", [V, 20_011])
-@pytest.mark.parametrize("logits_dtype, dtype", [(torch.float32, torch.bfloat16), (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "logits_dtype, dtype",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("config", CONFIGS[1:], ids=label)
-def test_every_entry_of_the_gradient_is_exact_up_to_its_own_rounding(config, logits_dtype, dtype, vocab):
+def test_every_entry_of_the_gradient_is_exact_up_to_its_own_rounding(
+    config, logits_dtype, dtype, vocab
+):
     """Entry by entry, so that one block of one row that a race spoils is seen."""
     hidden, weight, ids, t, b = problem(config, torch.bfloat16, positions=300)
     ids = ids % vocab
@@ -78,7 +94,9 @@ def test_every_entry_of_the_gradient_is_exact_up_to_its_own_rounding(config, log
     torch.testing.assert_close(student_logp.double(), s.detach(), rtol=0, atol=2e-5)
     scale = expected.abs().amax(-1, keepdim=True)  # at a candidate two large terms may cancel
     error = (gradient.double() - expected).abs()
-    assert (error <= (2**-8 if dtype == torch.bfloat16 else 1e-4) * expected.abs() + 1e-5 * scale).all()
+    assert (
+        error <= (2**-8 if dtype == torch.bfloat16 else 1e-4) * expected.abs() + 1e-5 * scale
+    ).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,17 +137,43 @@ def test_decoding_through_cuda_graphs_equals_model_generate(family, model_dir):
         rollouts = generator.generate([Rollout(ids) for ids in prompts])
         for rollout in rollouts:
             ids = torch.tensor([rollout.prompt_ids], device=GPU)
-            out = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=1)
+            out = reference.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=24,
+                eos_token_id=1,
+            )
             assert rollout.response_ids == out[0, ids.shape[1] :].tolist()
     assert generator.graphs
 
 
-@pytest.mark.parametrize("flags", [["--max-staleness=0"], ["--loss=forward_kl"], ["--loss=sampled_reverse_kl", "--correction=m2po"], ["--teachers=2"], []])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max-staleness=0"],
+        ["--loss=forward_kl"],
+        ["--loss=sampled_reverse_kl", "--correction=m2po"],
+        ["--teachers=2"],
+        [],
+    ],
+)
 def test_a_whole_run_on_one_gpu(flags, tmp_path):
-    command = [sys.executable, ROOT / "train.py", "--steps=20", "--eval-every=0", f"--output-dir={tmp_path}/run", *flags]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--steps=20",
+        "--eval-every=0",
+        f"--output-dir={tmp_path}/run",
+        *flags,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "teachers on cuda:0" in result.stdout
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == 20 and abs(records[0]["drift_kl"]) < 0.01  # no lag yet: bfloat16 in two programs is all that differs
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert (
+        len(records) == 20 and abs(records[0]["drift_kl"]) < 0.01
+    )  # no lag yet: bfloat16 in two programs is all that differs
     assert records[0]["reverse_kl"] > records[-1]["reverse_kl"] > 0

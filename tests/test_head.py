@@ -15,9 +15,13 @@ def problem(config, dtype, rows=N, seed=0):
     columns = make_loss(config).num_columns
     hidden = torch.randn(rows, D, dtype=dtype, generator=generator)
     weight = torch.randn(V, D, dtype=dtype, generator=generator) * 0.5
-    ids = torch.randint(0, 9, (rows, columns), generator=generator)  # few ids: they repeat within a row
+    ids = torch.randint(
+        0, 9, (rows, columns), generator=generator
+    )  # few ids: they repeat within a row
     t = torch.randn(rows, columns, dtype=dtype, generator=generator) - 3
-    b = (hidden @ weight.t()).log_softmax(-1).gather(1, ids) + 0.2 * torch.randn(rows, columns, dtype=dtype, generator=generator)
+    b = (hidden @ weight.t()).log_softmax(-1).gather(1, ids) + 0.2 * torch.randn(
+        rows, columns, dtype=dtype, generator=generator
+    )
     return hidden.requires_grad_(), weight.requires_grad_(), ids, t, b
 
 
@@ -40,10 +44,14 @@ def chunked(config, hidden, weight, ids, t, b, scale, chunk):
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
 def test_loss_and_gradients_equal_float64_autograd_on_dense_logits(config):
     hidden, weight, *rest = problem(config, torch.float64)
-    expected = torch.autograd.grad(3.0 * dense(config, hidden, weight, *rest, 0.8), (hidden, weight))
+    expected = torch.autograd.grad(
+        3.0 * dense(config, hidden, weight, *rest, 0.8), (hidden, weight)
+    )
     for chunk in (1, 16, 1000):
         total = chunked(config, hidden, weight, *rest, 0.8, chunk)
-        torch.testing.assert_close(total, dense(config, hidden, weight, *rest, 0.8), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            total, dense(config, hidden, weight, *rest, 0.8), rtol=1e-12, atol=1e-12
+        )
         actual = torch.autograd.grad(3.0 * total, (hidden, weight))
         for a, e in zip(actual, expected):
             torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
@@ -53,7 +61,10 @@ def test_loss_and_gradients_equal_float64_autograd_on_dense_logits(config):
 def test_float32_error_is_no_larger_than_plain_torchs_own(config):
     exact = problem(config, torch.float64)
     reference = torch.autograd.grad(dense(config, *exact, 1.0), exact[:2])
-    single = [x.detach().float().requires_grad_() if i < 2 else x if i == 2 else x.float() for i, x in enumerate(exact)]
+    single = [
+        x.detach().float().requires_grad_() if i < 2 else x if i == 2 else x.float()
+        for i, x in enumerate(exact)
+    ]
     plain = torch.autograd.grad(dense(config, *single, 1.0), single[:2])
     ours = torch.autograd.grad(chunked(config, *single, 1.0, 16), single[:2])
     for e, p, o in zip(reference, plain, ours):
@@ -63,7 +74,10 @@ def test_float32_error_is_no_larger_than_plain_torchs_own(config):
 def test_gradcheck_in_float64():
     config = LOSS_CONFIGS[0]
     hidden, weight, ids, t, b = problem(config, torch.float64, rows=5)
-    assert torch.autograd.gradcheck(lambda h, w: chunked(config, h, w, ids, t, b, 1.3, 2), (hidden, weight[:20].detach().requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda h, w: chunked(config, h, w, ids, t, b, 1.3, 2),
+        (hidden, weight[:20].detach().requires_grad_()),
+    )
 
 
 def test_no_positions_give_zero_loss_and_zero_gradients_with_a_connected_graph():

@@ -43,7 +43,9 @@ def round_like_hardware(monkeypatch):
     def convert(data, source, target, mode):
         if source == tl.float32 and target == tl.bfloat16:
             bits = data.view(numpy.uint32)
-            data = (bits + numpy.uint32(0x7FFF) + ((bits >> 16) & numpy.uint32(1))).view(numpy.float32)  # then cut
+            data = (bits + numpy.uint32(0x7FFF) + ((bits >> 16) & numpy.uint32(1))).view(
+                numpy.float32
+            )  # then cut
         return original(data, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
@@ -55,9 +57,13 @@ def problem(config, positions=N, vocab=V, seed=0, different_ids=9):
     columns = make_loss(config).num_columns
     hidden = torch.randn(positions, D, dtype=torch.float64, generator=generator)
     weight = torch.randn(vocab, D, dtype=torch.float64, generator=generator) * 0.5
-    ids = torch.randint(0, different_ids, (positions, columns), generator=generator) * ((vocab - 1) // max(1, different_ids - 1))
+    ids = torch.randint(0, different_ids, (positions, columns), generator=generator) * (
+        (vocab - 1) // max(1, different_ids - 1)
+    )
     t = torch.randn(positions, columns, dtype=torch.float64, generator=generator) - 3
-    b = (hidden @ weight.t()).log_softmax(-1).gather(1, ids) + 0.2 * torch.randn(positions, columns, dtype=torch.float64, generator=generator)
+    b = (hidden @ weight.t()).log_softmax(-1).gather(1, ids) + 0.2 * torch.randn(
+        positions, columns, dtype=torch.float64, generator=generator
+    )
     return [x.to(DEVICE) for x in (hidden, weight, ids, t, b)]
 
 
@@ -81,7 +87,9 @@ def single(problem, hidden_dtype=torch.float32):
 
 def assert_no_worse_than_torch(config, inputs, triton_path, **options):
     """The bound is the error of plain torch at the same precision, against the float64 result on the same numbers."""
-    reference = run(config, *[x.double() if x.is_floating_point() else x for x in inputs], **options)
+    reference = run(
+        config, *[x.double() if x.is_floating_point() else x for x in inputs], **options
+    )
     triton_path(False)
     plain = run(config, *inputs, **options)
     triton_path(True)
@@ -90,21 +98,36 @@ def assert_no_worse_than_torch(config, inputs, triton_path, **options):
     new_loss(config).value(s, *(x.double() for x in inputs[3:])).sum().backward()
     c = s.grad.abs()  # terms of both signs: loss and gradients may be smaller than these
     hidden, weight = (x.double().norm(dim=-1).max() for x in inputs[:2])
-    terms = {"loss": (c * s.abs()).sum(), "grad_hidden": c.sum() * weight, "grad_weight": c.sum() * hidden, "student_logp": 0.0}
-    for name, e, p, o in zip(("loss", "grad_hidden", "grad_weight", "student_logp"), reference, plain, ours):
+    terms = {
+        "loss": (c * s.abs()).sum(),
+        "grad_hidden": c.sum() * weight,
+        "grad_weight": c.sum() * hidden,
+        "student_logp": 0.0,
+    }
+    for name, e, p, o in zip(
+        ("loss", "grad_hidden", "grad_weight", "student_logp"), reference, plain, ours
+    ):
         assert o.dtype == p.dtype, name
         scale = max(e.norm(), terms[name])
-        assert (o - e).norm() <= 1.5 * (p - e).norm() + 1e-6 * scale, name  # 1e-6: a log-probability of -8 in float32
+        assert (o - e).norm() <= 1.5 * (p - e).norm() + 1e-6 * scale, (
+            name
+        )  # 1e-6: a log-probability of -8 in float32
 
 
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
 def test_loss_and_gradients_are_as_exact_as_plain_torch(config, triton_path):
-    assert_no_worse_than_torch(config, single(problem(config)), triton_path, scale=0.8, upstream=3.0)
+    assert_no_worse_than_torch(
+        config, single(problem(config)), triton_path, scale=0.8, upstream=3.0
+    )
 
 
 @pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[1], LOSS_CONFIGS[-1]], ids=label)
-def test_bfloat16_hidden_states_are_no_worse_and_their_gradient_fills_half_the_rows(config, triton_path):
-    assert_no_worse_than_torch(config, single(problem(config), torch.bfloat16), triton_path, scale=1.0, upstream=0.5)
+def test_bfloat16_hidden_states_are_no_worse_and_their_gradient_fills_half_the_rows(
+    config, triton_path
+):
+    assert_no_worse_than_torch(
+        config, single(problem(config), torch.bfloat16), triton_path, scale=1.0, upstream=0.5
+    )
 
 
 @pytest.mark.parametrize("vocab", [2, 37, 256, 5000, 20011])
@@ -112,19 +135,31 @@ def test_bfloat16_hidden_states_are_no_worse_and_their_gradient_fills_half_the_r
 def test_vocabularies_that_divide_by_nothing(vocab, hidden_dtype, triton_path):
     """From below one block to several, the last one partly filled."""
     config = LOSS_CONFIGS[-1]
-    assert_no_worse_than_torch(config, single(problem(config, positions=3, vocab=vocab, different_ids=min(vocab, 9)), hidden_dtype), triton_path)
+    assert_no_worse_than_torch(
+        config,
+        single(
+            problem(config, positions=3, vocab=vocab, different_ids=min(vocab, 9)), hidden_dtype
+        ),
+        triton_path,
+    )
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 31, 33, 100, 256])
-@pytest.mark.parametrize("loss", ["forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl"])
+@pytest.mark.parametrize(
+    "loss", ["forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl"]
+)
 def test_from_1_to_256_candidates_repeated_ids_add_up(loss, candidates, triton_path):
     config = Config(loss=loss, top_k=candidates, num_samples=candidates)
     for different_ids in (1, 50):
-        assert_no_worse_than_torch(config, single(problem(config, positions=3, different_ids=different_ids)), triton_path)
+        assert_no_worse_than_torch(
+            config, single(problem(config, positions=3, different_ids=different_ids)), triton_path
+        )
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_is_the_exact_one_of_the_logits_as_rounded(logits_dtype, triton_path, monkeypatch):
+def test_the_gradient_is_the_exact_one_of_the_logits_as_rounded(
+    logits_dtype, triton_path, monkeypatch
+):
     """Whatever the logits were rounded to, from there on the only error is that of the gradient's own rounding."""
     monkeypatch.setattr(head, "LOGITS_DTYPE", logits_dtype)
     config = LOSS_CONFIGS[-1]
@@ -134,7 +169,9 @@ def test_the_gradient_is_the_exact_one_of_the_logits_as_rounded(logits_dtype, tr
     z = logits.double().requires_grad_()
     s = z.log_softmax(-1).gather(1, ids)
     (expected,) = torch.autograd.grad(make_loss(config).value(s, t.double(), b.double()).sum(), z)
-    _, student_logp, gradient = head.loss_and_gradient(make_loss(config), logits, ids, t, b, torch.bfloat16)
+    _, student_logp, gradient = head.loss_and_gradient(
+        make_loss(config), logits, ids, t, b, torch.bfloat16
+    )
     assert gradient.dtype == torch.bfloat16 and gradient.data_ptr() == logits.data_ptr()
     torch.testing.assert_close(student_logp.double(), s.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double(), expected, rtol=2**-8, atol=1e-6)
@@ -147,7 +184,9 @@ def test_log_probabilities_of_the_kernel_and_of_the_gather_are_no_worse_than_tor
     logits = head.head_logits(hidden.float(), weight.float())
     ours, _ = gather(logits, ids)
     plain = (hidden.float() @ weight.float().t()).log_softmax(-1).gather(1, ids)
-    _, fused, _ = head.loss_and_gradient(new_loss(LOSS_CONFIGS[0]), logits, ids, t.float(), b.float(), torch.float32)
+    _, fused, _ = head.loss_and_gradient(
+        new_loss(LOSS_CONFIGS[0]), logits, ids, t.float(), b.float(), torch.float32
+    )
     for found in (ours, fused):
         assert (found - exact).norm() <= 1.5 * (plain - exact).norm() + 2e-7 * exact.norm()
 
@@ -164,7 +203,9 @@ def test_logits_of_any_size_neither_overflow_nor_vanish():
     torch.testing.assert_close(student_logp.double(), expected, rtol=1e-6, atol=1e-4)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="tiny models on the CPU; tests/test_gpu.py trains on the GPU")
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="tiny models on the CPU; tests/test_gpu.py trains on the GPU"
+)
 def test_the_learner_reaches_the_kernels_by_itself(triton_path, model_dir, monkeypatch):
     """An update through them equals the one in plain torch. The baselines' derivatives are given to the kernel."""
     from frozen import ROWS
@@ -178,7 +219,9 @@ def test_the_learner_reaches_the_kernels_by_itself(triton_path, model_dir, monke
         triton_path(True)
         calls, original = [], shared.fused_loss
         with monkeypatch.context() as patch:
-            patch.setattr(shared, "fused_loss", lambda *args: calls.append(args[0]) or original(*args))
+            patch.setattr(
+                shared, "fused_loss", lambda *args: calls.append(args[0]) or original(*args)
+            )
             ours = new_learner(model_dir(seed=2), config).update(table, ROWS)
         assert set(calls) == {make_loss(config).triton_terms or shared.given}
         for key in plain:
@@ -201,7 +244,9 @@ def test_a_loss_may_have_any_derivative(triton_path):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter computes what tl.where then discards
+@pytest.mark.filterwarnings(
+    "ignore:invalid value"
+)  # the interpreter computes what tl.where then discards
 def test_a_column_without_loss_may_be_impossible(triton_path):
     """-inf logits of the emitted token do not reach the loss: 0 * inf would be NaN."""
     for config in (LOSS_CONFIGS[1], LOSS_CONFIGS[-1]):
@@ -209,7 +254,9 @@ def test_a_column_without_loss_may_be_impossible(triton_path):
         ids = torch.arange(ids.shape[1], device=DEVICE).expand_as(ids).contiguous()
         logits = head.head_logits(hidden, weight, 1.0)
         logits[:, 0] = float("-inf")
-        loss, _, gradient = head.loss_and_gradient(make_loss(config), logits, ids, t, b, torch.float32)
+        loss, _, gradient = head.loss_and_gradient(
+            make_loss(config), logits, ids, t, b, torch.float32
+        )
         assert loss.isfinite().all() and gradient.isfinite().all() and (gradient[:, 0] == 0).all()
 
 
@@ -228,7 +275,9 @@ def test_one_chunk_of_logits_at_a_time(triton_path, monkeypatch):
     monkeypatch.setattr(head, "head_logits", watch)
     config = LOSS_CONFIGS[-1]
     hidden, weight, ids, t, b = single(problem(config))
-    modes = (True, False) if DEVICE == "cuda" else (False,)  # the interpreter keeps a reference to its last arguments
+    modes = (
+        (True, False) if DEVICE == "cuda" else (False,)
+    )  # the interpreter keeps a reference to its last arguments
     for on in modes:
         triton_path(on)
         run(config, hidden, weight, ids, t, b, chunk=8)
@@ -236,32 +285,69 @@ def test_one_chunk_of_logits_at_a_time(triton_path, monkeypatch):
 
 
 def test_what_a_kernel_cannot_take_is_refused(triton_path):
-    logits, ids = torch.zeros(4, 8, device=DEVICE), torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
+    logits, ids = (
+        torch.zeros(4, 8, device=DEVICE),
+        torch.zeros(4, 2, dtype=torch.int64, device=DEVICE),
+    )
     x = torch.zeros(4, 2, device=DEVICE)
     wide = torch.zeros(4, 3, device=DEVICE)
-    cases = [(logits.half(), ids, x, x), (logits.t(), ids, x, x), (logits, ids[:3], x, x), (logits, ids, wide, x), (logits, ids, x, wide)]
+    cases = [
+        (logits.half(), ids, x, x),
+        (logits.t(), ids, x, x),
+        (logits, ids[:3], x, x),
+        (logits, ids, wide, x),
+        (logits, ids, x, wide),
+    ]
     for bad in cases:
-        with pytest.raises(ValueError, match=r"ids \(\d, \d\), t .*: needs contiguous logits in float32 or bfloat16"):
+        with pytest.raises(
+            ValueError,
+            match=r"ids \(\d, \d\), t .*: needs contiguous logits in float32 or bfloat16",
+        ):
             shared.fused_loss(shared.given, *bad, torch.float32, 0, 0)
-    with pytest.raises(ValueError, match=r"logits \(4, 8\) torch.bfloat16, gradient torch.float32, .* a gradient no wider"):
+    with pytest.raises(
+        ValueError,
+        match=r"logits \(4, 8\) torch.bfloat16, gradient torch.float32, .* a gradient no wider",
+    ):
         shared.fused_loss(shared.given, logits.bfloat16(), ids, x, x, torch.float32, 0, 0)
 
 
 def test_candidates_that_are_no_memory_of_their_own_are_copied(triton_path):
     logits = torch.randn(4, 8, device=DEVICE)
-    ids, t = torch.tensor([[3, 7]], device=DEVICE).expand(4, 2), torch.randn(2, 4, device=DEVICE).t()
+    ids, t = (
+        torch.tensor([[3, 7]], device=DEVICE).expand(4, 2),
+        torch.randn(2, 4, device=DEVICE).t(),
+    )
     found = shared.fused_loss(shared.given, logits.clone(), ids, t, t, torch.float32, 0, 0)
-    expected = shared.fused_loss(shared.given, logits.clone(), ids.contiguous(), t.contiguous(), t.contiguous(), torch.float32, 0, 0)
+    expected = shared.fused_loss(
+        shared.given,
+        logits.clone(),
+        ids.contiguous(),
+        t.contiguous(),
+        t.contiguous(),
+        torch.float32,
+        0,
+        0,
+    )
     assert all(map(torch.equal, found, expected))
 
 
 def test_every_kernel_compiles_for_sm_80_and_sm_90_and_spills_nothing(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, ROOT / "tests" / "compile_kernels.py"], env=environment, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_CACHE_DIR": str(tmp_path)
+    }
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "compile_kernels.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "given"):
         for arch in ("sm_80", "sm_90"):
-            assert any(line.startswith(f"loss_kernel {name}") and arch in line for line in result.stdout.splitlines())
+            assert any(
+                line.startswith(f"loss_kernel {name}") and arch in line
+                for line in result.stdout.splitlines()
+            )
 
 
 def test_peak_memory_grows_with_the_chunk_not_with_the_positions():
@@ -283,7 +369,9 @@ def peak(positions, chunk):
     return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
 print(peak(2048, 256), peak(16384, 256), peak(16384, 4096))
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     few, many, large_chunk = map(float, result.stdout.split())
     assert many - few < 32, result.stdout
     assert large_chunk - many > 100, result.stdout

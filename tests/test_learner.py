@@ -40,7 +40,16 @@ def config_for(loss, **kwargs):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3"])
-@pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[2], LOSS_CONFIGS[-1], Config(loss="sparse_reverse_kl", top_k=4, temperature=0.7)], ids=label)
+@pytest.mark.parametrize(
+    "config",
+    [
+        LOSS_CONFIGS[0],
+        LOSS_CONFIGS[2],
+        LOSS_CONFIGS[-1],
+        Config(loss="sparse_reverse_kl", top_k=4, temperature=0.7),
+    ],
+    ids=label,
+)
 def test_the_gradient_is_that_of_the_mean_over_all_response_tokens(config, family, model_dir):
     """Against autograd through the whole model on dense logits, one rollout and one position at a time."""
     config = replace(config, max_grad_norm=1e9)
@@ -52,16 +61,25 @@ def test_the_gradient_is_that_of_the_mean_over_all_response_tokens(config, famil
     loss = make_loss(config)
     for row in ROWS:
         length, prompt_len = int(table.length[row]), int(table.prompt_len[row])
-        logits = reference(table.tokens[row : row + 1, :length].long()).logits[0] / config.temperature
+        logits = (
+            reference(table.tokens[row : row + 1, :length].long()).logits[0] / config.temperature
+        )
         for r in range(length - prompt_len):
             s = logits[prompt_len - 1 + r].log_softmax(-1)[table.candidate_ids[row, r].long()]
-            total = total + loss.value(s[None], table.teacher_logp[row, r][None], table.behavior_logp[row, r][None]).sum()
+            total = (
+                total
+                + loss.value(
+                    s[None], table.teacher_logp[row, r][None], table.behavior_logp[row, r][None]
+                ).sum()
+            )
             tokens += 1
     (total / tokens).backward()
     assert metrics["tokens"] == tokens
     assert metrics["loss"] == pytest.approx(float(total.detach() / tokens), rel=1e-4, abs=1e-6)
     expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
-    torch.testing.assert_close(gradients(learner), expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-3)
+    torch.testing.assert_close(
+        gradients(learner), expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[-1], LOSS_CONFIGS[-2]], ids=label)
@@ -76,7 +94,9 @@ def test_the_update_does_not_depend_on_micro_batches_or_chunks(config, model_dir
     torch.testing.assert_close(gradients(whole), gradients(pieces), atol=1e-6, rtol=1e-4)
 
 
-def test_every_response_token_is_trained_once_stop_token_included_and_none_after_it(model_dir, monkeypatch):
+def test_every_response_token_is_trained_once_stop_token_included_and_none_after_it(
+    model_dir, monkeypatch
+):
     config = config_for("sampled_reverse_kl", num_samples=1)
     table = stale_table(model_dir, config)
     trained = []
@@ -87,13 +107,21 @@ def test_every_response_token_is_trained_once_stop_token_included_and_none_after
 
     monkeypatch.setattr("learner.candidate_loss", spy)
     metrics = new_learner(model_dir(seed=2), config).update(table, ROWS)
-    responses = [table.tokens[row, table.prompt_len[row] : table.length[row]].tolist() for row in ROWS]
+    responses = [
+        table.tokens[row, table.prompt_len[row] : table.length[row]].tolist() for row in ROWS
+    ]
     assert sorted(trained) == sorted(sum(responses, [])) and metrics["tokens"] == len(trained)
     assert any(response[-1] in STOPS for response in responses)
-    assert sum(token in STOPS for token in trained) == sum(response[-1] in STOPS for response in responses)
+    assert sum(token in STOPS for token in trained) == sum(
+        response[-1] in STOPS for response in responses
+    )
 
 
-@pytest.mark.parametrize("config", [c for c in LOSS_CONFIGS if c.loss in ("sampled_reverse_kl", "stratified_reverse_kl")], ids=label)
+@pytest.mark.parametrize(
+    "config",
+    [c for c in LOSS_CONFIGS if c.loss in ("sampled_reverse_kl", "stratified_reverse_kl")],
+    ids=label,
+)
 def test_teacher_equal_to_student_gives_zero_gradient_and_zero_reverse_kl(config, model_dir):
     config = replace(config, max_grad_norm=1e9)
     table = frozen_table(model_dir(), model_dir(), config)
@@ -111,7 +139,9 @@ def test_support_mass_counts_repeated_draws_once(model_dir):
     for row in ROWS:
         logp = full_logp(model_dir(seed=2), table, row)
         for r in range(len(logp)):
-            total += float(logp[r][torch.tensor(sorted(set(table.candidate_ids[row, r].tolist())))].exp().sum())
+            total += float(
+                logp[r][torch.tensor(sorted(set(table.candidate_ids[row, r].tolist())))].exp().sum()
+            )
             tokens += 1
     assert metrics["support_mass_student"] == pytest.approx(total / tokens, rel=1e-4)
 
@@ -124,12 +154,21 @@ def test_lag_is_measured_per_token(model_dir):
     table.weight_version[:, :2], table.weight_version[:, 2:] = 4, 6
     metrics = learner.update(table, ROWS)
     counts = (table.length - table.prompt_len).clamp(max=2)
-    expected = float((counts * 3 + (table.length - table.prompt_len - counts)).sum() / (table.length - table.prompt_len).sum())
+    expected = float(
+        (counts * 3 + (table.length - table.prompt_len - counts)).sum()
+        / (table.length - table.prompt_len).sum()
+    )
     assert metrics["lag_max"] == 3 and metrics["lag_mean"] == pytest.approx(expected)
 
 
 def test_m2po_has_one_bound_for_the_whole_update(model_dir, monkeypatch):
-    config = config_for("sampled_reverse_kl", num_samples=3, correction="m2po_areal", max_prompt_tokens=16, max_new_tokens=MAX_NEW)
+    config = config_for(
+        "sampled_reverse_kl",
+        num_samples=3,
+        correction="m2po_areal",
+        max_prompt_tokens=16,
+        max_new_tokens=MAX_NEW,
+    )
     table = stale_table(model_dir, config)
     computed, used = [], []
 
@@ -160,7 +199,9 @@ def test_m2po_has_one_bound_for_the_whole_update(model_dir, monkeypatch):
     log_ratio = []
     for row in ROWS:
         count = int(table.length[row] - table.prompt_len[row])
-        s = full_logp(model_dir(seed=2), table, row).gather(1, table.candidate_ids[row, :count].long())
+        s = full_logp(model_dir(seed=2), table, row).gather(
+            1, table.candidate_ids[row, :count].long()
+        )
         log_ratio.append((s - table.behavior_logp[row, :count]).flatten())
     bound = second_moment_bound(torch.cat(log_ratio).square(), is_capped=False)
     assert seen_whole == pytest.approx(seen_pieces, rel=1e-4) == pytest.approx(bound, rel=1e-3)
@@ -184,17 +225,25 @@ def test_masters_are_float32_and_small_updates_are_not_lost_though_bfloat16_is_p
     before = [p.detach().clone() for p in learner.parameters]
     learner.update(table, ROWS)
     changed = sum(int((a != b).sum()) for a, b in zip(before, learner.parameters))
-    in_bfloat16 = sum(int((a.bfloat16() != b.bfloat16()).sum()) for a, b in zip(before, learner.parameters))
+    in_bfloat16 = sum(
+        int((a.bfloat16() != b.bfloat16()).sum()) for a, b in zip(before, learner.parameters)
+    )
     assert changed > 0.5 * sum(p.numel() for p in before) and in_bfloat16 < 0.02 * changed
     count = sum(p.numel() for p in before)
-    channel = Channel.create(Config(batch_size=1, max_prompt_tokens=4, max_new_tokens=4), count, torch.bfloat16)
+    channel = Channel.create(
+        Config(batch_size=1, max_prompt_tokens=4, max_new_tokens=4), count, torch.bfloat16
+    )
     learner.publish(channel)
     received = load(model_dir(seed=0), dtype=torch.bfloat16)
     assert channel.pick_up(flatten_parameters(received)) == 1
-    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(learner.parameters, received.parameters()))
+    assert all(
+        torch.equal(a.bfloat16(), b) for a, b in zip(learner.parameters, received.parameters())
+    )
 
 
-def test_a_checkpoint_loads_with_transformers_and_continues_bit_for_bit(model_dir, tmp_path, tokenizer):
+def test_a_checkpoint_loads_with_transformers_and_continues_bit_for_bit(
+    model_dir, tmp_path, tokenizer
+):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = config_for("forward_kl", top_k=6)
@@ -221,13 +270,21 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(tmp_path):
     assert checkpoints(tmp_path) == []
 
 
-def test_a_full_disk_while_saving_is_one_kind_of_error_and_leaves_nothing_half(model_dir, tmp_path, tokenizer, monkeypatch):
+def test_a_full_disk_while_saving_is_one_kind_of_error_and_leaves_nothing_half(
+    model_dir, tmp_path, tokenizer, monkeypatch
+):
     """safetensors raises SafetensorError there, torch.save a RuntimeError."""
     config = config_for("forward_kl", top_k=6)
     learner = new_learner(model_dir(seed=2), config)
     learner.update(stale_table(model_dir, config), ROWS)
-    for target, error in (("transformers.modeling_utils.safe_save_file", SafetensorError), ("torch.save", RuntimeError)):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="step_1 cannot be written: No space left"):
+    for target, error in (
+        ("transformers.modeling_utils.safe_save_file", SafetensorError),
+        ("torch.save", RuntimeError),
+    ):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(OSError, match="step_1 cannot be written: No space left"),
+        ):
             patch.setattr(target, raising(error("No space left on device")))
             learner.save(tmp_path, tokenizer, [])
         assert not list(tmp_path.iterdir())

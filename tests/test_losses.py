@@ -94,7 +94,12 @@ def mean_and_variance(loss, student, t, b):
 def test_current_signal_with_importance_weights_has_zero_bias_at_any_lag(seed):
     for lag in (0.0, 0.3, 2.0):
         student, t, b = policies(seed, lag)
-        torch.testing.assert_close(expected_gradient(student, t, b), exact_reverse_kl_gradient(student, t), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            expected_gradient(student, t, b),
+            exact_reverse_kl_gradient(student, t),
+            rtol=1e-9,
+            atol=1e-11,
+        )
 
 
 VARIANTS = sorted(set(itertools.product(("current", "rollout"), CORRECTIONS)) - {("current", "is")})
@@ -108,7 +113,9 @@ def test_every_other_variant_is_biased_under_lag_and_unbiased_without(signal, co
     exact = exact_reverse_kl_gradient(student, t)
     assert (expected_gradient(student, t, b, **options) - exact).norm() > 0.05 * exact.norm()
     fresh = student.log_softmax(-1)
-    torch.testing.assert_close(expected_gradient(student, t, fresh, **options), exact, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        expected_gradient(student, t, fresh, **options), exact, rtol=1e-9, atol=1e-11
+    )
 
 
 ESTIMATORS = [
@@ -120,14 +127,20 @@ ESTIMATORS = [
 
 
 @pytest.mark.parametrize("baseline_from", [2, 8])
-@pytest.mark.parametrize("options", ESTIMATORS, ids=lambda options: " ".join(map(str, options.values())))
-def test_an_estimator_with_importance_weights_is_exactly_unbiased_at_any_lag(options, baseline_from, monkeypatch):
+@pytest.mark.parametrize(
+    "options", ESTIMATORS, ids=lambda options: " ".join(map(str, options.values()))
+)
+def test_an_estimator_with_importance_weights_is_exactly_unbiased_at_any_lag(
+    options, baseline_from, monkeypatch
+):
     """Its mean over all draws of a small vocabulary. With few draws too, a baseline that is switched on adds no bias."""
     monkeypatch.setattr(losses, "BASELINE_DRAWS", SimpleNamespace(value=baseline_from))
     for lag in (0.0, 2.0):
         student, t, b = policies(2, lag, vocab=7)
         mean, _ = mean_and_variance(loss_of(**options), student, t, b)
-        torch.testing.assert_close(mean, exact_reverse_kl_gradient(student, t), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            mean, exact_reverse_kl_gradient(student, t), rtol=1e-9, atol=1e-11
+        )
 
 
 def variances(kinds, seed, vocab, lag, count, top_k, trials=2000):
@@ -136,7 +149,12 @@ def variances(kinds, seed, vocab, lag, count, top_k, trials=2000):
     found = []
     for kind in kinds:
         loss = loss_of(kind, num_samples=count, top_k=top_k)
-        uniforms = torch.rand(trials, loss.num_uniforms, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        uniforms = torch.rand(
+            trials,
+            loss.num_uniforms,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(0),
+        )
         ids, behavior = loss.propose(b.repeat(trials, 1), uniforms)
         logits = student.repeat(trials, 1).requires_grad_()
         loss.value(logits.log_softmax(-1).gather(1, ids), t[ids], behavior).sum().backward()
@@ -144,18 +162,28 @@ def variances(kinds, seed, vocab, lag, count, top_k, trials=2000):
     return found
 
 
-@pytest.mark.parametrize("kind, plain", [("sampled_reverse_kl", "plain_sampled"), ("stratified_reverse_kl", "plain_stratified")])
+@pytest.mark.parametrize(
+    "kind, plain",
+    [("sampled_reverse_kl", "plain_sampled"), ("stratified_reverse_kl", "plain_stratified")],
+)
 def test_the_baseline_of_many_draws_makes_the_variance_smaller_and_few_draws_have_none(kind, plain):
     ratios = []
     for seed in range(5):
-        with_baseline, without = variances((kind, plain), seed, vocab=100, lag=0.3, count=16, top_k=16)
+        with_baseline, without = variances(
+            (kind, plain), seed, vocab=100, lag=0.3, count=16, top_k=16
+        )
         ratios.append(with_baseline / without)
     assert sum(ratios) / len(ratios) < 0.95 and max(ratios) < 1.1
     s, t, b = (torch.randn(5, 12, dtype=torch.float64) for _ in range(3))
     for count in (1, 7):
         ours, without = (loss_of(name, top_k=4, num_samples=count) for name in (kind, plain))
         columns = ours.num_columns
-        assert torch.equal(*(loss.value(s[:, :columns], t[:, :columns], b[:, :columns]) for loss in (ours, without)))
+        assert torch.equal(
+            *(
+                loss.value(s[:, :columns], t[:, :columns], b[:, :columns])
+                for loss in (ours, without)
+            )
+        )
 
 
 def test_a_baseline_is_the_mean_of_the_other_draws():
@@ -251,13 +279,19 @@ def test_m2po_bounds_the_largest_square_at_which_the_capped_mean_is_within_the_b
     """By hand: squares .01, .04, .09, 1; capped at .09 their mean is .0575, at .04 it is .0325."""
     squares = torch.tensor([1.0, 0.01, 0.09, 0.04])
     assert second_moment_bound(squares, is_capped=True) == pytest.approx(0.04)
-    assert second_moment_bound(squares, is_capped=False) == pytest.approx(0.04)  # .025; with .09 it is .0467
+    assert second_moment_bound(squares, is_capped=False) == pytest.approx(
+        0.04
+    )  # .025; with .09 it is .0467
     assert second_moment_bound(squares, is_capped=True, budget=0.06) == pytest.approx(0.09)
     for is_capped in (True, False):
-        assert second_moment_bound(torch.full((3,), 1e-8), is_capped) == float("inf")  # as rounding leaves it without lag
+        assert second_moment_bound(torch.full((3,), 1e-8), is_capped) == float(
+            "inf"
+        )  # as rounding leaves it without lag
         assert second_moment_bound(torch.full((3,), 1.0), is_capped) == -1.0
         assert second_moment_bound(torch.zeros(0), is_capped) == float("inf")
-        squares = (torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * 0.5).square().double()
+        squares = (
+            (torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * 0.5).square().double()
+        )
         bound = second_moment_bound(squares, is_capped)
         kept = squares.flatten().sort().values
         above = kept[kept > bound][0]
@@ -280,10 +314,14 @@ def test_only_m2po_asks_for_the_whole_update_and_drops_by_the_bound_that_it_find
     torch.testing.assert_close(squares.flatten().float(), ratios.square()[watched].flatten())
     tables = [(s, None, t, b)]
     loss.look_ahead(tables, lambda value: [value, torch.full((100,), 1e-6)])  # of another rank
-    assert loss.m2_bound == second_moment_bound(torch.cat([squares.flatten(), torch.full((100,), 1e-6)]), config.correction == "m2po")
+    assert loss.m2_bound == second_moment_bound(
+        torch.cat([squares.flatten(), torch.full((100,), 1e-6)]), config.correction == "m2po"
+    )
     loss.look_ahead(tables, lambda value: [value])
     assert loss.m2_bound == second_moment_bound(squares, config.correction == "m2po")
-    assert torch.equal(loss.value(s, t, b) == 0, ((ratios.square() > loss.m2_bound) & watched).all(-1))
+    assert torch.equal(
+        loss.value(s, t, b) == 0, ((ratios.square() > loss.m2_bound) & watched).all(-1)
+    )
 
 
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
@@ -310,7 +348,12 @@ def test_the_columns_of_a_loss_are_what_its_formula_reads(config):
     assert s.grad[0].nonzero().flatten().tolist() == read
 
 
-SHIPPED = ("forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl")  # the others are the studies'
+SHIPPED = (
+    "forward_kl",
+    "sparse_reverse_kl",
+    "sampled_reverse_kl",
+    "stratified_reverse_kl",
+)  # the others are the studies'
 
 
 def test_the_names_of_the_losses_are_those_of_their_classes():
@@ -362,7 +405,9 @@ def jeffreys(s, t):
 
 def test_the_example_of_the_readme_gets_the_candidates_that_it_names(example):
     loss = make_loss(Config(loss="jeffreys_kl", top_k=3, num_samples=2))
-    assert type(loss).__name__ == "JeffreysKL" and loss.triton_terms is None and loss.teacher_top == 0
+    assert (
+        type(loss).__name__ == "JeffreysKL" and loss.triton_terms is None and loss.teacher_top == 0
+    )
     logits = torch.randn(50, V, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ids, logp = loss.propose(logits.clone(), uniforms)
@@ -459,4 +504,8 @@ def test_a_kernel_belongs_to_the_value_it_was_written_for():
         pass
 
     config = Config(top_k=3)
-    assert Mine(config).triton_terms is None and Renamed(config).triton_terms and losses.StratifiedReverseKL(config).triton_terms
+    assert (
+        Mine(config).triton_terms is None
+        and Renamed(config).triton_terms
+        and losses.StratifiedReverseKL(config).triton_terms
+    )

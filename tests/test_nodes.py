@@ -39,7 +39,9 @@ def place(monkeypatch, node, count):
 def close(channel):
     """Files would be many: `select` takes numbers below 1,024, and pytest is one process."""
     paths = channel.arguments[-1]
-    for number in [int(path.rsplit("/", 1)[1]) for path in paths] + [queue.fd for queue in (channel.to_generator, channel.to_learner, *channel.to_teachers)]:
+    for number in [int(path.rsplit("/", 1)[1]) for path in paths] + [
+        queue.fd for queue in (channel.to_generator, channel.to_learner, *channel.to_teachers)
+    ]:
         os.close(number)
     os.close(channel.watched)
 
@@ -52,7 +54,9 @@ def close(channel):
 def test_the_nodes_together_issue_and_train_the_tickets_of_one(count, order, monkeypatch):
     """Every ticket once, in batch order in its own update, and never before the inequality admits it."""
     prompts = [Prompt(str(i), [i + 1]) for i in range(7)]
-    config = Config(batch_size=12, max_staleness=1, steps=4, order=order, max_prompt_tokens=8, max_new_tokens=8)
+    config = Config(
+        batch_size=12, max_staleness=1, steps=4, order=order, max_prompt_tokens=8, max_new_tokens=8
+    )
     updates = []
     for node in range(count):
         place(monkeypatch, node, count)
@@ -62,7 +66,9 @@ def test_the_nodes_together_issue_and_train_the_tickets_of_one(count, order, mon
             books.issue(version)
             rows = channel.to_generator.get_all()
             issued = channel.ticket[rows].tolist()
-            assert all(may_start(ticket, version, config) for ticket in issued) and {ticket % count for ticket in issued} <= {node}
+            assert all(may_start(ticket, version, config) for ticket in issued) and {
+                ticket % count for ticket in issued
+            } <= {node}
             books.receive(rows)
             batch = books.batch(version)
             updates.append((version, channel.ticket[batch].tolist()))
@@ -84,7 +90,9 @@ def test_a_nodes_table_and_its_teachers_share_are_of_its_part_of_the_batch(monke
 
 def test_a_batch_that_the_nodes_cannot_share_equally_is_refused(monkeypatch):
     place(monkeypatch, 0, 3)
-    with pytest.raises(InputError, match="--batch-size is 64, there are 3 nodes with --teachers 1: take a multiple"):
+    with pytest.raises(
+        InputError, match="--batch-size is 64, there are 3 nodes with --teachers 1: take a multiple"
+    ):
         Config()
 
 
@@ -109,7 +117,9 @@ def meet_on(monkeypatch):
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(server.port))
-        monkeypatch.setattr(Nodes, "beat", lambda self: None)  # the first beat comes without the thread: `check` would keep it waiting
+        monkeypatch.setattr(
+            Nodes, "beat", lambda self: None
+        )  # the first beat comes without the thread: `check` would keep it waiting
         leaders = [Nodes(0, 1, node, count) for node in range(count)]
         made.append(server)
         return leaders
@@ -177,7 +187,10 @@ class Elsewhere:
 def leader(others, **parts):
     run = train.Run.__new__(train.Run)
     run.config, run.nodes, run.held_out = Config(), others, ["prompt"]
-    run.roles, run.timeline = SimpleNamespace(check=lambda: None), SimpleNamespace(flush=lambda: None)
+    run.roles, run.timeline = (
+        SimpleNamespace(check=lambda: None),
+        SimpleNamespace(flush=lambda: None),
+    )
     run.learner = SimpleNamespace(version=3)
     vars(run).update(parts)
     return run
@@ -196,13 +209,21 @@ def test_a_leader_tells_the_others_why_it_leaves_and_saves():
     def fail(error):
         raise error
 
-    for error, world, saves in ((RoleDied("teacher 0 died"), 2, 1), (RuntimeError("out of memory"), 1, 1), (RuntimeError("out of memory"), 2, 0)):
+    for error, world, saves in (
+        (RoleDied("teacher 0 died"), 2, 1),
+        (RuntimeError("out of memory"), 1, 1),
+        (RuntimeError("out of memory"), 2, 0),
+    ):
         others, saved = Elsewhere(), []
         others.world, others.tell = world, lambda value: None
         run = leader(others, main_loop=lambda: fail(error), save=lambda: saved.append(1))
         with pytest.raises(type(error)):
             run.lead()
-        assert others.said and all(word == {"leaves": str(error)} for word in others.said) and len(saved) == saves
+        assert (
+            others.said
+            and all(word == {"leaves": str(error)} for word in others.said)
+            and len(saved) == saves
+        )
 
 
 def test_an_update_waits_for_the_other_nodes_with_an_eye_on_its_own_roles():
@@ -214,7 +235,12 @@ def test_an_update_waits_for_the_other_nodes_with_an_eye_on_its_own_roles():
 
     others = SimpleNamespace(meet=meet, tell=lambda value: None, waited=0.0)
     learner = SimpleNamespace(version=3, accumulate=lambda channel, rows: {})
-    run = leader(others, learner=learner, channel=None, timeline=SimpleNamespace(span=lambda name: suppress()))
+    run = leader(
+        others,
+        learner=learner,
+        channel=None,
+        timeline=SimpleNamespace(span=lambda name: suppress()),
+    )
     with pytest.raises(RoleDied, match="enough"):
         run.train_on([1], [])
     assert seen["check"] is run.roles.check
@@ -225,7 +251,9 @@ def test_m2po_is_refused_on_several_nodes(monkeypatch):
     config = Config(loss="sampled_reverse_kl", correction="m2po")
     make_loss(config)
     place(monkeypatch, 0, 2)
-    with pytest.raises(InputError, match="--correction m2po needs all samples at once: use one node"):
+    with pytest.raises(
+        InputError, match="--correction m2po needs all samples at once: use one node"
+    ):
         make_loss(config)
 
 
@@ -240,7 +268,9 @@ def test_what_a_node_says_when_it_leaves_ends_the_others(meet_on):
     second.say(leaves="")  # it has made all updates
     assert len(third.check()) == 3
     second.say(leaves="teacher 0 died: killed")
-    with pytest.raises(RoleDied, match=rf"node 1 \({socket.gethostname()}\) is gone: teacher 0 died: killed"):
+    with pytest.raises(
+        RoleDied, match=rf"node 1 \({socket.gethostname()}\) is gone: teacher 0 died: killed"
+    ):
         first.meet(0, None, lambda: None)
     second.say(leaves="interrupted")
     with pytest.raises(RoleDied, match="node 1 .* is gone: interrupted"):
@@ -287,10 +317,30 @@ def start_nodes(count, output, *flags, ranks=1):
     port = free_port()
     agents = []
     for node in range(count):
-        torchrun = [f"--nnodes={count}", f"--nproc-per-node={ranks}", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        command = [sys.executable, "-m", "torch.distributed.run", *torchrun, "--", str(ROOT / "train.py"), *BASE, f"--output-dir={output}", *flags]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-        agents.append(subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **pipes))
+        torchrun = [
+            f"--nnodes={count}",
+            f"--nproc-per-node={ranks}",
+            f"--node-rank={node}",
+            "--master-addr=127.0.0.1",
+            f"--master-port={port}",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *torchrun,
+            "--",
+            str(ROOT / "train.py"),
+            *BASE,
+            f"--output-dir={output}",
+            *flags,
+        ]
+        pipes = dict(
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        agents.append(
+            subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}, **pipes)
+        )
     return agents
 
 
@@ -303,7 +353,9 @@ def assert_same_run(ours, one):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.02)
 
 
-def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(sync_run, pair, tmp_path):  # noqa: F811
+def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(
+    sync_run, pair, tmp_path
+):  # noqa: F811
     agents = start_nodes(2, tmp_path / "run", *pair, *SYNC, "--steps=100000", "--eval-every=0")
     read_until(agents[0], r"update +6/")
     families = [children(agent.pid) for agent in agents]
@@ -319,15 +371,21 @@ def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(sy
     agents[1].communicate()
     assert not any(still_alive(family) for family in families)
     record = metrics(tmp_path / "run")[-1]
-    assert len(record["nodes_busy"]) == 2 and all(len(node) == 3 for node in record["nodes_busy"])  # generator, teacher, learner
+    assert len(record["nodes_busy"]) == 2 and all(
+        len(node) == 3 for node in record["nodes_busy"]
+    )  # generator, teacher, learner
     json.loads((tmp_path / "run" / "node_1" / "trace.json").read_text())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_node_whose_processes_are_all_killed_ends_the_other_within_a_minute_saved(ranks, pair, tmp_path):
+def test_a_node_whose_processes_are_all_killed_ends_the_other_within_a_minute_saved(
+    ranks, pair, tmp_path
+):
     """As when a machine is gone, but for the sockets, which the kernel closes here."""
-    agents = start_nodes(2, tmp_path / "run", *pair, "--steps=100000", "--eval-every=0", ranks=ranks)
+    agents = start_nodes(
+        2, tmp_path / "run", *pair, "--steps=100000", "--eval-every=0", ranks=ranks
+    )
     read_until(agents[0], r"update +3/")
     families = [children(agent.pid) for agent in agents]
     for pid in [agents[1].pid, *families[1]]:
@@ -337,7 +395,9 @@ def test_a_node_whose_processes_are_all_killed_ends_the_other_within_a_minute_sa
     assert time.monotonic() - started < 60.0
     assert re.search(r"node 1 \(.*\) is gone: no sign of life|Has a rank or a node died", out), out
     if "is gone" in out or ranks == 1:  # else it was amid the exchange
-        assert checkpoints(tmp_path / "run") == [tmp_path / "run" / f"step_{len(metrics(tmp_path / 'run'))}"]
+        assert checkpoints(tmp_path / "run") == [
+            tmp_path / "run" / f"step_{len(metrics(tmp_path / 'run'))}"
+        ]
     agents[1].communicate()
     assert not still_alive(families[0])
 
@@ -347,7 +407,9 @@ def test_a_node_that_is_held_back_shows_in_the_metrics(pair, tmp_path):
     """Its generator stands still for three seconds: then the other node has waited, and it has not."""
     agents = start_nodes(2, tmp_path / "run", *pair, *SYNC, "--steps=12", "--eval-every=0")
     read_until(agents[0], r"update +3/")
-    server, generator, teacher = sorted(pid for pid, line in children(agents[1].pid).items() if "forkserver" in line)
+    server, generator, teacher = sorted(
+        pid for pid, line in children(agents[1].pid).items() if "forkserver" in line
+    )
     os.kill(generator, signal.SIGSTOP)
     time.sleep(3)
     os.kill(generator, signal.SIGCONT)
@@ -372,7 +434,13 @@ def test_a_run_goes_on_with_another_number_of_nodes(pair, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_reach_the_accuracy_of_one_on_the_built_in_task(tmp_path):
-    flags = ["--batch-size=64", "--slots=64", "--eval-size=256", "--max-prompt-tokens=64", "--max-new-tokens=40"]
+    flags = [
+        "--batch-size=64",
+        "--slots=64",
+        "--eval-size=256",
+        "--max-prompt-tokens=64",
+        "--max-new-tokens=40",
+    ]
     for agent in start_nodes(2, tmp_path / "run", *flags):
         finish(agent)
     assert metrics(tmp_path / "run")[-1]["eval_accuracy"] > 0.95
@@ -387,5 +455,7 @@ def test_a_node_whose_teacher_dies_is_named_and_ends_the_others(pair, tmp_path):
     teacher = sorted(pid for pid, line in family.items() if "forkserver" in line)[2]
     os.kill(teacher, signal.SIGKILL)
     outs = [finish(agent, expect=1) for agent in agents]
-    assert re.search(r"train.py: error: node 1 \(.*\) is gone: teacher 0 died: .*SIGKILL", outs[0]), outs[0]
+    assert re.search(
+        r"train.py: error: node 1 \(.*\) is gone: teacher 0 died: .*SIGKILL", outs[0]
+    ), outs[0]
     assert re.search(r"train.py: error: teacher 0 died: .*SIGKILL", outs[1]), outs[1]

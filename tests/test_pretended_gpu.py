@@ -20,12 +20,16 @@ from teacher import Teacher
 
 CPU = torch.device("cpu")
 VOCAB = 173
-SIZES = dict(batch_size=5, max_prompt_tokens=12, max_new_tokens=8, micro_batch_tokens=40, head_chunk=7)
+SIZES = dict(
+    batch_size=5, max_prompt_tokens=12, max_new_tokens=8, micro_batch_tokens=40, head_chunk=7
+)
 LOSSES = {
     "forward_kl": Config(loss="forward_kl", top_k=5, **SIZES),
     "sparse_reverse_kl": Config(loss="sparse_reverse_kl", top_k=5, **SIZES),
     "sampled_reverse_kl": Config(loss="sampled_reverse_kl", num_samples=3, **SIZES),
-    "m2po": Config(loss="sampled_reverse_kl", num_samples=3, correction="m2po", temperature=0.7, **SIZES),
+    "m2po": Config(
+        loss="sampled_reverse_kl", num_samples=3, correction="m2po", temperature=0.7, **SIZES
+    ),
     "stratified_reverse_kl": Config(top_k=5, **SIZES),
 }
 # Where the host may wait for the device: between steps, once a rollout, once a batch. Never in `decode` or a layer.
@@ -51,7 +55,10 @@ WAITS = {
 
 
 def prompts():
-    return [torch.randint(2, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 1, 7, 12)]
+    return [
+        torch.randint(2, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+        for n in (3, 9, 1, 7, 12)
+    ]
 
 
 def roles(config, paths, device, dtype):
@@ -73,8 +80,15 @@ def roles(config, paths, device, dtype):
     learner.publish(table)
     assert table.pick_up(flat) == 1
     assert device == CPU or generator.graphs
-    found = {name: getattr(table, name).clone() for name in ("tokens", "length", "candidate_ids", "behavior_logp", "teacher_logp")}
-    return found | {"weights": host_of(flat)} | {name: torch.tensor(float(value)) for name, value in metrics.items()}
+    found = {
+        name: getattr(table, name).clone()
+        for name in ("tokens", "length", "candidate_ids", "behavior_logp", "teacher_logp")
+    }
+    return (
+        found
+        | {"weights": host_of(flat)}
+        | {name: torch.tensor(float(value)) for name, value in metrics.items()}
+    )
 
 
 def on_gpu(config, paths, dtype=torch.float32):
@@ -88,13 +102,19 @@ def paths(model_dir):
     return {family: (model_dir(family), model_dir(family, seed=1)) for family in FAMILIES}
 
 
-@pytest.mark.parametrize("family, loss", [("qwen3", name) for name in LOSSES] + [("llama", "stratified_reverse_kl"), ("gemma3", "stratified_reverse_kl")])
+@pytest.mark.parametrize(
+    "family, loss",
+    [("qwen3", name) for name in LOSSES]
+    + [("llama", "stratified_reverse_kl"), ("gemma3", "stratified_reverse_kl")],
+)
 def test_every_role_gives_what_it_gives_on_the_cpu_and_waits_only_where_it_may(family, loss, paths):
     config = LOSSES[loss]
     expected = roles(config, paths[family], CPU, torch.float32)
     found, waits = on_gpu(config, paths[family])
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=2e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], value, rtol=2e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert waits <= WAITS, waits - WAITS
 
 
@@ -114,11 +134,17 @@ def plant(monkeypatch, owner, name, old, new):
     """Change the source of one function."""
     function = inspect.getattr_static(owner, name)
     is_static = isinstance(function, staticmethod)
-    source = textwrap.dedent(inspect.getsource(function.__func__ if is_static else function)).replace("@staticmethod\n", "").replace("@torch.no_grad()\n", "")
+    source = (
+        textwrap.dedent(inspect.getsource(function.__func__ if is_static else function))
+        .replace("@staticmethod\n", "")
+        .replace("@torch.no_grad()\n", "")
+    )
     assert source.count(old) == 1, f"{old!r} is not in {name}"
     namespace = dict(vars(sys.modules[owner.__module__]))
     exec(source.replace(old, new), namespace)
-    monkeypatch.setattr(owner, name, staticmethod(namespace[name]) if is_static else namespace[name])
+    monkeypatch.setattr(
+        owner, name, staticmethod(namespace[name]) if is_static else namespace[name]
+    )
 
 
 FAULTS = {
@@ -137,7 +163,10 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault, paths, monkeypatch):
     owner, name, old, new, message = FAULTS[fault]
-    config, dtype = LOSSES["stratified_reverse_kl"], torch.bfloat16 if fault == "a missing cast" else torch.float32
+    config, dtype = (
+        LOSSES["stratified_reverse_kl"],
+        torch.bfloat16 if fault == "a missing cast" else torch.float32,
+    )
     expected = roles(config, paths["qwen3"], CPU, torch.float32)
     plant(monkeypatch, owner, name, old, new)
     if message:

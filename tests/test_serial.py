@@ -22,7 +22,9 @@ SYNC = ["--max-staleness=0", "--steps=3", "--eval-every=3", "--slots=5"]
 
 def new_serial(flags, lag):
     config = parse([*BASE, *flags])
-    return Serial(config, lag, *load_prompts(config, load_tokenizer("--student", config.student_path)))
+    return Serial(
+        config, lag, *load_prompts(config, load_tokenizer("--student", config.student_path))
+    )
 
 
 def recorded_versions(channel):
@@ -32,11 +34,26 @@ def recorded_versions(channel):
 
 
 def test_the_command_line_prints_the_accuracy_before_and_after_training(pair, tmp_path):
-    flags = [*pair, "--steps=2", "--batch-size=8", "--slots=8", "--eval-size=8", "--max-new-tokens=12"]
-    run = subprocess.run([sys.executable, str(ROOT / "serial.py"), *flags], capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    flags = [
+        *pair,
+        "--steps=2",
+        "--batch-size=8",
+        "--slots=8",
+        "--eval-size=8",
+        "--max-new-tokens=12",
+    ]
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "serial.py"), *flags],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+    )
     assert run.returncode == 0, run.stderr
     accuracy = r"\d+\.\d%"
-    assert re.search(rf"accuracy before training {accuracy}\n", run.stdout) and re.search(rf"accuracy after training {accuracy}\n$", run.stdout)
+    assert re.search(rf"accuracy before training {accuracy}\n", run.stdout) and re.search(
+        rf"accuracy after training {accuracy}\n$", run.stdout
+    )
     assert [int(n) for n in re.findall(r"^update +(\d)/2 .*\d", run.stdout, re.M)] == [1, 2]
     assert not os.listdir(tmp_path)  # it writes nothing
 
@@ -55,13 +72,26 @@ def test_without_lag_its_losses_are_those_of_a_synchronous_run_of_processes(pair
     run = new_serial([*pair, *SYNC], lag=0)
     assert run.accuracy() == records[0]["eval_accuracy_before"]
     mine = [run.update() for _ in records]
-    for name in ("loss", "reverse_kl", "grad_norm", "tokens", "lag_max", "lr", "support_mass_student", "support_mass_teacher"):
+    for name in (
+        "loss",
+        "reverse_kl",
+        "grad_norm",
+        "tokens",
+        "lag_max",
+        "lr",
+        "support_mass_student",
+        "support_mass_teacher",
+    ):
         assert mine[0][name] == pytest.approx(records[0][name], rel=1e-4), name
-        assert mine[-1][name] == pytest.approx(records[-1][name], rel=0.02), name  # weights differ by rounding since
+        assert mine[-1][name] == pytest.approx(records[-1][name], rel=0.02), (
+            name
+        )  # weights differ by rounding since
 
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
-def test_every_token_is_sampled_with_the_weights_of_exactly_lag_updates_ago(lag, pair, model_dir, monkeypatch):
+def test_every_token_is_sampled_with_the_weights_of_exactly_lag_updates_ago(
+    lag, pair, model_dir, monkeypatch
+):
     """Also the first updates, and also if the newest weights are evaluated in between."""
     run = new_serial([*pair, "--steps=6", "--lr=0.03", "--warmup-steps=0", "--slots=3"], lag)
     weights = [flat_parameters(run.learner.model)]
@@ -73,11 +103,19 @@ def test_every_token_is_sampled_with_the_weights_of_exactly_lag_updates_ago(lag,
         assert metrics["lag_mean"] == metrics["lag_max"] == expected
         sampler = load(model_dir("qwen3", 0))
         torch.nn.utils.vector_to_parameters(weights[update - expected], sampler.parameters())
-        monkeypatch.setattr("frozen.load", lambda path: sampler)  # the recorded number says the truth
+        monkeypatch.setattr(
+            "frozen.load", lambda path: sampler
+        )  # the recorded number says the truth
         for row, count in enumerate(map(len, versions)):
-            logp = full_logp("", run.channel, row).gather(1, run.channel.candidate_ids[row, :count, :1].long())
-            torch.testing.assert_close(run.channel.behavior_logp[row, :count, :1], logp, atol=1e-4, rtol=1e-4)
+            logp = full_logp("", run.channel, row).gather(
+                1, run.channel.candidate_ids[row, :count, :1].long()
+            )
+            torch.testing.assert_close(
+                run.channel.behavior_logp[row, :count, :1], logp, atol=1e-4, rtol=1e-4
+            )
         weights.append(flat_parameters(run.learner.model))
         if update % 2:
             run.accuracy()
-    assert not torch.allclose(weights[0], weights[1], atol=1e-3)  # so the log-probabilities above tell versions apart
+    assert not torch.allclose(
+        weights[0], weights[1], atol=1e-3
+    )  # so the log-probabilities above tell versions apart

@@ -48,16 +48,30 @@ def train(learner, table):
 def rank_main(rank, world, out, paths, tables, mailbox):
     torch.set_num_threads(1)
     limit = timedelta(seconds=60)  # ranks that are out of step fail, and do not hang
-    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous{world}", rank=rank, world_size=world, timeout=limit)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{out}/rendezvous{world}",
+        rank=rank,
+        world_size=world,
+        timeout=limit,
+    )
     nodes = Nodes(rank, world)
     results = []
     for number, ((family, config), fields) in enumerate(zip(CASES, tables)):
         last = number == len(CASES) - 1  # it recomputes its layers
-        learner, table = new_learner(paths[family], config, nodes=nodes, recompute=last), SimpleNamespace(**fields)
-        assert all(isinstance(layer, FSDPModule) for layer in layers_of(learner.model))  # each is gathered for itself
+        learner, table = (
+            new_learner(paths[family], config, nodes=nodes, recompute=last),
+            SimpleNamespace(**fields),
+        )
+        assert all(
+            isinstance(layer, FSDPModule) for layer in layers_of(learner.model)
+        )  # each is gathered for itself
         found = train(learner, table)
         moments = [state["exp_avg"] for state in learner.optimizer.state.values()]
-        held = [sum(x.to_local().numel() for x in kind) for kind in (learner.parameters, [p.grad for p in learner.parameters], moments)]
+        held = [
+            sum(x.to_local().numel() for x in kind)
+            for kind in (learner.parameters, [p.grad for p in learner.parameters], moments)
+        ]
         results.append((found, held))
         if number == 0:
             learner.publish(mailbox)
@@ -76,11 +90,17 @@ def rank_main(rank, world, out, paths, tables, mailbox):
     in_bfloat16 = Learner(load(paths["qwen3"]), CASES[-1][1], 173, torch.bfloat16, nodes)
     dtypes = set()
     mlp = layers_of(in_bfloat16.model)[0].mlp
-    mlp.register_forward_hook(lambda module, inputs, output: dtypes.add((inputs[0].dtype, output.dtype, module.gate_proj.weight.dtype)))
+    mlp.register_forward_hook(
+        lambda module, inputs, output: dtypes.add(
+            (inputs[0].dtype, output.dtype, module.gate_proj.weight.dtype)
+        )
+    )
     metrics = in_bfloat16.update(table, ROWS[:7])
     assert dtypes == {(torch.bfloat16, torch.bfloat16, torch.bfloat16)}
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in in_bfloat16.parameters)
-    assert abs(metrics["grad_norm"] / found[0][0]["grad_norm"] - 1) < 0.1  # of the last case, in float32
+    assert (
+        abs(metrics["grad_norm"] / found[0][0]["grad_norm"] - 1) < 0.1
+    )  # of the last case, in float32
     torch.save(results, out / f"{world}_{rank}")
     dist.destroy_process_group()
 
@@ -109,10 +129,14 @@ def places(tmp_path_factory):
 
 # In this order: four ranks continue what two have saved.
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(world, of_one, places, model_dir, tokenizer):
+def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(
+    world, of_one, places, model_dir, tokenizer
+):
     paths = {family: model_dir(family, seed=2) for family in ("qwen3", "llama")}
     count = sum(p.numel() for p in of_one[0][1].parameters)
-    mailbox = Channel.create(Config(batch_size=1, max_prompt_tokens=4, max_new_tokens=4), count, torch.bfloat16)
+    mailbox = Channel.create(
+        Config(batch_size=1, max_prompt_tokens=4, max_new_tokens=4), count, torch.bfloat16
+    )
     arguments = (world, places, paths, [vars(table) for table, *_ in of_one], mailbox)
     mp.start_processes(rank_main, arguments, nprocs=world, start_method="forkserver")
     ranks = [torch.load(places / f"{world}_{rank}") for rank in range(world)]
@@ -121,10 +145,18 @@ def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(world, 
     cases = [[part for part in results if isinstance(part, tuple)] for results in ranks]
     for case, ((family, config), (_, learner, expected)) in enumerate(zip(CASES, of_one)):
         for results in cases:
-            for (metrics, gradient), (metrics_of_one, gradient_of_one) in zip(results[case][0], expected):
+            for (metrics, gradient), (metrics_of_one, gradient_of_one) in zip(
+                results[case][0], expected
+            ):
                 assert_same_metrics(metrics, metrics_of_one)
                 scale = float(gradient_of_one.abs().max())
-                torch.testing.assert_close(gradient, gradient_of_one, rtol=1e-3, atol=1e-5 * scale, msg=f"{family} {config.loss}")
+                torch.testing.assert_close(
+                    gradient,
+                    gradient_of_one,
+                    rtol=1e-3,
+                    atol=1e-5 * scale,
+                    msg=f"{family} {config.loss}",
+                )
         total = sum(p.numel() for p in learner.parameters)
         for kind in range(3):  # parameters, gradients, moments
             held = [results[case][1][kind] for results in cases]
@@ -139,7 +171,9 @@ def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(world, 
     one = new_learner(model_dir("qwen3", seed=2), CASES[0][1])
     train(one, table)
     third = one.update(table, ROWS[:7])
-    alone = new_learner(str(places / f"of_{world}" / "step_2"), CASES[0][1])  # saved by several ranks, continued by one
+    alone = new_learner(
+        str(places / f"of_{world}" / "step_2"), CASES[0][1]
+    )  # saved by several ranks, continued by one
     alone.load(places / f"of_{world}" / "step_2")
     assert len(continued) == 1 + (places / "of_2").exists()
     for metrics in (*continued, alone.update(table, ROWS[:7])):
@@ -154,7 +188,13 @@ NODE_UPDATES = (ROWS[:6], ROWS[-6:])  # every node has equally many
 def node_main(number, count, world, out, port, paths, tables):
     torch.set_num_threads(1)
     limit = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{out}/nodes{count}", rank=number, world_size=count * world, timeout=limit)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{out}/nodes{count}",
+        rank=number,
+        world_size=count * world,
+        timeout=limit,
+    )
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     node, rank = divmod(number, world)
     nodes = Nodes(rank, world, node, count)
@@ -164,7 +204,9 @@ def node_main(number, count, world, out, port, paths, tables):
         for rows in NODE_UPDATES:
             part = learner.accumulate(table, rows[node::count])
             metrics = learner.apply(from_every_rank(part)[::world])
-            results.append((metrics, torch.cat([whole(p.detach()).flatten() for p in learner.parameters])))
+            results.append(
+                (metrics, torch.cat([whole(p.detach()).flatten() for p in learner.parameters]))
+            )
     torch.save(results, out / f"node_{count}_{number}")
     dist.destroy_process_group()
 
@@ -184,9 +226,17 @@ def test_nodes_that_add_up_their_gradients_train_like_one(count, world, of_one, 
         learner = new_learner(paths[family], config)
         for rows in NODE_UPDATES:
             metrics = learner.update(table, rows)
-            expected.append((metrics, torch.cat([p.detach().flatten() for p in learner.parameters])))
+            expected.append(
+                (metrics, torch.cat([p.detach().flatten() for p in learner.parameters]))
+            )
     for results in found:
-        for (metrics, weights), (metrics_of_one, weights_of_one) in zip(results, expected, strict=True):
+        for (metrics, weights), (metrics_of_one, weights_of_one) in zip(
+            results, expected, strict=True
+        ):
             assert_same_metrics(metrics, metrics_of_one)
-            torch.testing.assert_close(weights, weights_of_one, rtol=0, atol=2e-5)  # an update moves them by 1e-4 and 2e-4
-        assert all(torch.equal(ours, first) for (_, ours), (_, first) in zip(results, found[0]))  # the copies stay the same
+            torch.testing.assert_close(
+                weights, weights_of_one, rtol=0, atol=2e-5
+            )  # an update moves them by 1e-4 and 2e-4
+        assert all(
+            torch.equal(ours, first) for (_, ours), (_, first) in zip(results, found[0])
+        )  # the copies stay the same

@@ -21,9 +21,13 @@ SLOW = Stages(
 )  # fmt: skip
 
 
-def simulate(stages, lengths=lambda ticket: 8, nodes=1, cores=0, skip=0, stride=1, pool=False, **settings):
+def simulate(
+    stages, lengths=lambda ticket: 8, nodes=1, cores=0, skip=0, stride=1, pool=False, **settings
+):
     settings = {"steps": 6, "batch_size": 4, "slots": 64, "max_staleness": 0} | settings
-    simulation = Simulation(Config(**settings), stages, lengths, PROMPTS, nodes, cores, stride, pool)
+    simulation = Simulation(
+        Config(**settings), stages, lengths, PROMPTS, nodes, cores, stride, pool
+    )
     return simulation, simulation.run(skip)
 
 
@@ -78,7 +82,15 @@ def test_two_roles_of_equal_cost_take_turns_without_lag_and_overlap_with_it():
 
 
 def test_no_token_is_drawn_by_weights_that_the_inequality_forbids():
-    simulation, _ = simulate(SLOW, lambda ticket: 1 + ticket % 7, max_staleness=2, slots=2, generators=2, order="arrival", steps=12)
+    simulation, _ = simulate(
+        SLOW,
+        lambda ticket: 1 + ticket % 7,
+        max_staleness=2,
+        slots=2,
+        generators=2,
+        order="arrival",
+        steps=12,
+    )
     assert simulation.updates and all(lags >= 0 for _, _, lags, _ in simulation.updates.values())
     (node,) = simulation.at
     for response in node.responses.values():
@@ -88,7 +100,9 @@ def test_no_token_is_drawn_by_weights_that_the_inequality_forbids():
 def test_littles_law_holds_on_every_queue():
     """Rows in a queue at a time, on average, are arrivals a second times the seconds that each stays."""
     stages = replace(SLOW, step=(0.05, 0.0, 0.0))
-    simulation, _ = simulate(stages, lambda ticket: 1 + (7 * ticket) % 5, max_staleness=3, slots=3, steps=20)
+    simulation, _ = simulate(
+        stages, lambda ticket: 1 + (7 * ticket) % 5, max_staleness=3, slots=3, steps=20
+    )
     channel = simulation.at[0].channel
     for queue in (channel.to_generator, *channel.to_teachers, channel.to_learner):
         queue.count()
@@ -134,7 +148,11 @@ def test_a_core_without_work_takes_some_from_a_full_one():
             yield None
 
     machine = Cores(2)
-    for parts in ((1.0,), (3.0,), (3.0,)):  # the first and the third share a core; at 2 s it has one left, like the other
+    for parts in (
+        (1.0,),
+        (3.0,),
+        (3.0,),
+    ):  # the first and the third share a core; at 2 s it has one left, like the other
         machine.add(0, work(*parts))
     when = []
     while machine.step():
@@ -149,12 +167,22 @@ def test_nodes_wait_for_the_slowest_and_add_up_what_they_train():
     assert result.seconds == pytest.approx(16 * 0.5 + 0.25 + 2 * 0.125)
     assert result.tokens_per_second == pytest.approx((2 * 16 + 2 * 8) / result.seconds)
     waited = [sum(node.waited) for node in simulation.at]
-    assert waited == pytest.approx([6 * 4.0, 0.0]) and result.waited == pytest.approx(2.0 / result.seconds)
+    assert waited == pytest.approx([6 * 4.0, 0.0]) and result.waited == pytest.approx(
+        2.0 / result.seconds
+    )
 
 
 def test_a_shared_pool_does_not_wait_for_the_slowest_node():
     stages = replace(FREE, step=(0.5, 0.0, 0.0))
-    common = dict(lengths=lambda ticket: 32 if ticket % 2 else 4, nodes=2, order="arrival", max_staleness=2, steps=20, slots=2, batch_size=8)
+    common = dict(
+        lengths=lambda ticket: 32 if ticket % 2 else 4,
+        nodes=2,
+        order="arrival",
+        max_staleness=2,
+        steps=20,
+        slots=2,
+        batch_size=8,
+    )
     plain, pooled = (simulate(stages, pool=pool, **common)[1] for pool in (False, True))
     assert pooled.waited < plain.waited and pooled.seconds < plain.seconds
 
@@ -190,7 +218,9 @@ def test_costs_of_a_gpu_follow_from_its_peaks():
     costs = H100(model, model, ranks=4, recompute=False)
     read = (2e9 + 4 * 8 * 100 * 10 * 500) / (3.35e12 * 0.6)
     assert costs.decode(8, 100, 1) == pytest.approx(read + 10 * 30e-6 + 1e-3)  # bound by memory
-    assert costs.decode(8, 100, 3) == pytest.approx(sum(costs.decode(8, 100 + i, 1) for i in range(3)))
+    assert costs.decode(8, 100, 3) == pytest.approx(
+        sum(costs.decode(8, 100 + i, 1) for i in range(3))
+    )
     products = (2 * 1e9 * 1e6 + 2 * 10 * 1000 * 1000 * 1e6) / (989e12 * 0.4)
     assert costs.score([(1000, 1000)]) == pytest.approx(products)
     assert costs.accumulate([(1000, 1000)]) == pytest.approx(3 * products / 4)
@@ -204,14 +234,22 @@ def test_costs_of_a_gpu_follow_from_its_peaks():
 def test_lengths_have_the_mean_that_is_asked_for_and_never_more_than_the_longest(spread):
     lengths = scaling.response_lengths(1000, 4096, spread)
     drawn = [lengths(ticket) for ticket in range(4000)]
-    assert sum(drawn) / 4000 == pytest.approx(1000, rel=0.05) and 1 <= min(drawn) and max(drawn) <= 4096
-    assert drawn[:5] == [scaling.response_lengths(1000, 4096, spread)(ticket) for ticket in range(5)]
+    assert (
+        sum(drawn) / 4000 == pytest.approx(1000, rel=0.05)
+        and 1 <= min(drawn)
+        and max(drawn) <= 4096
+    )
+    assert drawn[:5] == [
+        scaling.response_lengths(1000, 4096, spread)(ticket) for ticket in range(5)
+    ]
 
 
 def test_a_plan_fits_the_gpus_it_is_for():
     job = scaling.Job("0.6B", "8B", 256, 512, batch=64)
     found = scaling.candidates(job)
-    assert found and all(one.ranks + one.generators + one.teachers * one.teacher_gpus == 8 for one in found)
+    assert found and all(
+        one.ranks + one.generators + one.teachers * one.teacher_gpus == 8 for one in found
+    )
     split, result = scaling.best(job, tries=2)
     assert isinstance(result, Result) and result.tokens_per_second > 0 and split in found
 
@@ -221,7 +259,9 @@ def test_the_page_shows_the_committed_comparison_with_every_error():
     text = (ROOT / "docs" / "simulation.md").read_text()
     assert [row["run"] for row in rows] == list(validate.RUNS)
     for row in rows:
-        predicted, measured = (float(row[f"{kind}_tokens_per_second"]) for kind in ("predicted", "measured"))
+        predicted, measured = (
+            float(row[f"{kind}_tokens_per_second"]) for kind in ("predicted", "measured")
+        )
         assert float(row["speed_error"]) == pytest.approx(predicted / measured - 1, abs=1e-4)
         shown = f"| {row['run']} | {predicted:,.0f} | {measured:,.0f} | {100 * float(row['speed_error']):+.1f} % |"
         assert shown in text and f"| {float(row['lag_error']):+.2f} |" in text

@@ -31,12 +31,18 @@ def test_token_r_is_predicted_one_position_earlier_and_the_stop_token_is_include
     assert list(range(20))[predicting_positions(prompt_len=5, length=9)] == [4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[1], Config(loss="stratified_reverse_kl", temperature=0.6)], ids=label)
+@pytest.mark.parametrize(
+    "config",
+    [LOSS_CONFIGS[0], LOSS_CONFIGS[1], Config(loss="stratified_reverse_kl", temperature=0.6)],
+    ids=label,
+)
 def test_scores_equal_a_plain_forward_pass(config, model_dir):
     table, _ = scored_table(model_dir(seed=0), model_dir(seed=1, hidden=40), config)
     for row in ROWS:
         count = int(table.length[row] - table.prompt_len[row])
-        expected = full_logp(model_dir(seed=1, hidden=40), table, row, config.temperature).gather(1, table.candidate_ids[row, :count].long())
+        expected = full_logp(model_dir(seed=1, hidden=40), table, row, config.temperature).gather(
+            1, table.candidate_ids[row, :count].long()
+        )
         torch.testing.assert_close(table.teacher_logp[row, :count], expected, atol=2e-5, rtol=0)
         assert not table.teacher_logp[row, count:].any()  # tokens after the stop token do not exist
 
@@ -49,27 +55,43 @@ def test_for_forward_kl_the_teacher_proposes_its_own_top_k(model_dir):
         top = full_logp(model_dir(seed=1), table, row).topk(6)
         assert torch.equal(table.candidate_ids[row, :count, 1:].long(), top.indices)
         start = int(table.prompt_len[row])
-        assert torch.equal(table.candidate_ids[row, :count, 0], table.tokens[row, start : start + count])
+        assert torch.equal(
+            table.candidate_ids[row, :count, 0], table.tokens[row, start : start + count]
+        )
 
 
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
 def test_teacher_equal_to_student_agrees_at_every_candidate(config, model_dir):
     """Catches every off-by-one between generator and teacher: same model, same ids, same log-probabilities."""
-    settings = {name: getattr(config, name) for name in ("loss", "top_k", "num_samples", "temperature")}
-    generator = new_generator(load(model_dir(), "kv_slots"), STOPS, max_prompt=16, max_new=MAX_NEW, **settings)
-    rollouts = generator.generate([Rollout(prompt, ticket) for ticket, (prompt, _) in enumerate(ROLLOUTS)])
+    settings = {
+        name: getattr(config, name) for name in ("loss", "top_k", "num_samples", "temperature")
+    }
+    generator = new_generator(
+        load(model_dir(), "kv_slots"), STOPS, max_prompt=16, max_new=MAX_NEW, **settings
+    )
+    rollouts = generator.generate(
+        [Rollout(prompt, ticket) for ticket, (prompt, _) in enumerate(ROLLOUTS)]
+    )
     table = make_table(rollouts, config.num_candidates, MAX_NEW, 16)
     score(table, model_dir(), config)
     loss = make_loss(config)
     for row in ROWS:
         count = int(table.length[row] - table.prompt_len[row])
         s, t = table.behavior_logp[row, :count], table.teacher_logp[row, :count]
-        known = slice(0, 1 if config.loss == "forward_kl" else loss.tail.start)  # the tail's b is that of the restricted sampler
-        assert known.stop == {"forward_kl": 1, "stratified_reverse_kl": 1 + config.top_k}.get(config.loss, config.num_candidates)
+        known = slice(
+            0, 1 if config.loss == "forward_kl" else loss.tail.start
+        )  # the tail's b is that of the restricted sampler
+        assert known.stop == {"forward_kl": 1, "stratified_reverse_kl": 1 + config.top_k}.get(
+            config.loss, config.num_candidates
+        )
         torch.testing.assert_close(t[:, known], s[:, known], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[2], Config(loss="sparse_reverse_kl", top_k=45)], ids=label)
+@pytest.mark.parametrize(
+    "config",
+    [LOSS_CONFIGS[0], LOSS_CONFIGS[2], Config(loss="sparse_reverse_kl", top_k=45)],
+    ids=label,
+)
 def test_a_hit_gives_what_the_model_gave(config, model_dir):
     table, teacher = scored_table(model_dir(seed=0), model_dir(seed=1), config)
     expected_ids, expected = table.candidate_ids.clone(), table.teacher_logp.clone()
@@ -79,13 +101,19 @@ def test_a_hit_gives_what_the_model_gave(config, model_dir):
     hits = teacher.cache.hits
     assert all(teacher.from_cache(table, row) for row in ROWS) and teacher.cache.hits == hits + 8
     for row in ROWS:
-        assert torch.equal(table.teacher_logp[row], expected[row]) and torch.equal(table.candidate_ids[row], expected_ids[row])
+        assert torch.equal(table.teacher_logp[row], expected[row]) and torch.equal(
+            table.candidate_ids[row], expected_ids[row]
+        )
 
 
 def test_an_id_outside_the_cached_top_k_is_a_miss_and_is_computed():
     cache = TopKCache(10_000)
-    cache.put(b"a", torch.tensor([[5, 1, 2]], dtype=torch.int32), torch.tensor([[-3.0, -0.5, -1.0]]))
-    assert torch.equal(cache.get(b"a", torch.tensor([[2, 5, 2]])), torch.tensor([[-1.0, -3.0, -1.0]]))
+    cache.put(
+        b"a", torch.tensor([[5, 1, 2]], dtype=torch.int32), torch.tensor([[-3.0, -0.5, -1.0]])
+    )
+    assert torch.equal(
+        cache.get(b"a", torch.tensor([[2, 5, 2]])), torch.tensor([[-1.0, -3.0, -1.0]])
+    )
     assert cache.get(b"a", torch.tensor([[2, 7]])) is None
     assert cache.get(b"b", torch.tensor([[2]])) is None
     assert (cache.hits, cache.misses) == (1, 2)
@@ -115,7 +143,10 @@ def test_row_batches_cover_everything_within_the_budget_and_are_at_most_a_third_
     batches = row_batches(SimpleNamespace(length=torch.tensor(lengths)), range(8), 120)
     assert sorted(i for batch in batches for i in batch) == list(range(8))
     assert all(len(batch) * max(lengths[i] for i in batch) <= 120 for batch in batches)
-    assert all(3 * min(lengths[i] for i in batch) >= 2 * max(lengths[i] for i in batch) for batch in batches)
+    assert all(
+        3 * min(lengths[i] for i in batch) >= 2 * max(lengths[i] for i in batch)
+        for batch in batches
+    )
     assert batches == [[7], [1], [4, 3], [5, 6, 0], [2]]
 
 
@@ -134,9 +165,13 @@ def test_in_batch_order_the_rows_scored_together_do_not_depend_on_timing():
 
 def test_no_group_reaches_into_the_next_batch_and_arrival_order_scores_what_is_there():
     waiting = {ticket: ticket for ticket in range(20)}
-    assert ready_rows(waiting, 8, Config(batch_size=9)) == [8]  # the end of the first batch; the groups of this size have two
+    assert ready_rows(waiting, 8, Config(batch_size=9)) == [
+        8
+    ]  # the end of the first batch; the groups of this size have two
     assert ready_rows(waiting, 9, Config(batch_size=9)) == [9, 10]
-    assert ready_rows({7: 1, 3: 2}, 0, Config(order="arrival")) == [2, 1] and not ready_rows({}, 0, Config(order="arrival"))
+    assert ready_rows({7: 1, 3: 2}, 0, Config(order="arrival")) == [2, 1] and not ready_rows(
+        {}, 0, Config(order="arrival")
+    )
 
 
 def test_several_teachers_share_the_tickets_of_every_batch_and_score_them_in_order():
@@ -156,7 +191,9 @@ def test_rows_of_long_tailed_lengths_are_padded_by_a_twentieth_at_most(mean, lon
     generator = torch.Generator().manual_seed(0)
     padded = real = 0
     for _ in range(10):
-        lengths = (torch.empty(256).exponential_(1 / mean, generator=generator).clamp(1, longest) + 256).int()
+        lengths = (
+            torch.empty(256).exponential_(1 / mean, generator=generator).clamp(1, longest) + 256
+        ).int()
         for batch in row_batches(SimpleNamespace(length=lengths), range(256), 16_896):
             padded += len(batch) * int(lengths[batch].max())
             real += int(lengths[batch].sum())

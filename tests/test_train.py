@@ -36,12 +36,21 @@ BASE = [
 def command(output, *flags, ranks=0):
     """`ranks` 0: without torchrun, which starts two seconds sooner."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [sys.executable, *(torchrun if ranks else []), str(ROOT / "train.py"), *BASE, f"--output-dir={output}", *flags]
+    return [
+        sys.executable,
+        *(torchrun if ranks else []),
+        str(ROOT / "train.py"),
+        *BASE,
+        f"--output-dir={output}",
+        *flags,
+    ]
 
 
 def start(output, *flags, ranks=0):
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    pipes = dict(
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     return subprocess.Popen(command(output, *flags, ranks=ranks), env=environment, **pipes)
 
 
@@ -97,15 +106,22 @@ def test_a_synchronous_run_has_no_lag_and_writes_everything(sync_run):
     records = metrics(output)
     assert [r["step"] for r in records] == list(range(1, 7))
     assert all(r["lag_max"] == 0 and r["lag_mean"] == 0 for r in records)
-    assert [r["step"] for r in records if "eval_accuracy" in r] == [3, 6] and "eval_accuracy_before" in records[0]
+    assert [r["step"] for r in records if "eval_accuracy" in r] == [
+        3,
+        6,
+    ] and "eval_accuracy_before" in records[0]
     wanted = """step loss reverse_kl tokens tokens_per_second lag_mean lag_max truncated_fraction support_mass_student
         support_mass_teacher grad_norm lr generator_busy teacher_busy learner_busy teacher_cache_hit_rate publish_seconds
         wall_seconds""".split()
     assert all(name in record for record in records for name in wanted)
-    assert {".lock", "config.yaml", "metrics.jsonl", "trace.json", "step_3", "step_6"} == {path.name for path in output.iterdir()}
+    assert {".lock", "config.yaml", "metrics.jsonl", "trace.json", "step_3", "step_6"} == {
+        path.name for path in output.iterdir()
+    }
     events = json.loads((output / "trace.json").read_text())
     tracks = {e["args"]["name"] for e in events if e["ph"] == "M"}
-    assert tracks == {"generator 0", "teacher 0", "learner"} and {e["tid"] for e in events if e["ph"] == "X"} == {0, 1, 2}
+    assert tracks == {"generator 0", "teacher 0", "learner"} and {
+        e["tid"] for e in events if e["ph"] == "X"
+    } == {0, 1, 2}
     assert "accuracy before training" in text and "first prompt:" in text
 
 
@@ -117,22 +133,36 @@ def test_every_metric_is_defined_in_docs_metrics(sync_run):
 
 def test_two_synchronous_runs_with_one_seed_write_identical_losses(sync_run, pair, tmp_path):
     finish(start(tmp_path / "run", *pair, *SYNC))
-    assert [r["loss"] for r in metrics(tmp_path / "run")] == [r["loss"] for r in metrics(sync_run[0])]
+    assert [r["loss"] for r in metrics(tmp_path / "run")] == [
+        r["loss"] for r in metrics(sync_run[0])
+    ]
 
 
 @pytest.mark.slow
 def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path):
     """Two prompts, nearly greedy: sequences recur. A hit was computed in another batch shape, hence float rounding."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "47+58="}\n')
-    flags = [f"--prompts={tmp_path}/p.jsonl", "--max-staleness=0", "--steps=6", "--loss=forward_kl", "--temperature=0.05", "--lr=1e-5"]
-    for process in [start(tmp_path / name, *pair, *flags, f"--teacher-cache-mb={size}") for name, size in (("with", 64), ("without", 0))]:
+    flags = [
+        f"--prompts={tmp_path}/p.jsonl",
+        "--max-staleness=0",
+        "--steps=6",
+        "--loss=forward_kl",
+        "--temperature=0.05",
+        "--lr=1e-5",
+    ]
+    for process in [
+        start(tmp_path / name, *pair, *flags, f"--teacher-cache-mb={size}")
+        for name, size in (("with", 64), ("without", 0))
+    ]:
         finish(process)
     cached, plain = metrics(tmp_path / "with"), metrics(tmp_path / "without")
     assert cached[-1]["teacher_cache_hit_rate"] > 0.3 and plain[-1]["teacher_cache_hit_rate"] == 0
     assert [r["loss"] for r in cached] == pytest.approx([r["loss"] for r in plain], rel=1e-5)
 
 
-def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stopped(sync_run, pair, tmp_path):
+def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stopped(
+    sync_run, pair, tmp_path
+):
     output = tmp_path / "run"
     process = start(output, *pair, *SYNC, "--save-every=3")
     read_until(process, r"update +1/6")
@@ -151,7 +181,14 @@ def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stoppe
 
 
 def test_two_generators_in_arrival_order_train_to_the_end_with_lag(pair, tmp_path):
-    flags = ["--max-staleness=2", "--steps=12", "--generators=2", "--order=arrival", "--eval-every=0", "--loss=forward_kl"]
+    flags = [
+        "--max-staleness=2",
+        "--steps=12",
+        "--generators=2",
+        "--order=arrival",
+        "--eval-every=0",
+        "--loss=forward_kl",
+    ]
     finish(start(tmp_path / "run", *pair, *flags))
     records = metrics(tmp_path / "run")
     assert len(records) == 12 and max(r["lag_max"] for r in records) > 0
@@ -171,8 +208,20 @@ def test_two_teachers_score_like_one(sync_run, pair, tmp_path):
         assert any(e["name"] == span and e["tid"] == names[name] for e in events if e["ph"] == "X")
 
 
-def test_batch_order_never_exceeds_max_staleness_also_when_refreshed_at_batch_boundaries(pair, tmp_path):
-    finish(start(tmp_path / "run", *pair, "--max-staleness=2", "--steps=10", "--refresh=batch", "--eval-every=5", "--slots=4"))
+def test_batch_order_never_exceeds_max_staleness_also_when_refreshed_at_batch_boundaries(
+    pair, tmp_path
+):
+    finish(
+        start(
+            tmp_path / "run",
+            *pair,
+            "--max-staleness=2",
+            "--steps=10",
+            "--refresh=batch",
+            "--eval-every=5",
+            "--slots=4",
+        )
+    )
     lags = [r["lag_max"] for r in metrics(tmp_path / "run")]
     assert 0 < max(lags) <= 2
 
@@ -180,9 +229,13 @@ def test_batch_order_never_exceeds_max_staleness_also_when_refreshed_at_batch_bo
 def test_two_learner_ranks_train_like_one(sync_run, pair, tmp_path):
     finish(start(tmp_path / "run", *pair, *SYNC, ranks=2))
     one, two = metrics(sync_run[0]), metrics(tmp_path / "run")
-    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)  # same rollouts: the weights are still the same
+    assert two[0]["loss"] == pytest.approx(
+        one[0]["loss"], rel=1e-5
+    )  # same rollouts: the weights are still the same
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
-    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=0.02)  # weights differ by rounding since
+    assert [r["loss"] for r in two] == pytest.approx(
+        [r["loss"] for r in one], rel=0.02
+    )  # weights differ by rounding since
     assert [r["tokens"] for r in two] == pytest.approx([r["tokens"] for r in one], rel=0.1)
 
 
@@ -190,9 +243,16 @@ def die_and_collect(process, victim, within=20.0):
     """SIGKILL the descendant whose command line and order match; returns output; nothing may survive."""
     read_until(process, r"update +2/")
     family = children(process.pid)
-    roles = sorted(pid for pid, line in family.items() if "forkserver" in line)[1:]  # in order of birth: the server, generator, teacher
+    roles = sorted(pid for pid, line in family.items() if "forkserver" in line)[
+        1:
+    ]  # in order of birth: the server, generator, teacher
     ranks = sorted(pid for pid, line in family.items() if "train.py" in line)
-    os.kill({"generator": roles[:1], "teacher": roles[1:2], "learner": ranks, "rank 1": ranks[1:]}[victim][0], signal.SIGKILL)
+    os.kill(
+        {"generator": roles[:1], "teacher": roles[1:2], "learner": ranks, "rank 1": ranks[1:]}[
+            victim
+        ][0],
+        signal.SIGKILL,
+    )
     started = time.monotonic()
     out = finish(process, expect=1)
     assert time.monotonic() - started < within
@@ -207,7 +267,9 @@ def die_and_collect(process, victim, within=20.0):
 def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path):
     before = set(os.listdir("/dev/shm"))
     ranks = {"learner": 1, "rank 1": 2}.get(victim, 0)  # torchrun is who names rank 0
-    out = die_and_collect(start(tmp_path / "run", *pair, "--steps=100000", "--eval-every=0", ranks=ranks), victim)
+    out = die_and_collect(
+        start(tmp_path / "run", *pair, "--steps=100000", "--eval-every=0", ranks=ranks), victim
+    )
     assert re.search(message, out), out
     if ranks == 0:  # else a part of the masters is gone
         assert list((tmp_path / "run").glob("step_*/training_state.pt"))
@@ -215,7 +277,9 @@ def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [3, 7])  # of tests/kill.py; most hit rank 0, torchrun or the fork server while they start
+@pytest.mark.parametrize(
+    "seed", [3, 7]
+)  # of tests/kill.py; most hit rank 0, torchrun or the fork server while they start
 def test_a_process_killed_at_a_random_moment_ends_the_run(seed):
     assert trial(seed) == ""
 
@@ -232,9 +296,16 @@ def test_what_a_role_refuses_is_one_sentence(pair, tmp_path):
     layers = settings["num_hidden_layers"] + 1
     settings |= {"num_hidden_layers": layers, "layer_types": settings["layer_types"][:1] * layers}
     (broken / "config.json").write_text(json.dumps(settings))
-    out = finish(start(tmp_path / "run", pair[0], f"--teacher={broken}", "--steps=3", ranks=2), expect=1)
-    assert re.search(r"train.py: error: teacher 0 died: .*broken: \d+ tensors are not in its files, model.layers.2.\S+ for one\n", out), out
-    assert "in load_model" not in out and "in follow" not in out  # no traceback, nor one of the other rank, which was told
+    out = finish(
+        start(tmp_path / "run", pair[0], f"--teacher={broken}", "--steps=3", ranks=2), expect=1
+    )
+    assert re.search(
+        r"train.py: error: teacher 0 died: .*broken: \d+ tensors are not in its files, model.layers.2.\S+ for one\n",
+        out,
+    ), out
+    assert (
+        "in load_model" not in out and "in follow" not in out
+    )  # no traceback, nor one of the other rank, which was told
 
 
 # ---- waiting ------------------------------------------------------------------------------------------
@@ -256,10 +327,14 @@ class StubContext:
 @pytest.fixture
 def stub_roles(monkeypatch):
     """roles(exits) -> launch.Roles with its real signal handlers over processes that do not exist."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in fork_server.INTERRUPTS}  # a shell's background job ignores some
+    handlers = {
+        number: signal.signal(number, signal.SIG_DFL) for number in fork_server.INTERRUPTS
+    }  # a shell's background job ignores some
 
     def make(exits=()):
-        monkeypatch.setattr(launch.mp, "start_processes", lambda *args, **kwargs: StubContext(exits))
+        monkeypatch.setattr(
+            launch.mp, "start_processes", lambda *args, **kwargs: StubContext(exits)
+        )
         channel = SimpleNamespace(stop=torch.zeros(1), running=lambda: not channel.stop.item())
         return launch.Roles(Config(), channel, [], [], 0)
 
@@ -272,7 +347,12 @@ def waits(roles):
     """The two places where rank 0 waits, as functions: for rows that never come, for an evaluation that is never done."""
     empty = iter([[]] * 50)  # StopIteration where waiting would never end
     to_learner = SimpleNamespace(get_all=lambda timeout: next(empty))
-    channel = SimpleNamespace(to_learner=to_learner, eval_due=torch.zeros(1), eval_done=torch.zeros(1), eval_accuracy=torch.zeros(1))
+    channel = SimpleNamespace(
+        to_learner=to_learner,
+        eval_due=torch.zeros(1),
+        eval_done=torch.zeros(1),
+        eval_accuracy=torch.zeros(1),
+    )
     run = train.Run.__new__(train.Run)
     run.config, run.channel, run.roles, run.held_out = Config(), channel, roles, ["prompt"]
     run.learner, run.nodes = SimpleNamespace(version=3), nodes.Nodes()
@@ -282,8 +362,14 @@ def waits(roles):
 
 def test_waiting_ends_with_the_name_and_the_reason_when_a_role_is_gone(stub_roles):
     killed = mp.ProcessExitedException("terminated with signal SIGKILL", 1, 77, -9, "SIGKILL")
-    for index, exits, message in ((0, None, "generator 0 died: its own traceback"), (1, killed, "teacher 0 died: .*SIGKILL"), (0, (), "left before the end")):
-        raised = mp.ProcessRaisedException("its own traceback", index, 77) if exits is None else exits
+    for index, exits, message in (
+        (0, None, "generator 0 died: its own traceback"),
+        (1, killed, "teacher 0 died: .*SIGKILL"),
+        (0, (), "left before the end"),
+    ):
+        raised = (
+            mp.ProcessRaisedException("its own traceback", index, 77) if exits is None else exits
+        )
         roles = stub_roles(raised)
         roles.check()  # as long as all live, nothing is raised
         roles.context.living[index] = False
@@ -298,7 +384,9 @@ def test_waiting_ends_with_the_name_and_the_reason_when_a_role_is_gone(stub_role
 def test_waiting_ends_after_a_signal_even_if_a_role_is_gone_too(number, stub_roles):
     roles = stub_roles()
     roles.check()
-    signal.raise_signal(number)  # raises nothing by itself: an update that is being made is finished
+    signal.raise_signal(
+        number
+    )  # raises nothing by itself: an update that is being made is finished
     for living in (True, False):
         roles.context.living[0] = living
         for wait in waits(roles):
@@ -321,7 +409,13 @@ def test_waiting_ends_when_torchrun_is_gone(stub_roles):
             wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP))])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_a_signal_saves_and_leaves(number, pair, tmp_path):
     """To every process at once: what a terminal does, also when it is closed, and a cluster's scheduler at the time limit."""
     output = tmp_path / "run"
@@ -339,8 +433,19 @@ def test_a_signal_saves_and_leaves(number, pair, tmp_path):
 
 
 def test_bad_input_is_one_line_not_a_traceback(tmp_path):
-    run = subprocess.run([sys.executable, str(ROOT / "train.py"), f"--output-dir={tmp_path}/x", "--teacher=/nowhere"], capture_output=True, text=True)
-    assert run.returncode == 1 and run.stderr.strip().startswith("train.py: error: --teacher /nowhere: no model there")
+    run = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            f"--output-dir={tmp_path}/x",
+            "--teacher=/nowhere",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1 and run.stderr.strip().startswith(
+        "train.py: error: --teacher /nowhere: no model there"
+    )
     assert "Traceback" not in run.stderr
 
 
@@ -350,7 +455,9 @@ def test_a_second_run_in_one_directory_is_refused(pair, tmp_path):
     read_until(first, "first prompt")
     family = children(first.pid)
     out = finish(start(tmp_path / "run", *pair, "--resume"), expect=1)
-    assert out.splitlines() == [f"train.py: error: --output-dir {tmp_path}/run: another run uses it, choose another"]
+    assert out.splitlines() == [
+        f"train.py: error: --output-dir {tmp_path}/run: another run uses it, choose another"
+    ]
     first.kill()
     first.communicate()
     assert not still_alive(family)
@@ -362,11 +469,26 @@ def test_weights_that_diverged_are_set_aside_and_good_ones_are_left(sync_run, pa
     output = shutil.copytree(sync_run[0], tmp_path / "run")
     (output / "diverged_7_1").mkdir()
     (output / "diverged_7_1" / "model.safetensors").touch()
-    flags = [*pair, *SYNC, "--steps=9", "--eval-every=0", "--save-every=1", "--keep-checkpoints=1", "--warmup-steps=0", "--lr=1e30", "--resume"]
+    flags = [
+        *pair,
+        *SYNC,
+        "--steps=9",
+        "--eval-every=0",
+        "--save-every=1",
+        "--keep-checkpoints=1",
+        "--warmup-steps=0",
+        "--lr=1e30",
+        "--resume",
+    ]
     out = finish(start(output, *flags), expect=1)
     assert f"resuming from {output}/step_6" in out
-    assert re.search(r"train.py: error: update 8: gradient norm is nan: lower --lr; --resume takes the checkpoint before, if there is one", out), out
-    assert len(list(output.glob("diverged_7_*"))) == 2 and checkpoints(output) == [output / "step_6"]
+    assert re.search(
+        r"train.py: error: update 8: gradient norm is nan: lower --lr; --resume takes the checkpoint before, if there is one",
+        out,
+    ), out
+    assert len(list(output.glob("diverged_7_*"))) == 2 and checkpoints(output) == [
+        output / "step_6"
+    ]
 
 
 def test_what_diverged_is_not_saved_at_the_end(tmp_path):
@@ -381,7 +503,9 @@ def test_a_run_whose_prompts_have_changed_is_not_resumed(pair, tmp_path):
     """As rank 0 reads its input, before any model is loaded."""
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(5)))
-    config = parse([*pair, f"--prompts={prompts}", f"--output-dir={tmp_path}/run", "--eval-every=0"])
+    config = parse(
+        [*pair, f"--prompts={prompts}", f"--output-dir={tmp_path}/run", "--eval-every=0"]
+    )
     run = train.Run(config)
     os.close(run.lock)
     checkpoint = tmp_path / "run" / "step_3"
@@ -417,7 +541,9 @@ def test_a_damaged_checkpoint_is_named_on_resume(sync_run, pair, tmp_path, monke
     weights = output / "step_6" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     monkeypatch.setattr("sys.argv", command(output, *pair, *SYNC, "--steps=8", "--resume")[1:])
-    with pytest.raises(SystemExit, match=re.escape(f"train.py: error: {output}/step_6 cannot be loaded: ")):
+    with pytest.raises(
+        SystemExit, match=re.escape(f"train.py: error: {output}/step_6 cannot be loaded: ")
+    ):
         train.main()
 
 
@@ -429,7 +555,10 @@ def test_the_progress_is_one_line_for_each_update(sync_run):
     assert "\r" not in text
     lines = [line for line in text.splitlines() if line.startswith("update ")]
     for line, record in zip(lines, metrics(output), strict=True):
-        assert line.startswith(f"update {record['step']:4d}/6  ") and f"reverse KL {record['reverse_kl']:.4f}" in line
+        assert (
+            line.startswith(f"update {record['step']:4d}/6  ")
+            and f"reverse KL {record['reverse_kl']:.4f}" in line
+        )
         assert ("accuracy" in line) == ("eval_accuracy" in record)
 
 
@@ -443,7 +572,12 @@ def test_a_save_that_failed_is_made_again_at_the_end(tmp_path):
             raise OSError("No space left on device")
 
     run = object.__new__(train.Run)
-    run.config, run.tokenizer, run.saved_version, run.fingerprint = Config(output_dir=str(tmp_path)), None, 1, "of the prompts"
+    run.config, run.tokenizer, run.saved_version, run.fingerprint = (
+        Config(output_dir=str(tmp_path)),
+        None,
+        1,
+        "of the prompts",
+    )
     run.nodes = nodes.Nodes()
     run.learner = SimpleNamespace(version=2, save=save)
     run.tickets = SimpleNamespace(trained_ahead={5, 3})
@@ -452,7 +586,12 @@ def test_a_save_that_failed_is_made_again_at_the_end(tmp_path):
         run.save()
     run.save()
     run.save()
-    assert len(saved) == 2 and saved[1][2] == {"settings": asdict(run.config), "prompts": "of the prompts", "trained_ahead": [3, 5]} and run.saved_version == 2
+    assert (
+        len(saved) == 2
+        and saved[1][2]
+        == {"settings": asdict(run.config), "prompts": "of the prompts", "trained_ahead": [3, 5]}
+        and run.saved_version == 2
+    )
 
 
 @pytest.mark.parametrize("keep, left", [(0, [1, 2, 3, 4]), (1, [3, 4]), (2, [2, 3, 4])])
@@ -462,7 +601,12 @@ def test_checkpoints_beside_the_newest_are_kept(keep, left, tmp_path):
         torch.save(progress, output / f"step_{run.learner.version}" / "training_state.pt")
 
     run = object.__new__(train.Run)
-    run.config, run.tokenizer, run.saved_version, run.fingerprint = Config(output_dir=str(tmp_path), keep_checkpoints=keep), None, 0, ""
+    run.config, run.tokenizer, run.saved_version, run.fingerprint = (
+        Config(output_dir=str(tmp_path), keep_checkpoints=keep),
+        None,
+        0,
+        "",
+    )
     run.nodes = nodes.Nodes()
     run.tickets = SimpleNamespace(trained_ahead=set())
     run.timeline = SimpleNamespace(span=lambda name: suppress())
@@ -474,27 +618,46 @@ def test_checkpoints_beside_the_newest_are_kept(keep, left, tmp_path):
 
 @pytest.mark.slow
 def test_bad_input_gives_one_line_also_with_two_ranks(tmp_path):
-    run = subprocess.run(command(tmp_path / "run", "--teacher=/nowhere", ranks=2), capture_output=True, text=True)
-    assert run.returncode and run.stderr.count("train.py: error: --teacher /nowhere: no model there") == 1
+    run = subprocess.run(
+        command(tmp_path / "run", "--teacher=/nowhere", ranks=2), capture_output=True, text=True
+    )
+    assert (
+        run.returncode
+        and run.stderr.count("train.py: error: --teacher /nowhere: no model there") == 1
+    )
     assert "run_rank" not in run.stderr  # the other rank waited in there
 
 
-def test_the_log_adds_up_the_caches_of_all_teachers_and_averages_what_is_busy(tmp_path, monkeypatch):
+def test_the_log_adds_up_the_caches_of_all_teachers_and_averages_what_is_busy(
+    tmp_path, monkeypatch
+):
     (tmp_path / "metrics.jsonl").touch()
     clock = iter([0.0, 2.0])
     monkeypatch.setattr("log.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    channel = SimpleNamespace(busy=torch.zeros(4), cache_stats=torch.tensor([[1, 3, 100, 5], [2, 2, 50, 0]]))
+    channel = SimpleNamespace(
+        busy=torch.zeros(4), cache_stats=torch.tensor([[1, 3, 100, 5], [2, 2, 50, 0]])
+    )
     log = Log(Config(output_dir=str(tmp_path), teachers=2), channel)
     channel.busy += torch.tensor([1.0, 0.5, 1.5, 2.0])
     log.write(1, {"tokens": 10, "reverse_kl": 0.5, "lag_mean": 0.0})
     (record,) = metrics(tmp_path)
-    expected = {"teacher_cache_hit_rate": 3 / 8, "teacher_cache_bytes": 150, "teacher_cache_evictions": 5, "tokens_per_second": 5.0}
-    assert record | expected | {"generator_busy": 0.5, "teacher_busy": 0.5, "learner_busy": 1.0} == record
+    expected = {
+        "teacher_cache_hit_rate": 3 / 8,
+        "teacher_cache_bytes": 150,
+        "teacher_cache_evictions": 5,
+        "tokens_per_second": 5.0,
+    }
+    assert (
+        record | expected | {"generator_busy": 0.5, "teacher_busy": 0.5, "learner_busy": 1.0}
+        == record
+    )
     assert log.busy == [0.5, 0.25, 0.75, 1.0]
 
 
 def test_a_roles_process_does_not_use_cudnns_attention():
     state = "print(torch.backends.cuda.cudnn_sdp_enabled())"
     code = f"import torch, launch; from config import Config; {state}; launch.set_up_process(Config(), torch.device('cpu'), 1); {state}"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert run.stdout == "True\nFalse\n"

@@ -123,9 +123,7 @@ def run(name: str, estimator: bytes | None, lag: int, seed: int, updates: int):
 def run_all(named: dict, args):
     """name -> lag -> reverse KL at every seed."""
     runs = {name: {lag: [] for lag in args.lags} for name in named}
-    todo = [
-        (name, lag, seed) for name in named for lag in args.lags for seed in range(args.seeds)
-    ]
+    todo = [(name, lag, seed) for name in named for lag in args.lags for seed in range(args.seeds)]
     with ThreadPoolExecutor(args.jobs) as pool:
         values = pool.map(lambda one: run(one[0], named[one[0]], *one[1:], args.updates), todo)
         for (name, lag, _), value in zip(todo, values):

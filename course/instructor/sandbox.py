@@ -197,7 +197,7 @@ def nursery(control: socket.socket):
 
 
 def check_guards():
-    """"ready" and the guards, once a child has come under them; or why it could not."""
+    """ "ready" and the guards, once a child has come under them; or why it could not."""
     reader, writer = os.pipe()
     with tempfile.TemporaryDirectory() as scratch:
         os.chmod(scratch, 0o777)

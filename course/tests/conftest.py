@@ -23,5 +23,7 @@ def student(request):
     if request.function.gpu and not torch.cuda.is_available():
         pytest.skip("it needs a GPU")
     if request.function.compiled and os.environ["TRITON_INTERPRET"] == "1":
-        pytest.skip("it needs Triton's compiler: run `TRITON_INTERPRET=0 python -m pytest -k compile tests`")
+        pytest.skip(
+            "it needs Triton's compiler: run `TRITON_INTERPRET=0 python -m pytest -k compile tests`"
+        )
     return probes

@@ -131,4 +131,6 @@ def test_an_id_of_probability_zero_is_never_drawn(student):
         check_possible(probs, uniforms, found)
         first = (probs > 0).int().argmax(-1)
         wrong = (found[:, 0] != first).nonzero().flatten().tolist()
-        check(not wrong, f"the uniform 0 does not give the first possible id in the rows {wrong[:3]}")
+        check(
+            not wrong, f"the uniform 0 does not give the first possible id in the rows {wrong[:3]}"
+        )

@@ -128,7 +128,5 @@ def test_the_estimate_of_the_reverse_kl_is_unbiased(student):
     ids, behavior, share = every_draw(b, top=3, draws=2)
     settings = {"top_k": 3, "num_samples": 2}
     found = student.reverse_kl_estimate(LOSS, settings, s[ids], t[ids], behavior)
-    check(
-        found.shape == share.shape, f"{len(ids)} positions give the shape {tuple(found.shape)}"
-    )
+    check(found.shape == share.shape, f"{len(ids)} positions give the shape {tuple(found.shape)}")
     close((share * found).sum(), (s.exp() * (s - t)).sum(), "the mean of reverse_kl")
