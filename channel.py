@@ -1,39 +1,34 @@
-"""What the roles share: the rollout table, the row queues, the weight mailbox, the ticket rule.
+"""What the roles of a node share: the rollout table, the row queues, the weight mailbox.
 
-All of it is one anonymous file in memory (memfd) and a few pipes. Rank 0 makes them, and the other
-roles open them under /proc/<pid>/fd. Nothing has a name in /dev/shm, so no crash leaves anything
-behind, and a container's 64 MiB of /dev/shm is no limit. The pipes carry row numbers. No tensor is
-pickled or sent.
+All of it is one anonymous file in memory (memfd) and a few pipes. The node's leader (its first
+learner rank) makes them, and the other roles open them under /proc/<pid>/fd. Nothing has a name in
+/dev/shm, so no crash leaves anything behind, and a container's 64 MiB of /dev/shm is no limit. The
+pipes carry row numbers. No tensor is pickled or sent.
 
 How one rollout travels:
-  1. rank 0 writes a ticket and its prompt into a free row and puts the row on `to_generator`
+  1. the leader writes a ticket and its prompt into a free row, and puts the row on `to_generator`
   2. a generator fills in tokens, candidates and behavior_logp and puts the row on its teacher's
      queue, one of `to_teachers`
   3. the teacher fills in teacher_logp and puts the row on `to_learner`
-  4. the learner trains on the row; rank 0 gives the row to the next ticket
+  4. the learner trains on the row; the leader gives the row to the next ticket (tickets.py)
 
-One inequality decides how asynchronous the run is. Rollout number `ticket` may start once
-
-    ticket < (weight_version + 1 + max_staleness) * batch_size
-
-Left out: systems other than Linux. Each node has a channel of its own (nodes.py).
+Left out: systems other than Linux. Each node has a channel of its own.
 """
 
 import fcntl
 import math
 import os
+import re
 import select
 import struct
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import fork_server
-from config import Config
-from data import prompt_of
-from experiments.memory import check_memory
+from support.config import Config
 
 STOP, LENGTH = 1, 2  # `finish`: the last token is a stop token / the response was cut
 PAGE = 4096
@@ -84,25 +79,25 @@ class Channel:
     """
 
     # the rollout table           who writes it -> who reads it
-    tokens = Field(i32, "R L")  # rank 0: prompt; generator: response -> all
-    prompt_len = Field(i32, "R")  # rank 0 -> all
+    tokens = Field(i32, "R L")  # leader: prompt; generator: response -> all
+    prompt_len = Field(i32, "R")  # leader -> all
     length = Field(i32, "R")  # generator -> teacher, learner; of prompt and response
-    ticket = Field(i64, "R")  # rank 0 -> all
+    ticket = Field(i64, "R")  # leader -> all
     finish = Field(i32, "R")  # generator -> learner; STOP or LENGTH
     weight_version = Field(i32, "R M")  # generator -> learner
     candidate_ids = Field(i32, "R M C")  # generator; teacher: its own top K -> teacher, learner
     behavior_logp = Field(f32, "R M C")  # generator -> learner
     teacher_logp = Field(f32, "R M C")  # teacher -> learner
     # the mailbox: version v lies in weights[v % 2]
-    version = Field(i64, "1")  # rank 0 -> generator
-    weights = Field(None, "2 P")  # rank 0 -> generator
+    version = Field(i64, "1")  # leader -> generator
+    weights = Field(None, "2 P")  # leader -> generator
     # control and counters
-    stop = Field(i64, "1")  # rank 0 -> all
-    eval_due = Field(i64, "1")  # rank 0 -> generator 0; 1 + the version to evaluate
-    eval_done = Field(i64, "1")  # generator 0 -> rank 0
-    eval_accuracy = Field(f64, "1")  # generator 0 -> rank 0
-    busy = Field(f64, "Q")  # each role its own -> rank 0; seconds
-    cache_stats = Field(i64, "Z 4")  # each teacher -> rank 0; hits, misses, bytes, evictions
+    stop = Field(i64, "1")  # leader -> all
+    eval_asked = Field(i64, "1")  # leader -> generator 0; evaluations asked for so far
+    eval_done = Field(i64, "1")  # generator 0 -> leader; evaluations made so far
+    eval_accuracy = Field(f64, "1")  # generator 0 -> leader; of the newest evaluation
+    busy = Field(f64, "Q")  # each role its own -> leader; seconds
+    cache_stats = Field(i64, "Z 4")  # each teacher -> leader; hits, misses, bytes, evictions
 
     def __init__(
         self,
@@ -113,12 +108,13 @@ class Channel:
     ):
         """Open the channel that `create` made: `paths` are its own. `dtype`: of the weights."""
         places, size = memory_layout(config, num_parameters, dtype)
-        block = torch.from_file(paths[0], shared=True, size=size, dtype=torch.uint8)
+        block = torch.from_file(paths[0], shared=True, size=size, dtype=torch.uint8)  # [bytes]
         for name, (kind, shape, start, stop) in places.items():
             setattr(self, name, block[start:stop].view(kind).view(shape))
         self.arguments = config, num_parameters, dtype, paths
         self.to_generator, self.to_learner, *self.to_teachers = map(RowQueue, paths[1:])
-        self.watched = os.pidfd_open(int(paths[0].split("/")[2]))  # rank 0: its end is ours
+        leader = int(paths[0].split("/")[2])  # of /proc/<pid>/fd/<fd>
+        self.leader = os.pidfd_open(leader)  # readable once the process has ended
 
     def __reduce__(self):
         """A channel is sent to another process as what opens it there."""
@@ -126,22 +122,21 @@ class Channel:
 
     @classmethod
     def create(cls, config: Config, num_parameters: int, dtype):
-        """Make the channel, in rank 0. Raises MemoryError if the machine has too little memory."""
-        size = memory_layout(config, num_parameters, dtype)[1]
+        """Make the channel, in the leader. Raises MemoryError if the machine has too little."""
+        _, size = memory_layout(config, num_parameters, dtype)
         check_memory(size, config)
         memory = os.memfd_create("rollout_table")
         os.posix_fallocate(memory, 0, size)
+        # The writing ends stay open unused, or the pipes would end with their first writer.
         pipes = [os.pipe()[0] for _ in range(2 + config.teachers)]
         for pipe in pipes:  # a full table fits, though the kernel fills its pages badly
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2**18)
         paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in (memory, *pipes)]
-        channel = cls(config, num_parameters, dtype, paths)
-        channel.watched = fork_server.torchrun or channel.watched
-        return channel
+        return cls(config, num_parameters, dtype, paths)
 
     def running(self):
-        """False once rank 0 said stop or the process that we watch is gone: every loop asks."""
-        is_gone = select.select([self.watched], [], [], 0)[0]
+        """False once the leader said stop or is gone. Every loop of a role asks."""
+        is_gone = select.select([self.leader], [], [], 0)[0]
         return not self.stop.item() and not is_gone
 
     # ---- the weight mailbox -------------------------------------------------------------------
@@ -152,7 +147,7 @@ class Channel:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(*memory, 0))
 
     def publish(self, parts, version: int):
-        """Rank 0: write the student's parameters, then raise the version.
+        """Leader: write the student's parameters, then raise the version.
 
         `parts` are tensors that make up the parameters [P], one after the other. Readers of the
         current version are in the other buffer.
@@ -191,12 +186,45 @@ def memory_layout(config, num_parameters, dtype):
     start = 0
     for name, item in vars(Channel).items():
         if isinstance(item, Field):
-            shape = [sizes.get(letter) or int(letter) for letter in item.shape.split()]
+            # A letter stands for its size, a number for itself.
+            shape = [sizes.get(word) or int(word) for word in item.shape.split()]
             kind = item.dtype or dtype
             stop = start + math.prod(shape) * kind.itemsize
             places[name] = kind, shape, start, stop
             start = math.ceil(stop / PAGE) * PAGE
     return places, start
+
+
+# ---- host memory ------------------------------------------------------------------------------
+
+
+def check_memory(needed: int, config: Config):
+    """Raise MemoryError before anything is allocated."""
+    free = available_memory()
+    if needed > 0.9 * free:
+        raise MemoryError(
+            f"the rollout table and the weight mailbox need {needed / 2**20:,.0f} MiB of shared "
+            f"memory, {free / 2**20:,.0f} MiB are available: lower --batch-size "
+            f"({config.batch_size}), --max-staleness ({config.max_staleness}), --max-new-tokens "
+            f"({config.max_new_tokens}) or the candidates per position ({config.num_candidates}), "
+            "or give the container more memory"
+        )
+
+
+def available_memory():
+    """Bytes that may still be used: what the kernel calls available, or a cgroup's limit."""
+    free = 1024 * number_after("MemAvailable:", Path("/proc/meminfo"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # The kernel gives up cached files when a process needs the memory.
+        return min(free, limit - used + number_after("inactive_file", group / "memory.stat"))
+    except (OSError, ValueError):  # no cgroup, or its limit is "max"
+        return free
+
+
+def number_after(name: str, path: Path):
+    return int(re.search(rf"^{name}\s+(\d+)", path.read_text(), re.MULTILINE)[1])
 
 
 # ---- one rollout ------------------------------------------------------------------------------
@@ -211,8 +239,8 @@ class Rollout:
     row: int = 0
     finish: int = 0  # STOP or LENGTH
     weight_version: list[int] = field(default_factory=list)  # that sampled each response token
-    candidate_ids: Tensor = None  # int64 [r,C], column 0 the response
-    behavior_logp: Tensor = None  # float32 [r,C]
+    candidate_ids: Tensor = None  # int64 [T,C], column 0 the response
+    behavior_logp: Tensor = None  # float32 [T,C]
 
     @property
     def length(self):
@@ -232,85 +260,10 @@ def read_rollout(channel: Channel, row: int):
 def write_rollout(channel: Channel, rollout: Rollout):
     """Fill in the generator's columns of the rollout's row."""
     row = rollout.row
-    count, columns = rollout.candidate_ids.shape  # forward KL: the teacher adds its own columns
+    tokens, columns = rollout.candidate_ids.shape  # forward KL: the teacher adds its own columns
     channel.tokens[row, len(rollout.prompt_ids) : rollout.length] = rollout.candidate_ids[:, 0]
     channel.length[row] = rollout.length
     channel.finish[row] = rollout.finish
-    channel.weight_version[row, :count] = torch.tensor(rollout.weight_version)
-    channel.candidate_ids[row, :count, :columns] = rollout.candidate_ids
-    channel.behavior_logp[row, :count, :columns] = rollout.behavior_logp
-
-
-# ---- tickets ----------------------------------------------------------------------------------
-
-
-def may_start(ticket: int, weight_version: int, config: Config):
-    """The inequality: may weights of `weight_version` sample rollout number `ticket`?"""
-    return ticket < (weight_version + 1 + config.max_staleness) * config.batch_size
-
-
-class Tickets:
-    """A leader's books: which row carries which ticket, which may start, which were trained.
-
-    Node k of n issues the tickets with ticket % n == k.
-    """
-
-    def __init__(self, config: Config, channel: Channel, prompts, version=0, trained_ahead=()):
-        """`version` updates were made before.
-
-        `trained_ahead`: tickets that were trained before an earlier one was (arrival order). With
-        several nodes they are not kept: some rollouts are trained twice then, and some never.
-        """
-        if config.nodes > 1:
-            trained_ahead = ()
-        self.config, self.channel, self.prompts = config, channel, prompts
-        self.free_rows = list(range(config.table_rows))
-        self.scored = {}  # ticket -> row, in order of arrival
-        self.trained_ahead = set(trained_ahead)
-        # Every ticket below `lowest` was trained.
-        self.lowest = self.next = version * config.batch_size + config.node - len(trained_ahead)
-
-    def issue(self, version: int):
-        """Give free rows to the tickets that weights of `version` admit, with their prompts."""
-        rows = []
-        end = self.config.steps * self.config.batch_size
-        while self.free_rows and self.next < end and may_start(self.next, version, self.config):
-            if self.next not in self.trained_ahead:
-                rows.append(self.fill_row(self.next))
-            self.next += self.config.nodes
-        self.channel.to_generator.put(rows)
-
-    def fill_row(self, ticket):
-        row = self.free_rows.pop()
-        ids = self.prompts[prompt_of(ticket, len(self.prompts), self.config)].ids
-        self.channel.tokens[row, : len(ids)] = torch.tensor(ids, dtype=i32)
-        self.channel.prompt_len[row] = len(ids)
-        self.channel.ticket[row] = ticket
-        return row
-
-    def receive(self, rows: list[int]):
-        """Take note of rows that the teacher has scored."""
-        for row in rows:
-            self.scored[int(self.channel.ticket[row])] = row
-
-    def batch(self, version: int):
-        """Rows of the update after `version`, in ticket order or as they came; None: not yet."""
-        size = self.config.batch_size
-        own = size // self.config.nodes
-        wanted = list(range(version * size, (version + 1) * size))  # of all nodes
-        if self.config.order == "arrival":
-            wanted = list(self.scored)[:own]
-        ready = [self.scored[ticket] for ticket in wanted if ticket in self.scored]
-        return ready if len(ready) == own else None
-
-    def trained(self, rows: list[int]):
-        """Free the rows of an update and remember their tickets."""
-        for row in rows:
-            ticket = int(self.channel.ticket[row])
-            del self.scored[ticket]
-            self.trained_ahead.add(ticket)
-            self.free_rows.append(row)
-        while self.lowest in self.trained_ahead:
-            self.trained_ahead.remove(self.lowest)
-            self.lowest += self.config.nodes
-        self.next = max(self.next, self.lowest)
+    channel.weight_version[row, :tokens] = torch.tensor(rollout.weight_version)
+    channel.candidate_ids[row, :tokens, :columns] = rollout.candidate_ids
+    channel.behavior_logp[row, :tokens, :columns] = rollout.behavior_logp

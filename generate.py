@@ -1,6 +1,6 @@
 """Generation: KV slots, continuous batching, candidates, weight pickup between decode steps.
 
-Letters of shapes: serial.py. The slots [0, A) are active; r is the index in a response.
+Letters of shapes: serial.py. The slots [0, A) are active; r counts the tokens of a response.
 
 `Generator` works in one process: `add` prompts, `step` until they come back finished. `run` is the
 process around it. `python -m experiments.sample --model DIR --prompts FILE` samples from a
@@ -9,15 +9,17 @@ checkpoint.
 Free slots are refilled while others decode, an eighth of them at a time, so no rollout waits for
 the longest. Active slots stay at the front, because the last moves into a hole: a step costs what A
 costs. Prefill only writes the cache. The decode step takes the last prompt token as its first
-input, so the same code samples every token. The seed and the ticket fix a rollout's random numbers
-when it starts. So they do not depend on its neighbours, a resumed run draws with the same numbers,
-and a decode step is a pure function that a CUDA graph can hold.
+input, so the same code samples every token.
+
+Seed and ticket alone fix a rollout's random numbers. They are made when it starts, so a decode step
+draws none itself and a CUDA graph can hold it. A resumed run draws with the same numbers.
 
 Tokens are drawn from softmax(logits / temperature) over the full vocabulary. Left out: top-p and
 top-k filters (they make importance weights wrong), paged KV blocks, prefix sharing, speculative
 decoding.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -26,23 +28,23 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from attention import Decode, KVCache, Prefill
-from channel import LENGTH, STOP, Channel, Rollout, may_start, read_rollout, write_rollout
-from checks import load_model, load_tokenizer
-from config import Config
-from data import is_correct
+from channel import LENGTH, STOP, Channel, Rollout, read_rollout, write_rollout
 from kernels.head import head_logits
-from log import Timeline
+from kv_cache import Decode, KVCache, Prefill, switch_to_slots
 from losses import Greedy, Proposal, make_loss
 from model import compute_dtype, flatten_parameters, head_weight, last_hidden
-from model import shared_vocabulary, stop_ids
+from support.config import Config
+from support.data import is_correct
+from support.load import load_model, load_tokenizer, shared_vocabulary, stop_ids
+from support.log import Timeline
+from tickets import may_start, teacher_of
 
 GRAPH_LENGTHS = 256  # a CUDA graph serves lengths up to the next multiple
 
 
 @dataclass
 class Generator:
-    """Continuous batching over S slots of `model`, which was loaded with attention "kv_slots"."""
+    """Continuous batching over S slots of `model`, which has the attention "kv_slots"."""
 
     model: nn.Module
     proposal: Proposal  # a Loss, Greedy(), or Proposal() for plain sampling
@@ -60,13 +62,14 @@ class Generator:
         self.active: list[Rollout] = []  # slot i holds active[i]
         self.graphs = {}  # (slots, length) -> CUDA graph
         self.pool = None  # the memory that the graphs share
-        self.last_token = self.per_slot()
-        self.position = self.per_slot()  # where last_token goes
-        self.index = self.per_slot()  # r of the token to be drawn
+        self.last_token = self.per_slot()  # [S]
+        self.position = self.per_slot()  # [S], where last_token goes in the sequence
+        self.r = self.per_slot()  # [S], of the token to be drawn
+        # All that a rollout draws with, and what it has drawn: [S,M,...].
         self.uniforms = self.per_slot(longest, self.proposal.num_uniforms, kind=torch.float64)
         self.candidate_ids = self.per_slot(longest, columns)
         self.behavior_logp = self.per_slot(longest, columns, kind=torch.float32)
-        self.counters = (self.last_token, self.position, self.index)  # what a step changes
+        self.counters = (self.last_token, self.position, self.r)  # what a step changes
         self.tables = (self.uniforms, self.candidate_ids, self.behavior_logp)
 
     def per_slot(self, *shape, kind=torch.int64):
@@ -87,11 +90,11 @@ class Generator:
         first = len(self.active)
         self.active += rollouts
         for slot, rollout in enumerate(rollouts, first):
-            generator = np.random.default_rng([self.config.seed, rollout.ticket])
-            self.uniforms[slot] = torch.from_numpy(generator.random(self.uniforms.shape[1:]))
+            random = np.random.default_rng([self.config.seed, rollout.ticket])
+            self.uniforms[slot] = torch.from_numpy(random.random(self.uniforms.shape[1:]))
             self.last_token[slot] = rollout.prompt_ids[-1]
             self.position[slot] = len(rollout.prompt_ids) - 1
-            self.index[slot] = 0
+            self.r[slot] = 0
         waiting = [slot for slot in range(first, len(self.active)) if self.prefill_len(slot)]
         waiting.sort(key=self.prefill_len)
         while waiting:  # longest first, as many as fit the token budget at that width
@@ -100,12 +103,13 @@ class Generator:
             del waiting[-count:]
 
     def prefill_len(self, slot):
+        """Tokens to prefill: the last one of the prompt is the first decode step's."""
         return len(self.active[slot].prompt_ids) - 1
 
     def prefill(self, slots):
         """Write the keys and values of prompts in one forward pass, padded to the longest."""
         prompts = [torch.tensor(self.active[slot].prompt_ids[:-1]) for slot in slots]
-        ids = pad_sequence(prompts, batch_first=True).to(self.device)
+        ids = pad_sequence(prompts, batch_first=True).to(self.device)  # [slots,longest]
         step = Prefill(self.cache, torch.tensor(slots, device=self.device))
         last_hidden(self.model, ids, slot_step=step)
 
@@ -135,23 +139,24 @@ class Generator:
 
     def decode(self, active, length):
         """The step on the device: no synchronisation, and both arguments fix all shapes."""
-        slots = torch.arange(active, device=self.device)
-        index, position = self.index[:active], self.position[:active]
+        slots = torch.arange(active, device=self.device)  # [A]
+        r = self.r[:active]  # views: adding to them below moves the slots on
+        position = self.position[:active]
         hidden = last_hidden(
             self.model,
             self.last_token[:active, None],
             position_ids=position[:, None],
             slot_step=Decode(self.cache, position, length),
-        )[:, 0]
+        )[:, 0]  # [A,F]
         weight = head_weight(self.model)[: self.vocab]
-        logits = head_logits(hidden, weight, 1.0 / self.config.temperature)
-        ids, logp = self.proposal.propose(logits, self.uniforms[slots, index])
-        self.candidate_ids[slots, index] = ids
-        self.behavior_logp[slots, index] = logp
+        logits = head_logits(hidden, weight, 1.0 / self.config.temperature)  # [A,V]
+        ids, logp = self.proposal.propose(logits, self.uniforms[slots, r])  # [A,C]
+        self.candidate_ids[slots, r] = ids
+        self.behavior_logp[slots, r] = logp
         self.last_token[:active] = ids[:, 0]
         # Idle slots of a padded graph must stay in range.
         position.add_(1).clamp_(max=self.cache.max_len - 1)
-        index.add_(1).clamp_(max=self.config.max_new_tokens - 1)
+        r.add_(1).clamp_(max=self.config.max_new_tokens - 1)
 
     def replay(self, active, length):
         """`decode` as a CUDA graph, one for a power of two of slots and a multiple of lengths.
@@ -159,8 +164,10 @@ class Generator:
         The first step of a shape runs as it is, so that libraries set themselves up. Then the
         graph is recorded, which executes nothing.
         """
-        active = min(self.slots, 1 << (active - 1).bit_length())
-        length = min(self.cache.max_len, -(-length // GRAPH_LENGTHS) * GRAPH_LENGTHS)
+        power_of_two = 1 << (active - 1).bit_length()  # not below `active`
+        active = min(self.slots, power_of_two)
+        rounded_up = math.ceil(length / GRAPH_LENGTHS) * GRAPH_LENGTHS
+        length = min(self.cache.max_len, rounded_up)
         if (active, length) in self.graphs:
             self.graphs[active, length].replay()
             return
@@ -184,7 +191,8 @@ class Generator:
             for tensor in self.counters + self.tables:
                 tensor[slot] = tensor[last]
             self.cache.move(last, slot, moved.length)
-        self.position[last] = self.index[last] = 0
+        self.position[last] = 0
+        self.r[last] = 0
 
     def generate(self, rollouts: list[Rollout]):
         """Finish all `rollouts`, refilling slots as they fall free; returns them as given."""
@@ -205,12 +213,14 @@ class Sampler:
         self.tokenizer = load_tokenizer("--student", path)
         self.held_out = held_out
         dtype = compute_dtype(config, device)
-        model = load_model(path, dtype, device, "kv_slots", length=config.max_sequence)
-        self.weights = flatten_parameters(model)
-        shared = (config, stop_ids(path, self.tokenizer), shared_vocabulary(config))
+        model = load_model(path, dtype, device, length=config.max_sequence)
+        switch_to_slots(model, config.max_sequence)
+        self.weights = flatten_parameters(model)  # [P]
+        stops = stop_ids(path, self.tokenizer)
+        vocab = shared_vocabulary(config)
         slots = min(config.slots, slots)
-        self.generator = Generator(model, make_loss(config), *shared, slots)
-        self.greedy = Generator(model, Greedy(), *shared, slots)
+        self.generator = Generator(model, make_loss(config), config, stops, vocab, slots)
+        self.greedy = Generator(model, Greedy(), config, stops, vocab, slots)
         self.greedy.cache = self.generator.cache  # they take turns
 
     def accuracy(self):
@@ -228,22 +238,22 @@ class Sampler:
 # ---- the process ------------------------------------------------------------------------------
 
 
-def run(config: Config, channel: Channel, device, track: int, held_out):
-    """Generation process number `track`, until rank 0 says stop or is gone.
+def run(config: Config, channel: Channel, device, number: int, held_out):
+    """Generation process `number`, until the leader says stop or is gone.
 
     1. take rows for the free slots   2. pick up new weights, if `refresh` allows it now
-    3. generator 0: if rank 0 waits for an evaluation, finish what is active, then evaluate
+    3. generator 0: if an evaluation was asked for, finish what is active, then evaluate
     4. start the tickets that the inequality admits   5. decode one token for every active slot
     6. write finished rollouts to their rows, pass them on
     """
-    # Its share of the rollouts in flight: no generator takes its neighbour's.
-    share = -(-config.table_rows // config.generators)
+    # Its share of the rollouts in flight, rounded up: no generator takes its neighbour's.
+    share = math.ceil(config.table_rows / config.generators)
     sampler = Sampler(config, device, share, held_out)
     generator = sampler.generator
-    generator.version = -1
+    generator.version = -1  # the first weights have version 0
     if device.type == "cuda":
         channel.pin()
-    timeline = Timeline(config, channel, track, f"generator {track}")
+    timeline = Timeline(config, channel, number, f"generator {number}")
     waiting: deque[Rollout] = deque()
     while channel.running():
         take_rows(channel, generator, waiting)
@@ -251,12 +261,13 @@ def run(config: Config, channel: Channel, device, track: int, held_out):
         if can_refresh and int(channel.version) > generator.version:
             with timeline.span("pick up weights"):
                 generator.version = channel.pick_up(sampler.weights)
-        # `eval_due` is 1 + the version that rank 0 waits for.
-        is_due = track == 0 and channel.eval_done < channel.eval_due <= generator.version + 1
+        # The leader publishes nothing while it waits, so the newest weights are those it means.
+        is_asked = number == 0 and bool(channel.eval_done < channel.eval_asked)
+        is_due = is_asked and generator.version == int(channel.version)
         if is_due and not generator.active:
             with timeline.span("evaluate"):
                 channel.eval_accuracy.fill_(sampler.accuracy())
-                channel.eval_done.copy_(channel.eval_due)
+                channel.eval_done += 1
         started = []
         while waiting and not is_due and may_start(waiting[0].ticket, generator.version, config):
             started.append(waiting.popleft())
@@ -265,16 +276,13 @@ def run(config: Config, channel: Channel, device, track: int, held_out):
                 generator.add(started)
         if generator.active:
             with timeline.span("decode"):
-                for rollout in generator.step():
-                    write_rollout(channel, rollout)
-                    turn = rollout.ticket // config.nodes
-                    channel.to_teachers[turn % config.teachers].put([rollout.row])
+                pass_on(channel, generator.step(), config)
         else:
             timeline.flush()
     timeline.flush()
 
 
-def take_rows(channel, generator, waiting):
+def take_rows(channel: Channel, generator: Generator, waiting: deque[Rollout]):
     """Rows for the slots that may be filled. Waits a little if there is nothing else to do."""
     while len(waiting) < generator.room:
         is_idle = not generator.active and not waiting
@@ -282,3 +290,11 @@ def take_rows(channel, generator, waiting):
         if row is None:
             return
         waiting.append(read_rollout(channel, row))
+
+
+def pass_on(channel: Channel, finished: list[Rollout], config: Config):
+    """Write finished rollouts to their rows, and the rows to their teachers' queues."""
+    for rollout in finished:
+        write_rollout(channel, rollout)
+        teacher, _ = teacher_of(rollout.ticket, config)
+        channel.to_teachers[teacher].put([rollout.row])

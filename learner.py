@@ -4,36 +4,34 @@ Letters of shapes: serial.py. Parameters are float32 masters. On a GPU the forwa
 bfloat16; log-probabilities and losses stay in float32. The head runs in chunks (kernels/head.py),
 so logits [T,V] never exist.
 
-The ranks of a node share parameters, gradients and optimiser state (FSDP2), and each trains its
-share of the rows. There is one denominator, the response tokens of the whole update. So the result
+The ranks of a node share parameters, gradients and optimiser state, and the nodes add their
+gradients up: FSDP2 on a mesh [nodes, ranks of a node] (HSDP). Each rank trains its share of its
+node's rows. There is one denominator, the response tokens of the whole update. So the result
 depends on micro-batches, ranks and nodes by rounding alone.
 
 Dropout is off: the student that trains is the student that sampled. Left out: LoRA, tensor and
 pipeline parallelism, torch.compile.
 """
 
-import shutil
 import time
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
-from torch.distributed.checkpoint import state_dict
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from channel import LENGTH, Channel
-from config import Config
 from kernels.head import candidate_loss
 from losses import make_loss
 from model import head_weight, layers_of, response_hidden, row_batches
-from nodes import Nodes, from_every_rank
+from support.checkpoint import load_optimizer, save, step_of
+from support.config import Config
+from support.ranks import Ranks, from_every_rank
 
 # Metrics that are summed over positions, in the order that Learner.backward returns.
 SUMMED = (
@@ -44,7 +42,6 @@ SUMMED = (
     "support_mass_student",
     "support_mass_teacher",
 )
-WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class Student(nn.Module):
@@ -63,28 +60,28 @@ class Student(nn.Module):
         self.dtype = dtype
         self.loss = make_loss(config)
 
-    def forward(self, table, rows):
+    def forward(self, channel, rows):
         """(sum of the loss, student_logp, candidate_ids, teacher_logp, behavior_logp) of the
         responses of `rows`; the last four are [T,C].
         """
-        fields = (table.candidate_ids, table.teacher_logp, table.behavior_logp)
-        ids, t, b = (of_responses(table, rows, x).to(self.model.device) for x in fields)
+        fields = (channel.candidate_ids, channel.teacher_logp, channel.behavior_logp)
+        ids, t, b = (of_responses(channel, rows, x).to(self.model.device) for x in fields)
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden = response_hidden(self.model, table, rows).to(self.dtype)
-        head = head_weight(self.model)
-        head = head if len(head) == self.vocab else head[: self.vocab]
+            hidden = response_hidden(self.model, channel, rows).to(self.dtype)  # [T,F]
+        head = head_weight(self.model)  # [V,F]
+        if len(head) > self.vocab:  # rows that only pad it; a slice copies the gradient
+            head = head[: self.vocab]
         settings = (1.0 / self.config.temperature, self.config.head_chunk)
         total, s = candidate_loss(hidden, head, ids.long(), t, b, self.loss, *settings)
         return total, s, ids, t, b
 
 
-def shard(student: Student, group):
-    """Split parameters, gradients and optimiser state over a node's ranks (FSDP2, `fully_shard`).
+def shard(student: Student, mesh):
+    """Split parameters, gradients and optimiser state over the ranks of a node (`fully_shard`).
 
     Each layer is gathered for its own forward and backward pass. Embedding, norm and head are one
     group: they may share a weight.
     """
-    mesh = DeviceMesh.from_group(group, student.model.device.type)
     precision = MixedPrecisionPolicy(param_dtype=student.dtype, reduce_dtype=torch.float32)
     for module in (*layers_of(student), student):
         fully_shard(module, mesh=mesh, mp_policy=precision)
@@ -98,8 +95,7 @@ class Learner:
     config: Config
     vocab: int
     dtype: torch.dtype  # of the forward pass
-    nodes: Nodes = field(default_factory=Nodes)
-    recompute: bool = False  # layers in the backward pass, to save memory
+    ranks: Ranks = field(default_factory=Ranks)
     version: int = 0
 
     def __post_init__(self):
@@ -107,83 +103,69 @@ class Learner:
         self.model.requires_grad_(True)
         self.student = Student(self.model, self.config, self.vocab, self.dtype)
         self.loss = self.student.loss
-        for layer in layers_of(self.model) if self.recompute else ():
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        if self.nodes.world > 1:
-            shard(self.student, self.nodes.ranks)
+        if self.config.checkpoint_activations:
+            for layer in layers_of(self.model):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        if self.ranks.world_size > 1:
+            shard(self.student, self.ranks.mesh(self.device.type))
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.95), weight_decay=0.0)
 
     # ---- one update ---------------------------------------------------------------------------
 
-    def update(self, table: Channel, rows: list[int]):
-        """Train on `rows`, the whole update's and the same on every rank; return its metrics."""
-        return self.apply([self.accumulate(table, rows)])
+    def update(self, channel: Channel, rows: list[int], parts: list[dict] | None = None):
+        """Train on `rows`; return the metrics of the whole update.
 
-    def accumulate(self, table: Channel, rows: list[int]):
-        """Compute the gradient of the node's `rows`, the same on every rank.
-
-        Returns sums over the response tokens and over the rows, for `apply`.
+        `rows`: the node's, the same on all its ranks. `parts`: what `describe` says of the rows of
+        every node; None where there is one. Raises FloatingPointError, before any parameter
+        changes, if the gradient is not finite.
         """
-        tokens = int((table.length[rows] - table.prompt_len[rows]).sum())
-        batches = self.micro_batches(table, rows)
-        tables = (self.student(table, batch)[1:] for batch in batches)
+        parts = parts or [self.describe(channel, rows)]
+        tokens = sum(part["tokens"] for part in parts)
+        # The ranks make equally many passes, because in each they wait for each other.
+        passes = max(part["passes"] for part in parts)
+        batches = self.micro_batches(channel, rows)[self.ranks.local_rank]
+        batches += [[] for _ in range(passes - len(batches))]
+        tables = (self.student(channel, batch)[1:] for batch in batches)
         self.loss.look_ahead(tables, from_every_rank)
         self.optimizer.zero_grad()
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
-        for batch in batches:
-            sums += self.backward(table, batch, tokens)
-        if self.nodes.world > 1:
-            dist.all_reduce(sums, group=self.nodes.ranks)
-        return dict(zip(SUMMED, sums.tolist())) | self.describe(table, rows)
-
-    @torch.no_grad()
-    def apply(self, parts: list[dict]):
-        """Change the parameters by the mean gradient of all nodes; return the update's metrics.
-
-        `parts`: what `accumulate` has returned on each. Raises FloatingPointError, before any
-        parameter changes, if the gradient is not finite, and RoleDied if a node is gone.
-        """
-        total = {name: sum(part[name] for part in parts) for name in parts[0]}
-        tokens = total["tokens"]
-        if len(parts) > 1:
-            for p in self.parameters:  # an expert that no token has used
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-            gradients = [local(p.grad) for p in self.parameters]
-            mean = parameters_to_vector(gradients)
-            mean *= parts[self.nodes.node]["tokens"] / tokens
-            self.nodes.add_up(mean)
-            vector_to_parameters(mean, gradients)
-        metrics = {name: total[name] / tokens for name in SUMMED}
+        for number, batch in enumerate(batches, 1):
+            if self.ranks.world_size > 1:  # the nodes add their gradients up once, at the end
+                self.student.set_requires_all_reduce(number == passes)
+            sums += self.backward(channel, batch, tokens)
+        if self.ranks.world_size > 1:
+            dist.all_reduce(sums)
+        metrics = dict(zip(SUMMED, (sums / tokens).tolist())) | combine(parts)
         metrics |= self.step()
         self.version += 1
-        return metrics | {
-            "tokens": tokens,
-            "truncated_fraction": total["truncated_fraction"] / len(parts),
-            "lag_mean": total["lag"] / tokens,
-            "lag_max": max(part["lag_max"] for part in parts),
+        return metrics
+
+    def describe(self, channel: Channel, rows: list[int]):
+        """What the other nodes must know of this node's rows before they train on theirs."""
+        lag = self.version - of_responses(channel, rows, channel.weight_version)  # [T]
+        return {
+            "tokens": len(lag),
+            "rows": len(rows),
+            "truncated": int((channel.finish[rows] == LENGTH).sum()),
+            "lag_sum": int(lag.sum()),
+            "lag_max": int(lag.max()),
+            "passes": max(map(len, self.micro_batches(channel, rows))),
         }
 
-    def micro_batches(self, table, rows):
-        """This rank's share of the rows, in groups for one forward pass each.
-
-        All ranks have equally many groups, or they would wait for each other for ever. So some
-        may be empty.
-        """
-        by_length = sorted(rows, key=lambda row: -int(table.length[row]))
+    def micro_batches(self, channel, rows):
+        """For every rank of the node its share of the rows, in groups for a forward pass each."""
+        by_length = sorted(rows, key=lambda row: -int(channel.length[row]))
         budget = self.config.micro_batch_tokens
-        world = self.nodes.world
-        shares = [row_batches(table, by_length[i::world], budget) for i in range(world)]
-        mine = shares[self.nodes.rank]
-        return mine + [[]] * (max(map(len, shares)) - len(mine))
+        ranks = self.ranks.local_world_size
+        return [row_batches(channel, by_length[i::ranks], budget) for i in range(ranks)]
 
-    def backward(self, table, rows, tokens):
+    def backward(self, channel, rows, tokens):
         """Add the gradient of one micro-batch; return sums over its positions: SUMMED, float64."""
-        total, s, ids, t, b = self.student(table, rows)
+        total, s, ids, t, b = self.student(channel, rows)
         # Sharding averages over the ranks. One denominator for all asks for a sum.
-        (total * (self.nodes.world / tokens)).backward()
-        drift = b[:, 0] - s[:, 0]
+        (total * (self.ranks.world_size / tokens)).backward()
+        drift = b[:, 0] - s[:, 0]  # [T], of the emitted tokens
         summed = (
             self.loss.reverse_kl(s, t, b),
             drift,  # k1 estimate of KL(sampler || student)
@@ -200,7 +182,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = float(whole(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
-        if not norm < float("inf"):
+        if not norm < float("inf"):  # nor is NaN
             raise FloatingPointError(
                 f"update {self.version + 1}: gradient norm is {norm}: "
                 "lower --lr; --resume takes the checkpoint before, if there is one"
@@ -208,91 +190,51 @@ class Learner:
         self.optimizer.step()
         return {"grad_norm": norm, "lr": lr}
 
-    def describe(self, table, rows):
-        """Lengths and lags of an update's rows."""
-        lag = self.version - of_responses(table, rows, table.weight_version)
-        truncated = table.finish[rows] == LENGTH
-        return {
-            "tokens": len(lag),
-            "truncated_fraction": float(truncated.double().mean()),
-            "lag": int(lag.sum()),
-            "lag_max": int(lag.max()),
-        }
-
     # ---- weights out --------------------------------------------------------------------------
 
-    def publish(self, channel):
+    def publish(self, channel: Channel):
         """Put the weights into the mailbox, in the generator's dtype; returns the seconds.
 
-        Every rank of the node takes part, one parameter after the other. Rank 0 writes.
+        Every rank of the node takes part, one parameter after the other. The leader writes.
         """
         started = time.monotonic()
         dtype = channel.weights.dtype
         parts = (whole(p.detach().to(dtype)) for p in self.parameters)
-        if self.nodes.rank == 0:
+        if self.ranks.local_rank == 0:
             channel.publish(parts, self.version)
         else:
-            for _ in parts:
+            for _ in parts:  # gathering takes all ranks
                 pass
         return time.monotonic() - started
 
     def save(self, output, tokenizer, progress):
-        """Write step_N: a Hugging Face model (float32) with what `load` needs.
-
-        Every rank of node 0 takes part, and rank 0 writes. `progress`: what checks.read_progress
-        returns. A checkpoint is whole or absent, never half. Raises OSError if that fails.
-        """
-        both = (self.model, self.optimizer)
-        weights, optimizer = state_dict.get_state_dict(*both, options=WHOLE)
-        if self.nodes.rank == 0:
-            state = {"version": self.version, "optimizer": optimizer}
-            self.write(output / f"step_{self.version}", weights, tokenizer, state, progress)
-
-    def write(self, target, weights, tokenizer, state, progress):
-        """Rank 0's part of `save`."""
-        once = dict(self.model.named_parameters())
-        tied = dict(self.model.named_parameters(remove_duplicate=False)).keys() - once.keys()
-        unfinished = target.with_name(f".partial_{target.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
-            weights = {name: value for name, value in weights.items() if name not in tied}
-            self.model.save_pretrained(unfinished, state_dict=weights)
-            tokenizer.save_pretrained(unfinished)
-            torch.save(state, unfinished / "training_state.pt")
-            (unfinished / "progress.yaml").write_text(yaml.safe_dump(progress))
-            usual = (unfinished / "config.json").stat().st_mode
-            for path in unfinished.glob("*.safetensors"):  # which only the owner could read
-                path.chmod(usual)
-            shutil.rmtree(target, ignore_errors=True)
-            unfinished.rename(target)
-        except Exception as error:  # torch and safetensors have their own for a full disk
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(f"{target} cannot be written: {error}") from error
+        """Write step_N. Every rank of node 0 takes part: see support/checkpoint.py."""
+        save(output / f"step_{self.version}", self.model, self.optimizer, tokenizer, progress)
 
     def load(self, directory):
-        """Restore the rest of what `save` wrote; the model was loaded from the same directory.
+        """Restore the rest of what `save` wrote; the model was loaded from the same directory."""
+        load_optimizer(directory, self.model, self.optimizer)
+        self.version = step_of(directory)
 
-        Another number of ranks may have saved it.
-        """
-        path = directory / "training_state.pt"
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        both = (self.model, self.optimizer)
-        state_dict.set_optimizer_state_dict(*both, state["optimizer"], options=WHOLE)
-        self.version = state["version"]
+
+def combine(parts: list[dict]):
+    """Lengths and lags of a whole update, from what `Learner.describe` says of each node."""
+    total = {name: sum(part[name] for part in parts) for name in ("tokens", "rows", "truncated")}
+    return {
+        "tokens": total["tokens"],
+        "truncated_fraction": total["truncated"] / total["rows"],
+        "lag_mean": sum(part["lag_sum"] for part in parts) / total["tokens"],
+        "lag_max": max(part["lag_max"] for part in parts),
+    }
 
 
 def whole(tensor):
-    """The tensor itself; a sharded one is gathered, on every rank."""
+    """The tensor itself; a sharded one is gathered, on every rank of the node."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor):
-    """The tensor itself; of a sharded one this rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def of_responses(table, rows, field):
+def of_responses(channel, rows, field):
     """The part of `field` [R,M,...] that belongs to the response tokens of `rows`: [T,...]."""
-    counts = (table.length[rows] - table.prompt_len[rows]).tolist()
+    counts = (channel.length[rows] - channel.prompt_len[rows]).tolist()
     parts = [field[row, :count] for row, count in zip(rows, counts)]
     return torch.cat([field[0, :0], *parts])

@@ -1,6 +1,7 @@
 """The losses in plain torch: one class each, with the candidates it wants and its value.
 
-Letters of shapes: serial.py. A position's candidates stand in columns, left to right:
+Letters of shapes: serial.py. Candidates are ids of the vocabulary at which teacher and student are
+compared. A position's candidates stand in columns, left to right:
 
     draws   ids drawn from the sampler, with replacement; column 0 is the emitted token
     top     the K most probable ids of the sampler or, if the loss says so, of the teacher
@@ -20,19 +21,20 @@ The reverse-KL losses that draw candidates have the form sg[w D] s, where sg sto
 Its gradient is right and its value means nothing, so every run reports `reverse_kl` beside the
 loss.
 
-To add a loss, write a class and name it in LOSSES. Left out: generalised JSD, rewards.
+To add a loss, write a class in a file of your own, put it into LOSSES, and give the file to
+--plugin. What the studies compare with is such a file: experiments/corrections.py. Left out:
+generalised JSD, rewards.
 """
+
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
 
 import torch
 
-from kernels.forward_kl import forward_kl
-from kernels.sampled_reverse_kl import BASELINE_DRAWS, sampled_reverse_kl
-from kernels.sparse_reverse_kl import sparse_reverse_kl
-
 BLOCK = 128  # ids that `draw` sums first; divides most models' vocabularies
-
-SIGNALS = ("current", "rollout")
-CORRECTIONS = ("is", "none", "ppo", "decoupled", "m2po", "m2po_areal", "tis", "icepop")
+BASELINE_DRAWS = 8  # fewer draws have no baseline
 
 
 # ---- candidates: how a generator draws them ---------------------------------------------------
@@ -73,6 +75,12 @@ class Proposal:
     """Which candidates a position gets. `Proposal()` alone is plain sampling of one token."""
 
     def __init__(self, draws=1, top=0, tail=0, teacher_top=False):
+        """How many columns of each kind. `teacher_top`: the top ids are the teacher's."""
+        if not isinstance(draws, int):  # the settings, because a Loss has no __init__ of its own
+            raise TypeError(
+                f"{type(self).__name__} does not say which candidates it wants: give it "
+                "an __init__(self, config) that calls super().__init__(draws=, top=, tail=)"
+            )
         self.draws = slice(0, draws)
         self.top = slice(draws, draws + top)
         self.tail = slice(draws + top, draws + top + tail)
@@ -117,22 +125,30 @@ class Greedy(Proposal):
 class Loss(Proposal):
     """Base class. A loss says its candidates in __init__ and its value in `value`."""
 
-    triton_terms = None  # `value` and its derivative for the fused kernel (kernels/shared.py)
-
-    def __init_subclass__(cls):
-        """Who overrides the formula alone has no Triton terms."""
-        if "value" in vars(cls) and "triton_terms" not in vars(cls):
-            cls.triton_terms = None
-
     def value(self, s, t, b):
         """Loss of each position, differentiable in s: [T,C] each -> [T]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `value`")
+
+    def check(self):
+        """Raise ValueError unless `value` gives one number a position, with a gradient to s.
+
+        The learner would add up whatever it gets: a mean over the positions, for one.
+        """
+        columns = (5, self.num_columns)
+        s = torch.full(columns, -1.0, requires_grad=True)
+        value = self.value(s, torch.full(columns, -2.0), torch.full(columns, -3.0))
+        shape = tuple(getattr(value, "shape", ()))
+        if shape != (5,) or not value.requires_grad:
+            raise ValueError(
+                f"`value` of 5 positions gives shape {shape}: needed is [5], a number for each "
+                "position (no mean, no sum over positions), with a gradient to s"
+            )
 
     def look_ahead(self, tables, gather):
         """Called before every update, for losses that judge it as a whole.
 
-        `tables`: an iterator over (s, ids, t, b) of its micro-batches, [T,C] each; it costs a
-        forward pass, and every rank takes all of them or none. `gather`: value -> the list of all
+        `tables`: an iterator over (s, ids, t, b) of its micro-batches, [T,C] each. Going through it
+        costs a forward pass, which every rank makes or none. `gather`: value -> the list of all
         ranks' values.
         """
 
@@ -165,8 +181,6 @@ class ForwardKL(Loss):
     arXiv 2606.24143). On a truncated support the sum may be negative. That is no error.
     """
 
-    triton_terms = forward_kl
-
     def __init__(self, config):
         super().__init__(top=config.top_k, teacher_top=True)
 
@@ -183,8 +197,6 @@ class SparseReverseKL(Loss):
     `support_mass_student`.
     """
 
-    triton_terms = sparse_reverse_kl
-
     def __init__(self, config):
         super().__init__(top=config.top_k)
 
@@ -200,7 +212,7 @@ def less_others(x):
     takes away (docs/decisions.md).
     """
     count = x.shape[-1]
-    if count < BASELINE_DRAWS.value:
+    if count < BASELINE_DRAWS:
         return x
     return (x - x.mean(-1, keepdim=True)) * (count / (count - 1))
 
@@ -211,11 +223,8 @@ class SampledReverseKL(Loss):
     w = e^(s - b) and D = s - t, recomputed with the current student (AsyncOPD). The baseline m_i is
     the mean of D over the other draws, 0 for a few draws (`less_others`). It takes away noise that
     all draws have in common. The baseline itself is not weighted: one large ratio would spoil it.
-    The expectation over the draws is the exact gradient of the reverse KL at any lag. Other signals
-    and corrections are in experiments/baselines.py.
+    The expectation over the draws is the exact gradient of the reverse KL at any lag.
     """
-
-    triton_terms = sampled_reverse_kl
 
     def __init__(self, config):
         super().__init__(draws=config.num_samples)
@@ -232,12 +241,12 @@ class StratifiedReverseKL(Loss):
     restricted to the rest, and b is the density of that restricted sampler. The gradient is
     unbiased at any lag, and only the tail is random: the sum-and-sample estimator of Liu et al.
     2019 (arXiv 1810.04777) with importance weights. The baseline m_i is the mean of D over the
-    other draws, and m over all of them, both 0 for a few draws. A number that is subtracted from
-    the D of every id adds nothing to the gradient. The +1 in the derivative of e^s (s - t) is such
-    a number, so both strata leave it out (score-function form).
-    """
+    other draws, and m over all of them, both 0 for a few draws.
 
-    triton_terms = sampled_reverse_kl
+    The probabilities e^s of all ids sum to one, so their gradients sum to zero. One number less in
+    the D of every id therefore leaves the expected gradient as it is. Both strata subtract m for
+    that reason, and for the same reason both do without the +1 that d/ds e^s (s - t) has.
+    """
 
     def __init__(self, config):
         super().__init__(top=config.top_k, tail=config.num_samples)
@@ -268,12 +277,21 @@ LOSSES = {
 }
 
 
+@cache
+def import_plugin(name: str):
+    """Import a module, or a file FILE.py, once in every process. It may add to LOSSES."""
+    if not name.endswith(".py"):
+        return importlib.import_module(name) if name else None
+    # Not under its bare name: a student's file may be called losses.py.
+    spec = importlib.util.spec_from_file_location(f"plugin_{Path(name).stem}", name)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def make_loss(config):
-    """The loss that `config` names. Other signals and corrections: experiments/baselines.py."""
-    if (config.signal, config.correction) != ("current", "is"):
-        return baselines.Corrected(config)
+    """The loss that `config` names. Raises ValueError if neither LOSSES nor the plugin has it."""
+    import_plugin(config.plugin)
+    if config.loss not in LOSSES:
+        raise ValueError(f"one of {', '.join(LOSSES)} is needed")
     return LOSSES[config.loss](config)
-
-
-# What the losses are compared with. It names its own losses in LOSSES, so it comes last.
-from experiments import baselines  # noqa: E402

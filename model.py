@@ -1,19 +1,17 @@
-"""A causal LM as this project uses it: its hidden states, its head, its stop tokens, its
-parameters.
+"""A causal LM as this project uses it: its hidden states, its head, its parameters.
 
-Letters of shapes: serial.py. `checks.load_model` loads a model and makes sure that it fits.
+Letters of shapes: serial.py. support/load.py loads a model and makes sure that it fits.
 """
 
 import torch
 from torch.nn.utils import vector_to_parameters
-from transformers import AutoConfig, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from config import Config, InputError
+from support.config import Config
 
 
 def last_hidden(model, ids, **kwargs):
-    """Hidden states before the head: ids int64 [B,L] -> [B,L,D].
+    """Hidden states before the head: ids int64 [B,L] -> [B,L,F].
 
     Right padding needs no mask, because attention is causal.
     """
@@ -21,7 +19,7 @@ def last_hidden(model, ids, **kwargs):
 
 
 def head_weight(model):
-    """[V,D]"""
+    """[V,F]"""
     return model.get_output_embeddings().weight
 
 
@@ -34,30 +32,30 @@ def predicting_positions(prompt_len: int, length: int):
     return slice(prompt_len - 1, length - 1)
 
 
-def response_hidden(model, table, rows):
-    """Hidden states that predict the responses of `rows`, one after the other: [T,D].
+def response_hidden(model, channel, rows):
+    """Hidden states that predict the responses of `rows`, one after the other: [T,F].
 
     Without rows the result is empty, but the model has run: ranks that share it stay in step.
     """
-    longest = max(table.length[rows], default=1)
-    ids = table.tokens[rows or [0], :longest].to(model.device, torch.int64)
-    hidden = last_hidden(model, ids)
-    parts = [hidden[0, :0]]
+    longest = max(channel.length[rows], default=1)
+    ids = channel.tokens[rows or [0], :longest].to(model.device, torch.int64)  # [rows,longest]
+    hidden = last_hidden(model, ids)  # [rows,longest,F]
+    parts = [hidden[0, :0]]  # [0,F]: `cat` wants at least one
     for of_row, row in zip(hidden, rows):
-        span = predicting_positions(int(table.prompt_len[row]), int(table.length[row]))
+        span = predicting_positions(int(channel.prompt_len[row]), int(channel.length[row]))
         parts.append(of_row[span])
     return torch.cat(parts)
 
 
-def row_batches(table, rows, budget: int):
+def row_batches(channel, rows, budget: int):
     """`rows` in groups for one forward pass each, longest first.
 
     A group padded to its longest has at most `budget` tokens. At most a third of it is padding.
     """
     batches: list[list[int]] = []
     longest = 0  # of the last group
-    for row in sorted(rows, key=lambda row: -int(table.length[row])):
-        length = int(table.length[row])
+    for row in sorted(rows, key=lambda row: -int(channel.length[row])):
+        length = int(channel.length[row])
         is_similar = 3 * length >= 2 * longest > 0
         if is_similar and (len(batches[-1]) + 1) * longest <= budget:
             batches[-1].append(row)
@@ -68,31 +66,8 @@ def row_batches(table, rows, budget: int):
 
 
 def layers_of(model):
+    """The decoder layers. transformers gives all of them one base class."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-
-
-def stop_ids(path: str, tokenizer):
-    """Every id that ends a response: those of the generation config, and the tokenizer's."""
-    try:
-        named = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # no generation_config.json
-        named = AutoConfig.from_pretrained(path).eos_token_id
-    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-    if not ids:
-        raise InputError(
-            f"{path}: neither tokenizer nor generation config names a stop token: add eos_token_id"
-        )
-    return ids
-
-
-def text_config(path: str):
-    return AutoConfig.from_pretrained(path).get_text_config()
-
-
-def shared_vocabulary(config: Config):
-    """Number of ids that both heads know. Heads may be padded to different sizes."""
-    paths = (config.student_path, config.teacher_path)
-    return min(text_config(path).vocab_size for path in paths)
 
 
 def compute_dtype(config: Config, device: torch.device):

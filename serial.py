@@ -10,13 +10,13 @@ that concern processes, resuming or output have no effect here.
 Letters of shapes, in all files:
 
     B  rollouts of an update        R  rows of the rollout table
-    L  longest sequence             M  longest response, or tokens of one response
+    L  longest sequence             M  longest response
     T  response tokens at hand      C  candidates of a token
     K  top ids among them           N  draws among them
     S  decode slots                 A  active slots
-    D  hidden size                  V  vocabulary
+    F  features of a hidden state   V  vocabulary
     H  key-value heads              E  head size
-    P  parameters
+    P  parameters                   G  positions of a chunk of logits
 """
 
 import sys
@@ -25,14 +25,15 @@ from dataclasses import replace
 
 import torch
 
-from channel import Channel, Tickets, read_rollout, write_rollout
-from checks import check_models, load_model, load_tokenizer
-from config import Config, InputError, parse
-from data import load_prompts
+from channel import Channel, read_rollout, write_rollout
 from generate import Sampler
 from learner import Learner
-from model import flat_parameters, shared_vocabulary
+from model import flat_parameters
+from support.config import Config, InputError, parse
+from support.data import load_prompts
+from support.load import check_models, load_model, load_tokenizer, shared_vocabulary
 from teacher import Teacher
+from tickets import Tickets
 
 CPU = torch.device("cpu")
 
@@ -53,24 +54,24 @@ class Serial:
         self.sampler = Sampler(config, CPU, config.batch_size, held_out)
         self.lag = lag
         first = flat_parameters(student)
-        self.versions = deque([first], maxlen=lag + 1)  # the last is the newest
+        self.versions = deque([first], maxlen=lag + 1)  # [P] each; the last is the newest
         self.channel = Channel.create(config, len(first), torch.float32)
         self.tickets = Tickets(config, self.channel, prompts)
 
     def update(self):
         """Sample a batch with the weights of `lag` updates ago, score it, train on it."""
-        version = self.learner.version
+        channel, version = self.channel, self.learner.version
         self.tickets.issue(version)
-        rows = self.channel.to_generator.get_all()
+        rows = channel.to_generator.get_all()
         self.pick_up(min(self.lag, version))
-        rollouts = [read_rollout(self.channel, row) for row in rows]
+        rollouts = [read_rollout(channel, row) for row in rows]
         for rollout in self.sampler.generator.generate(rollouts):
-            write_rollout(self.channel, rollout)
-        self.teacher.score(self.channel, rows)
+            write_rollout(channel, rollout)
+        self.teacher.score(channel, rows)
         self.tickets.receive(rows)
         rows = self.tickets.batch(version)
-        metrics = self.learner.update(self.channel, rows)
-        self.tickets.trained(rows)
+        metrics = self.learner.update(channel, rows)
+        self.tickets.trained(channel.ticket[rows].tolist())
         self.versions.append(flat_parameters(self.learner.model))
         return metrics
 

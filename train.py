@@ -1,117 +1,224 @@
-"""Asynchronous on-policy distillation: `torchrun --standalone --nproc-per-node=1 -- train.py`.
+"""Asynchronous on-policy distillation: `torchrun --standalone --nproc-per-node=1 train.py`.
 
-These are the calls of serial.py, each in a process of its own. torchrun starts the learner ranks.
-Rank 0 makes the channel, starts generators and teacher (launch.py), and runs the main loop. All
-ranks train. On several nodes each has such a rank 0, its leader (nodes.py). `--help` lists the
-settings.
+serial.py makes the same calls in one process: read it first. Here each role is a process, so that
+they overlap. torchrun starts the learner ranks. The first of each node leads it: it makes the
+channel, starts generators and teachers, and runs the main loop. The others follow it. `--help`
+lists the settings.
+
+How a run ends:
+  1. all updates are made, or `Leader.check`, which every wait calls, raises
+  2. what was learned is saved
+  3. the other nodes are told, then the ranks that follow
+  4. generators and teachers see that `channel.stop` is set, and leave
+
+Left out: starting a role again that died. The run ends and can be resumed.
 """
 
-import fork_server
-
-if __name__ == "__main__":
-    fork_server.start()  # it makes the slow imports at the same time as we do
-
+import faulthandler
 import os
-import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from multiprocessing import forkserver
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from channel import Channel, Tickets
-from checks import check_models, check_output, load_model, load_tokenizer, read_progress
-from config import Config, InputError, parse
-from data import fingerprint, load_prompts
-from experiments.memory import plan_memory
-from launch import Roles, role_devices, set_up_process
+import generate
+import teacher
+from channel import Channel
 from learner import Learner
-from log import Log, Timeline, checkpoints, close_trace, lock_output, start_output
-from model import compute_dtype, shared_vocabulary
-from nodes import Interrupted, Nodes, RoleDied, broadcast, from_every_rank, join
+from model import compute_dtype
+from support import checkpoint as on_disk
+from support.config import Config, InputError, parse
+from support.data import Prompt, fingerprint, load_prompts
+from support.load import check_models, load_model, load_tokenizer, shared_vocabulary
+from support.log import Log, Timeline, close_trace
+from support.ranks import Interrupted, Ranks, RoleDied, broadcast, from_every_rank, join
+from tickets import Tickets
+
+PRELOAD = ["transformers.models.auto.modeling_auto", "transformers.generation"]
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+OUT_OF_MEMORY = """its GPU has too little memory. Generator: lower --slots or --max-new-tokens.
+Teacher: lower --micro-batch-tokens or --head-chunk, or raise --teacher-gpus. Learner: the same, or
+--checkpoint-activations, or raise --nproc-per-node. `python -m experiments.memory` estimates it"""
 
 
-class Run:
-    """A run as the leader of a node sees it."""
+# ---- input ------------------------------------------------------------------------------------
 
-    def __init__(self, config: Config):
-        """Check and read all input, before anything else starts. On node 0, for all ranks."""
-        self.config = config
-        self.lock = lock_output(config.output)
-        notes = check_models(config)
-        self.tokenizer = load_tokenizer("--student", config.student_path)
-        self.prompts, self.held_out = load_prompts(config, self.tokenizer)
-        self.fingerprint = fingerprint(self.prompts + self.held_out)
-        self.checkpoint, told = check_output(config, self.fingerprint)
-        notes += told
-        if config.eval_every and not self.held_out:
-            notes.append(
-                "no evaluation: fewer than 10 prompts, or none has an answer: "
-                "give --eval-prompts, or --eval-every 0 to silence this"
-            )
-        for note in notes:
-            print(f"note: {note}")
-        print(
-            f"first prompt: {self.prompts[0].text!r}\n"
-            f"{len(self.prompts)} prompts to train on, {len(self.held_out)} to evaluate on"
+
+@dataclass
+class Inputs:
+    """What rank 0 has read and checked, for all ranks."""
+
+    config: Config
+    tokenizer: object
+    prompts: list[Prompt]
+    held_out: list[Prompt]  # to evaluate on
+    fingerprint: str  # of all prompts
+    checkpoint: Path | None  # to resume from
+
+
+def read_inputs(config: Config):
+    """Check and read everything before a model is loaded. Raises InputError."""
+    notes = check_models(config)
+    tokenizer = load_tokenizer("--student", config.student_path)
+    prompts, held_out = load_prompts(config, tokenizer)
+    mark = fingerprint(prompts + held_out)
+    checkpoint, told = on_disk.check_output(config, mark)
+    notes += told
+    if config.eval_every and not held_out:
+        notes.append(
+            "no evaluation: fewer than 10 prompts, or none has an answer: "
+            "give --eval-prompts, or --eval-every 0 to silence this"
         )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"first prompt: {prompts[0].text!r}")
+    print(f"{len(prompts)} prompts to train on, {len(held_out)} to evaluate on")
+    return Inputs(config, tokenizer, prompts, held_out, mark, checkpoint)
 
-    def start(self, learner: Learner, channel: Channel, devices):
+
+# ---- generators and teachers ------------------------------------------------------------------
+
+
+class Roles:
+    """The generators and teachers of a node, as its leader sees them."""
+
+    def __init__(self, config: Config, channel: Channel, devices, held_out, next_ticket):
+        """`devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: to be scored."""
+        self.channel = channel
+        self.names = [f"generator {i}" for i in range(config.generators)]
+        self.names += [f"teacher {i}" for i in range(config.teachers)]
+        start_fork_server()
+        try:
+            self.context = mp.start_processes(
+                run_role,
+                (config, channel, devices, held_out, next_ticket),
+                nprocs=len(self.names),
+                join=False,
+                daemon=True,
+                start_method="forkserver",
+            )
+        except EOFError:
+            raise RoleDied("the fork server died while it started the roles") from None
+
+    def check(self):
+        """Raise RoleDied if one is gone."""
+        processes = zip(self.names, self.context.processes)
+        gone = [name for name, process in processes if not process.is_alive()]
+        if not gone:
+            return
+        self.channel.stop.fill_(1)
+        try:
+            self.context.join(timeout=0, grace_period=3)
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            # The message of an InputError is for users. For anything else they get the traceback.
+            reason = str(error).rpartition("InputError: ")[2].strip()
+            if "OutOfMemoryError" in reason:
+                reason = OUT_OF_MEMORY
+            raise RoleDied(f"{self.names[error.error_index]} died: {reason}") from None
+        raise RoleDied(f"{gone[0]} left before the end")
+
+    def stop(self):
+        """Ask every role to leave its loop, then insist."""
+        self.channel.stop.fill_(1)
+        deadline = time.monotonic() + 10.0
+        for process in self.context.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+
+
+def start_fork_server():
+    """Start the process that the roles are forked from. It imports the libraries once for all.
+
+    A fork of the leader itself would break CUDA.
+    """
+    mp.set_forkserver_preload(PRELOAD)
+    if len(tempfile.gettempdir()) > 60:
+        tempfile.tempdir = "/tmp"  # the path of the server's socket may have 107 characters
+    handlers = ignore_interrupts()  # a new process goes on to ignore them
+    forkserver.ensure_running()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def ignore_interrupts():
+    """From now on interrupts are the leader's business. Returns the handlers before."""
+    return {number: signal.signal(number, signal.SIG_IGN) for number in INTERRUPTS}
+
+
+def run_role(index, config, channel, devices, held_out, next_ticket):
+    """Entry of a role's process: generators 0, 1, ..., then the teachers."""
+    ignore_interrupts()
+    device = devices[index - config.generators - config.teachers]  # these roles have the last
+    set_up_process(config, device, len(devices))
+    if index < config.generators:
+        generate.run(config, channel, device, index, held_out)
+    else:
+        teacher.run(config, channel, device, index - config.generators, next_ticket)
+
+
+def role_devices(config: Config, learners: int):
+    """Learner ranks first, then generators, then teachers. They share where GPUs are few.
+
+    A teacher above one GPU stands here with its first. Raises InputError if it lacks others.
+    """
+    gpus = torch.cuda.device_count()
+    first = learners + config.generators
+    needed = first + config.teachers * config.teacher_gpus
+    if config.teacher_gpus > 1 and needed > gpus:
+        raise InputError(
+            f"--teacher-gpus is {config.teacher_gpus}: then no GPU is shared and the roles need "
+            f"{needed}, there are {gpus}: lower it, --teachers, --generators or --nproc-per-node"
+        )
+    places = [*range(first), *range(first, needed, config.teacher_gpus)]
+    return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in places]
+
+
+def set_up_process(config: Config, device: torch.device, num_roles: int):
+    """Threads and precision of a role's process."""
+    share = len(os.sched_getaffinity(0)) // num_roles
+    torch.set_num_threads(config.cpu_threads or max(1, share))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape
+    faulthandler.register(signal.SIGUSR1)  # prints where every thread is
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+# ---- the leader of a node ---------------------------------------------------------------------
+
+
+class Leader:
+    """The first learner rank of a node: it decides what comes next."""
+
+    def __init__(self, inputs: Inputs, learner: Learner, channel: Channel, devices):
         """Set up the output directory and start the roles. `devices`: of all roles."""
-        config = self.config
-        self.learner, self.channel, self.nodes = learner, channel, learner.nodes
-        start_output(config, self.checkpoint)
-        self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
-        ahead = read_progress(self.checkpoint)["trained_ahead"] if self.checkpoint else []
-        self.tickets = Tickets(config, channel, self.prompts, learner.version, ahead)
+        self.inputs = inputs
+        self.config = config = inputs.config
+        self.learner = learner
+        self.channel = channel
+        self.ranks = learner.ranks
         self.saved_version = learner.version
+        self.interrupts = []
+        for number in INTERRUPTS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+                signal.signal(number, lambda *_: self.interrupts.append(1))
+        on_disk.start_output(config, inputs.checkpoint)
+        self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
+        ahead = ()
+        if inputs.checkpoint:
+            ahead = on_disk.read_progress(inputs.checkpoint)["trained_ahead"]
+        self.tickets = Tickets(config, channel, inputs.prompts, learner.version, ahead)
+        self.held_out = inputs.held_out if self.ranks.node == 0 else []  # node 0 evaluates
         learner.publish(channel)
-        if config.node > 0:
-            self.held_out = []  # node 0 evaluates
         self.roles = Roles(config, channel, devices, self.held_out, self.tickets.lowest)
-
-    def lead(self):
-        """Run the main loop. What was learned is saved, unless an update of several ranks broke."""
-        reason = ""
-        try:
-            self.main_loop()
-        except Interrupted:
-            reason = "interrupted"
-        except RuntimeError as error:  # in the update
-            if self.nodes.world == 1:
-                self.leave(str(error))
-            else:  # the ranks are out of step, and cannot save together
-                self.nodes.say(leaves=str(error))
-            error.add_note("Has a rank or a node died? torchrun says how.")
-            raise
-        except BaseException as error:
-            if isinstance(error, FloatingPointError):
-                self.set_aside()
-            self.leave(str(error) or "an error")
-            raise
-        self.leave(reason)
-        end = "done" if self.learner.version == self.config.steps else "interrupted"
-        where = (checkpoints(self.config.output) or ["no checkpoint"])[-1]
-        print(f"{end} after update {self.learner.version}: {where}")
-
-    def leave(self, reason=""):
-        """Tell the other nodes, save, send the ranks home."""
-        self.nodes.say(leaves=reason)
-        try:
-            self.save()
-            self.nodes.tell(None)
-        finally:
-            self.timeline.flush()
-
-    def set_aside(self):
-        """The present weights have no finite gradient: do not save them, nor resume from them."""
-        self.saved_version = version = self.learner.version
-        saved = self.config.output / f"step_{version}"
-        if saved.exists():
-            saved.rename(saved.with_name(f"diverged_{version}_{os.getpid()}"))
 
     def main_loop(self):
         """Wait for rollouts, train, publish, issue tickets, evaluate and log, save."""
@@ -135,7 +242,7 @@ class Run:
             before = {}
 
     def wait_for_rows(self):
-        """The rows of the next update. Raises Interrupted or RoleDied."""
+        """The rows of the next update."""
         while True:
             self.check()
             rows = self.tickets.batch(self.learner.version)
@@ -145,36 +252,38 @@ class Run:
 
     def check(self):
         """Raise Interrupted or RoleDied if there is nothing to wait for any more."""
+        if self.interrupts or self.ranks.is_orphan():
+            raise Interrupted
         self.roles.check()
-        self.nodes.check()
 
-    def train_on(self, rows: list[int], busy):
-        """One update, on every rank of every node; frees the rows. `busy`: the node's, to log."""
-        self.nodes.tell(("accumulate", rows))
+    def train_on(self, rows: list[int], busy: list[float]):
+        """One update, on every rank of every node. `busy`: of this node's roles, to log."""
+        part = self.learner.describe(self.channel, rows) | {
+            "tickets": self.channel.ticket[rows].tolist(),
+            "busy": busy,
+            "waited": self.ranks.waited,
+        }
+        parts = self.ranks.exchange(part)
+        self.ranks.tell(("update", rows, parts))
         with self.timeline.span("update"):
-            sums = self.learner.accumulate(self.channel, rows)
-        part = sums, busy, self.nodes.waited
-        parts = self.nodes.meet(self.learner.version, part, self.roles.check)
-        sums, busy, waited = zip(*parts)
-        self.nodes.tell(("apply", sums))
-        with self.timeline.span("update"):
-            metrics = self.learner.apply(sums)
-        self.tickets.trained(rows)
-        if self.nodes.count > 1:
-            metrics |= {"nodes_busy": busy, "nodes_wait_seconds": waited}
+            metrics = self.learner.update(self.channel, rows, parts)
+        self.tickets.trained([ticket for part in parts for ticket in part["tickets"]])
+        if self.ranks.nodes > 1:
+            metrics["nodes_busy"] = [part["busy"] for part in parts]
+            metrics["nodes_wait_seconds"] = [part["waited"] for part in parts]
         return metrics
 
     def evaluate(self, name: str):
         """Greedy accuracy of the published weights. We wait, so that they stay these weights."""
         if not (self.held_out and self.config.eval_every):
             return {}
-        channel, version = self.channel, self.learner.version
-        channel.eval_due.fill_(version + 1)  # 0 means that none is due
-        while int(channel.eval_done) <= version:
+        channel = self.channel
+        channel.eval_asked += 1
+        while channel.eval_done < channel.eval_asked:
             self.check()
             time.sleep(0.002)
         accuracy = float(channel.eval_accuracy)
-        if version == 0:
+        if self.learner.version == 0:
             print(f"accuracy before training {accuracy:.1%}")
         return {name: accuracy}
 
@@ -182,83 +291,130 @@ class Run:
         version = self.learner.version
         return every > 0 and (version % every == 0 or version == self.config.steps)
 
+    # ---- how it ends --------------------------------------------------------------------------
+
+    def lead(self):
+        """Run the main loop. What was learned is saved, unless an update of several ranks broke."""
+        try:
+            self.main_loop()
+        except Interrupted:
+            self.leave("interrupted")
+        except RuntimeError as error:
+            if self.ranks.world_size == 1:
+                self.leave(str(error))
+            elif "gloo" in str(error) or isinstance(error, dist.DistError):
+                raise RoleDied("a rank or a node died amid an update: torchrun says how") from None
+            raise  # out of step, the ranks cannot save together
+        except BaseException as error:
+            if isinstance(error, FloatingPointError):
+                self.set_aside()
+            self.leave(str(error) or "an error")
+            raise
+        else:
+            self.leave()
+        end = "done" if self.learner.version == self.config.steps else "interrupted"
+        where = (on_disk.checkpoints(self.config.output) or ["no checkpoint"])[-1]
+        print(f"{end} after update {self.learner.version}: {where}")
+
+    def leave(self, reason=""):
+        """Save, tell the other nodes why we leave before the end, and send the ranks home."""
+        try:
+            self.save()
+            if reason:
+                with suppress(RoleDied):  # they leave, too
+                    self.ranks.exchange({"leaves": reason})
+            self.ranks.tell(None)
+        finally:
+            self.timeline.flush()
+
     def save(self):
-        if self.config.node == 0 and self.saved_version < self.learner.version:
-            self.nodes.tell(["save"])
-            ahead = self.tickets.trained_ahead if self.nodes.count == 1 else ()
-            progress = {
-                "settings": asdict(self.config),
-                "prompts": self.fingerprint,
-                "trained_ahead": sorted(ahead),
-            }
-            for old in checkpoints(self.config.output)[: -self.config.keep_checkpoints]:  # 0: none
-                shutil.rmtree(old)
-            with self.timeline.span("save"):
-                self.learner.save(self.config.output, self.tokenizer, progress)
-            self.saved_version = self.learner.version
+        """A checkpoint of what was learned since the last. Node 0 writes it."""
+        if self.ranks.node > 0 or self.saved_version == self.learner.version:
+            return
+        self.ranks.tell(["save"])
+        progress = {
+            "settings": asdict(self.config),
+            "prompts": self.inputs.fingerprint,
+            "trained_ahead": sorted(self.tickets.trained_ahead),
+        }
+        on_disk.drop_old(self.config.output, self.config.keep_checkpoints)
+        with self.timeline.span("save"):
+            self.learner.save(self.config.output, self.inputs.tokenizer, progress)
+        self.saved_version = self.learner.version
+
+    def set_aside(self):
+        """The present weights have no finite gradient: do not save them, nor resume from them."""
+        self.saved_version = self.learner.version
+        on_disk.set_aside(self.config.output / f"step_{self.learner.version}")
 
 
-def run_rank(nodes: Nodes):
-    """One learner rank: load the student, then lead the node (rank 0) or follow."""
-    run = broadcast(Run(parse()) if nodes.rank == nodes.node == 0 else None)
-    config, checkpoint = run.config, run.checkpoint
-    if nodes.node > 0:
+# ---- every rank -------------------------------------------------------------------------------
+
+
+def run_rank(ranks: Ranks):
+    """One learner rank: load the student, then lead the node or follow its leader."""
+    inputs = None
+    if ranks.rank == 0:
+        config = parse()
+        on_disk.lock_output(config.output)  # until this process ends
+        inputs = read_inputs(config)
+    inputs = broadcast(inputs)
+    config, checkpoint = inputs.config, inputs.checkpoint
+    if ranks.node > 0:
         sys.stdout = open(os.devnull, "w")  # node 0 reports
-    devices = role_devices(config, nodes.world)
-    device = devices[nodes.rank]
+    devices = role_devices(config, ranks.local_world_size)
+    device = devices[ranks.local_rank]
     set_up_process(config, device, len(devices))
-    # Each leader checks its GPUs; node 0 decides for all.
-    recompute, memory = broadcast(nodes.rank or plan_memory(config, nodes.world, devices))
     dtype = compute_dtype(config, device)
     model = load_model(str(checkpoint or config.student_path), torch.float32, device)
-    learner = Learner(model, config, shared_vocabulary(config), dtype, nodes, recompute)
+    learner = Learner(model, config, shared_vocabulary(config), dtype, ranks)
     if checkpoint:
         learner.load(checkpoint)
-    from_every_rank(None)  # all have loaded it
-    if nodes.rank > 0:
-        follow(learner, nodes.tell())
+    from_every_rank(None)  # all have loaded it: from now on it may be dropped
+    if ranks.local_rank > 0:
+        follow(learner, ranks.tell())
         return
     count = sum(p.numel() for p in learner.parameters)
-    channel = nodes.tell(Channel.create(config, count, dtype))
+    channel = ranks.tell(Channel.create(config, count, dtype))
     if device.type == "cuda":
         channel.pin()
-    print(f"{memory}learners, generators, teachers on {', '.join(map(str, devices))}")
-    run.start(learner, channel, devices)
+    print(f"learners, generators, teachers on {', '.join(map(str, devices))}")
+    leader = Leader(inputs, learner, channel, devices)
     try:
-        run.lead()
+        leader.lead()
     finally:
-        run.roles.stop()
+        leader.roles.stop()
         close_trace(config.trace)
 
 
 def follow(learner: Learner, channel: Channel):
-    """Ranks above 0: what their leader does in `Run`, until it says that there is no more to do."""
-    fork_server.ignore_interrupts()
+    """What the leader does, on the other ranks of its node, until it has no more to do."""
+    ignore_interrupts()
     learner.publish(channel)
-    for command, *arguments in iter(learner.nodes.tell, None):
+    for command, *arguments in iter(learner.ranks.tell, None):
+        if command == "save":
+            learner.save(learner.config.output, None, None)
+            continue
         with suppress(FloatingPointError):  # the leader has raised it, too
-            if command == "accumulate":
-                learner.accumulate(channel, *arguments)
-            elif command == "apply":
-                learner.apply(*arguments)
-                learner.publish(channel)
-            else:
-                learner.save(learner.config.output, None, None)
+            learner.update(channel, *arguments)
+            learner.publish(channel)
 
 
 def main():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
     try:
-        nodes = join()
-        run_rank(nodes)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if nodes.rank > 0:
-            os._exit(0)  # gloo's threads may outlive Python, and abort
+        ranks = join()
+        run_rank(ranks)
+    except torch.OutOfMemoryError:
+        sys.exit(f"train.py: error: learner rank {ranks.rank}: {OUT_OF_MEMORY}")
     except (InputError, MemoryError, FloatingPointError, OSError, RoleDied) as error:
         sys.exit(f"train.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted before the first update")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        if ranks.local_rank > 0:
+            os._exit(0)  # gloo's threads may outlive Python, and abort
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ its gradient with respect to one row of logits needs only c_k = dL/ds_k:
 dh = g W and dW += g^T h. These are three matrix products in all. Nothing is recomputed, and the
 memory is O(G V) for any T.
 
-On a GPU one Triton kernel turns a chunk of logits into loss and gradient (kernels/shared.py).
+On a GPU one Triton kernel turns a chunk of logits into loss and gradient (kernels/fused_loss.py).
 Without a GPU, and in float64, plain torch does. docs/kernels.md has the derivation.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels import shared
+from kernels.fused_loss import fused_loss
+from kernels.terms import TERMS, given
 
 # What a bfloat16 head product is rounded to; docs/kernels.md compares.
 LOGITS_DTYPE = torch.float32
@@ -28,7 +29,7 @@ def uses_triton(tensor):
 
 
 def head_logits(hidden, weight, scale=1.0):
-    """scale * h W^T: [G,D], [V,D] -> [G,V].
+    """scale * h W^T: [G,F], [V,F] -> [G,V].
 
     Summed in float32 and rounded to LOGITS_DTYPE, or to the dtype of `hidden` where that is wider.
     """
@@ -61,11 +62,20 @@ def loss_and_gradient(loss, logits, ids, t, b, dtype):
 
     The gradient overwrites the logits.
     """
-    if loss.triton_terms and uses_triton(logits):
-        first = loss.top.start if loss.num_columns > loss.top.start else 0
-        columns = (first, loss.tail.start if first else 0)
-        return shared.fused_loss(loss.triton_terms, logits, ids, t, b, dtype, *columns)
+    terms = TERMS.get(type(loss))
+    if terms and uses_triton(logits):
+        return fused_loss(terms, logits, ids, t, b, dtype, *loss_columns(loss))
     return unfused_loss(loss, logits, ids, t, b, dtype)
+
+
+def loss_columns(loss):
+    """(first column that carries a loss, first of these that is a draw), for the fused kernel.
+
+    A loss with top ids or tail draws does not train on column 0, the emitted token.
+    """
+    if loss.num_columns == loss.draws.stop:  # draws only
+        return 0, 0
+    return loss.top.start, loss.tail.start
 
 
 def unfused_loss(loss, logits, ids, t, b, dtype):
@@ -75,11 +85,11 @@ def unfused_loss(loss, logits, ids, t, b, dtype):
         value = loss.value(s.requires_grad_(), t, b)
         (c,) = torch.autograd.grad(value.sum(), s)
     if uses_triton(logits):
-        _, _, gradient = shared.fused_loss(shared.given, logits, ids, c, c, dtype, 0, 0)
+        _, _, gradient = fused_loss(given, logits, ids, c, c, dtype, 0, 0)
     else:
-        softmax = logits.sub_(logsumexp[:, None]).exp_()
+        softmax = logits.sub_(logsumexp[:, None]).exp_()  # [G,V], in place
         softmax.mul_(-c.sum(-1, keepdim=True))
-        gradient = softmax.scatter_add_(1, ids, c).to(dtype)
+        gradient = softmax.scatter_add_(1, ids, c).to(dtype)  # equal ids add up
     return value.detach(), s.detach(), gradient
 
 
@@ -87,11 +97,11 @@ class CandidateLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids, t, b, loss, scale, chunk):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        student_logp = torch.empty_like(t)
-        grad_hidden = torch.empty_like(hidden)
+        student_logp = torch.empty_like(t)  # [T,C]
+        grad_hidden = torch.empty_like(hidden)  # [T,F]
         kind = torch.promote_types(weight.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=kind)
-        compute_weight = weight.to(hidden.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=kind)  # [V,F]
+        compute_weight = weight.to(hidden.dtype)  # the float32 master, rounded once for all chunks
         for part, logits in logit_chunks(hidden, compute_weight, scale, chunk):
             value, student_logp[part], g = loss_and_gradient(
                 loss, logits, ids[part], t[part], b[part], hidden.dtype
@@ -127,7 +137,7 @@ def add_product(total, a, b, scale):
 def candidate_loss(hidden, weight, ids, t, b, loss, scale=1.0, chunk=1024):
     """Sum of a losses.Loss over positions, with gradients to `hidden` and `weight`.
 
-    hidden [T,D] sets the dtype of the products. The gradient of weight [V,D] is summed in float32
+    hidden [T,F] sets the dtype of the products. The gradient of weight [V,F] is summed in float32
     and rounded once to the dtype of weight. ids int64 [T,C] are the candidates, t and b [T,C] the
     log-probabilities that teacher and sampler gave them. At most `chunk` rows of logits exist at
     once. T may be 0: the graph stays connected and the loss is 0.

@@ -1,71 +1,16 @@
-"""What a run writes beside its checkpoints: config.yaml, metrics.jsonl, trace.json, progress.
+"""What a run shows while it goes on: metrics.jsonl, trace.json, the progress line.
 
 docs/metrics.md defines every metric. The trace has Chrome's event format, one track per role: open
 it in Perfetto to see who waits for whom.
 """
 
-import fcntl
 import json
-import os
 import time
-import zipfile
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
-from config import Config, InputError, refusal
-
-# ---- the output directory ---------------------------------------------------------------------
-
-
-def lock_output(output: Path):
-    """Make the directory, and keep other runs out of it until the file descriptor is closed."""
-    with refusal(f"--output-dir {output} cannot be used, choose another"):
-        output.mkdir(parents=True, exist_ok=True)
-        lock = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"--output-dir {output}: another run uses it, choose another")
-    except OSError:
-        pass  # a file system without locks
-    return lock
-
-
-def checkpoints(output: Path):
-    """The checkpoints of a run that are whole, oldest first."""
-    states = filter(zipfile.is_zipfile, output.glob("step_*/training_state.pt"))
-    return sorted((path.parent for path in states if path.parent.name[5:].isdigit()), key=step_of)
-
-
-def step_of(checkpoint):
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def start_output(config: Config, checkpoint: Path | None):
-    """Write config.yaml and drop the metrics of updates that will be made again."""
-    config.output.mkdir(parents=True, exist_ok=True)
-    metrics = config.output / "metrics.jsonl"
-    kept = metrics_until(step_of(checkpoint), metrics) if checkpoint else []
-    write(config.output / "config.yaml", config.dump())
-    write(metrics, "".join(kept))
-    config.trace.write_text("[\n")  # each event follows as a line
-
-
-def metrics_until(step, path):
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("}\n")]  # a crash may have cut the last one
-    with refusal(f"--resume: {path} is damaged, move it away"):
-        return [line for line in whole if json.loads(line)["step"] <= step]
-
-
-def write(path, text):
-    """The file is whole or as it was, also when the disk is full."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(text)
-    partial.replace(path)
-
+from support.config import Config
 
 # ---- who works when ---------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import click
 import yaml
 
-from losses import CORRECTIONS, LOSSES, SIGNALS, make_loss
+from losses import LOSSES, import_plugin, make_loss
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MAX_ROWS = 16_384  # of the rollout table: their numbers fit into a pipe
 EVAL_SIZE = click.IntRange(1, 10_000)
 TEMPERATURE = click.FloatRange(1e-3)
@@ -26,12 +26,17 @@ THREADS = click.IntRange(0, 1024)
 PROCESSES = click.IntRange(1, 256)
 ABOUT = """Asynchronous on-policy distillation.
 
-torchrun starts the learner ranks: torchrun --standalone --nproc-per-node=N -- train.py [OPTIONS]
+torchrun starts the learner ranks: torchrun --standalone --nproc-per-node=N train.py [OPTIONS]
 """
 
 
 class InputError(ValueError):
     """Input that cannot be used. The message names the value, the limit and the fix."""
+
+
+def require(condition, message):
+    if not condition:
+        raise InputError(message)
 
 
 @contextmanager
@@ -48,7 +53,7 @@ def option(default, help: str, limits=None):
     """A setting. `limits`: choices, or click's type. An integer without is at least 1."""
     if isinstance(limits, tuple):
         limits = click.Choice(limits)
-    elif limits is None and type(default) is int:
+    elif limits is None and type(default) is int:  # a bool is an int, too
         limits = click.IntRange(1)
     return field(default=default, metadata={"help": help, "type": limits})
 
@@ -62,13 +67,12 @@ class Config:
     eval_size: int = option(256, "evaluation prompts; at most a tenth of --prompts", EVAL_SIZE)
     max_prompt_tokens: int = option(64, "longest prompt, tokens")
     max_new_tokens: int = option(40, "longest response, tokens, stop token included")
-    loss: str = option("stratified_reverse_kl", f"one of {', '.join(LOSSES)}")
+    plugin: str = option("", "FILE.py or module, imported first: it may add to losses.LOSSES")
+    loss: str = option("stratified_reverse_kl", f"of --plugin, or {', '.join(LOSSES)}")
     top_k: int = option(16, "top ids a position; sampled_reverse_kl has none")
     num_samples: int = option(16, "draws a position, from 8 on with a baseline")
-    signal: str = option("current", "sampled_reverse_kl: source of the advantage", SIGNALS)
-    correction: str = option("is", "sampled_reverse_kl: weight of stale samples", CORRECTIONS)
     temperature: float = option(1.0, "softmax temperature of sampling and loss", TEMPERATURE)
-    max_staleness: int = option(1, "updates that rollouts may start early; 0: synchronous", COUNT)
+    max_staleness: int = option(1, "updates that weights lag behind at a start; 0: none", COUNT)
     order: str = option("batch", "train in ticket order or as they finish", ("batch", "arrival"))
     refresh: str = option(
         "in_flight", "new weights between tokens or between batches", ("in_flight", "batch")
@@ -80,9 +84,7 @@ class Config:
     warmup_steps: int = option(10, "updates of linear warm-up, constant after", COUNT)
     max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", RATE)
     micro_batch_tokens: int = option(8192, "padded tokens of a forward pass")
-    checkpoint_activations: str = option(
-        "auto", "recompute layers; auto: if memory asks", ("auto", "on", "off")
-    )
+    checkpoint_activations: bool = option(False, "recompute layers backwards: less memory, slower")
     head_chunk: int = option(1024, "positions whose logits exist at once")
     seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
     generators: int = option(1, "generation processes of a node", PROCESSES)
@@ -103,29 +105,25 @@ class Config:
     def __post_init__(self):
         for item in fields(self):
             check_value(new_option(item), getattr(self, item.name))
-        if self.loss not in LOSSES:
-            raise InputError(f"--loss is {self.loss}: one of {', '.join(LOSSES)} is needed")
-        is_default = (self.signal, self.correction) == ("current", "is")
-        if self.loss != "sampled_reverse_kl" and not is_default:
-            raise InputError(
-                "--signal and --correction belong to sampled_reverse_kl; "
-                f"--loss is {self.loss}: leave them out, or change --loss"
-            )
-        if self.batch_size % (self.nodes * self.teachers):
-            raise InputError(
-                f"--batch-size is {self.batch_size}, there are {self.nodes} nodes with --teachers "
-                f"{self.teachers}: take a multiple of both, so that all score equally many"
-            )
-        if self.table_rows > MAX_ROWS:
-            raise InputError(
-                f"{self.table_rows} rollouts in flight, the limit is {MAX_ROWS}: "
-                "lower --batch-size or --max-staleness"
-            )
-        if self.max_sequence > self.micro_batch_tokens:
-            raise InputError(
-                f"--micro-batch-tokens is {self.micro_batch_tokens}, one sequence may have "
-                f"{self.max_sequence}: raise it or lower --max-prompt-tokens / --max-new-tokens"
-            )
+        with refusal(f"--plugin {self.plugin}"):
+            import_plugin(self.plugin)
+        with refusal(f"--loss {self.loss}"):
+            make_loss(self).check()
+        require(
+            self.batch_size % (self.nodes * self.teachers) == 0,
+            f"--batch-size is {self.batch_size}, there are {self.nodes} nodes with --teachers "
+            f"{self.teachers}: take a multiple of both, so that all score equally many",
+        )
+        require(
+            self.table_rows <= MAX_ROWS,
+            f"{self.table_rows} rollouts in flight, the limit is {MAX_ROWS}: "
+            "lower --batch-size or --max-staleness",
+        )
+        require(
+            self.max_sequence <= self.micro_batch_tokens,
+            f"--micro-batch-tokens is {self.micro_batch_tokens}, one sequence may have "
+            f"{self.max_sequence}: raise it or lower --max-prompt-tokens / --max-new-tokens",
+        )
 
     @property
     def teacher_path(self):
@@ -159,7 +157,7 @@ class Config:
 
     @property
     def table_rows(self):
-        """Rollouts of a node that exist at once: what the inequality in channel.py admits."""
+        """Rollouts of a node that exist at once: what the inequality in tickets.py admits."""
         return (1 + self.max_staleness) * self.batch_size // self.nodes
 
     @property
@@ -195,14 +193,19 @@ def new_option(item):
 
 
 def check_value(option, value):
+    """What click checks on the command line holds for a Config made in Python, too."""
     try:
-        is_same = option.type.convert(value, option, None) == value  # not of nan, not of "7"
+        # Unequal: "7" for 7, and NaN.
+        is_same = option.type.convert(value, option, None) == value
     except click.BadParameter as error:
         raise InputError(error.format_message()) from None
-    if not is_same or value == math.inf:
-        raise InputError(f"{option.opts[0]} is {value!r}: {option.type.name} is needed")
-    if value == "" and option.name == "output_dir" or str(value).startswith("--"):
-        raise InputError(f"{option.opts[0]} is {value}: its own value is missing")
+    require(
+        is_same and value != math.inf,
+        f"{option.opts[0]} is {value!r}: {option.type.name} is needed",
+    )
+    # `--output-dir --resume` would take the next flag for a directory.
+    is_missing = str(value).startswith("--") or (option.name == "output_dir" and value == "")
+    require(not is_missing, f"{option.opts[0]} is {value}: its own value is missing")
 
 
 def read_yaml(context, _, path):
@@ -211,13 +214,12 @@ def read_yaml(context, _, path):
         return
     with refusal(f"--config {path}"):
         values = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}  # scalars stay text
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path}: a mapping of option names is needed")
+    require(isinstance(values, dict), f"--config {path}: a mapping of option names is needed")
     context.default_map = {}
     for key, value in values.items():
         name = key.replace("-", "_")
-        if name not in Config.__dataclass_fields__ or not isinstance(value, str):
-            raise InputError(f"--config {path}: {key} is no option with one value, see --help")
+        is_known = name in Config.__dataclass_fields__ and isinstance(value, str)
+        require(is_known, f"--config {path}: {key} is no option with one value, see --help")
         context.default_map[name] = value
 
 
@@ -238,6 +240,7 @@ def parse(argv=None):
         help=ABOUT,
     )
     try:
+        # --help prints and returns nothing.
         return command.main(argv, standalone_mode=False) or sys.exit()
     except click.ClickException as error:
         raise InputError(error.format_message()) from None

@@ -3,13 +3,12 @@
 Letters of shapes: serial.py; G rows are the positions of a chunk. kernels/head.py has the
 mathematics. How much of the second read the L2 cache serves depends on V (docs/kernels.md).
 
-The gradient goes where the logits were. It has the dtype of the next matrix product, so no pass is
-needed to convert it: a bfloat16 gradient of float32 logits fills the first half of its row's bytes.
-Equal ids add up without atomics: each of them stores the same sum, taken in the same order.
+The gradient goes where the logits were. It is stored in the dtype that the next matrix product
+wants: a bfloat16 gradient of float32 logits fills the first half of its row's bytes. Equal ids add
+up without atomics: each of them stores the same sum, taken in the same order.
 
-What a loss computes from its candidates is a Triton function (kernels/sparse_reverse_kl.py and its
-neighbours) that the compiler inlines. A loss without such a function is differentiated in plain
-torch, and `given` hands its derivative to the kernel.
+What a loss computes from its candidates is a Triton function of terms.py, which the compiler
+inlines.
 
 Left out: autotuning (one launch shape per vocabulary size), float64 (plain torch), vocabularies
 split over several programs.
@@ -69,12 +68,6 @@ def overwrite_row(row, grad_row, lse, c_sum, V, LANES: constexpr):
 
 
 @triton.jit
-def given(s, t, b, k, first_draw, C):
-    """The derivative c = dL/ds is known and stands where the kernel expects t."""
-    return t, t
-
-
-@triton.jit
 def loss_kernel(
     logits,  # [G,V] float32 or bfloat16, read and overwritten through grad
     grad,  # the same memory in the gradient's dtype, rows equally many bytes apart
@@ -123,26 +116,32 @@ def fused_loss(terms, logits, ids, t, b, dtype, first, first_draw):
     `terms` is the Triton function of the loss. logits [G,V] float32 or bfloat16, ids int64 [G,C] in
     [0,V), t and b float32 [G,C]. The columns before `first` carry no loss; those from `first_draw`
     on are draws. Returns (loss [G] and student_logp [G,C], float32; gradient [G,V] as `dtype`, in
-    the memory of logits, each row where its logits began). Raises ValueError on tensors that the
-    kernel cannot take.
+    the memory of logits, each row where its logits began). `dtype` is no wider than the logits'.
     """
     V, C = logits.shape[1], ids.shape[1]
-    is_known = logits.dtype in (torch.float32, torch.bfloat16) and logits.is_contiguous()
-    has_rows = (len(logits), C) == ids.shape == t.shape == b.shape
-    if not (is_known and dtype.itemsize <= logits.dtype.itemsize and has_rows):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} {logits.dtype}, gradient {dtype}, "
-            f"ids {tuple(ids.shape)}, t {tuple(t.shape)}, b {tuple(b.shape)}: needs contiguous "
-            "logits in float32 or bfloat16, a gradient no wider, and equally many rows"
-        )
+    assert logits.is_contiguous() and dtype.itemsize <= logits.dtype.itemsize
     ids, t, b = (x.contiguous() for x in (ids, t, b))
     student_logp, c = logits.new_empty(2, *ids.shape, dtype=torch.float32)
     loss = logits.new_empty(len(logits), dtype=torch.float32)
-    grad = logits.view(dtype)[:, :V]
-    on_every_row = loss_kernel[(len(logits),)]
-    outputs = (loss, student_logp, c)
-    sizes = (V, C, grad.stride(0), first, first_draw)
-    on_every_row(logits, grad, ids, t, b, *outputs, *sizes, terms, **launch_shape(V, C))
+    grad = logits.view(dtype)[:, :V]  # [G,V]; a narrower dtype has more columns, V are used
+    grid = (len(logits),)  # one program a row
+    loss_kernel[grid](
+        logits=logits,
+        grad=grad,
+        ids=ids,
+        teacher_logp=t,
+        behavior_logp=b,
+        loss=loss,
+        student_logp=student_logp,
+        c=c,
+        V=V,
+        C=C,
+        grad_stride=grad.stride(0),
+        first=first,
+        first_draw=first_draw,
+        TERMS=terms,
+        **launch_shape(V, C),
+    )
     return loss, student_logp, grad
 
 

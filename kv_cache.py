@@ -2,8 +2,9 @@
 
 Letters of shapes: serial.py. In addition, X is the number of positions attended to.
 
-In every layer transformers calls `slot_attention` (AttentionInterface), with the `slot_step` that
-the generator gave to the model's forward. A step knows what to write and what may be seen.
+A generator's model has the attention "kv_slots". In every layer transformers then calls
+`slot_attention` (AttentionInterface), with the `slot_step` that the generator gave to the model's
+forward. A step knows what to write and what may be seen.
 
 Left out: paged blocks, prefix sharing, a fused decode kernel.
 """
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from config import InputError
+from model import last_hidden
+from support.config import InputError, refusal, require
+from support.load import agree, probe_ids
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Prefill:
 
     def attend(self, layer, query, key, value, scaling, window):
         """query [A,heads,X,E], key and value [A,H,X,E] -> [A,X,heads,E]."""
-        keys, values = self.cache.layer(layer, key, value)
+        keys, values = self.cache.layer(layer, key, value)  # [S,H,L,E]
         length = key.shape[2]
         keys[self.slots, :, :length] = key
         values[self.slots, :, :length] = value
@@ -80,14 +83,14 @@ class Decode:
 
     def attend(self, layer, query, key, value, scaling, window):
         """query [A,heads,1,E], key and value [A,H,1,E] -> [A,1,heads,E]."""
-        keys, values = self.cache.layer(layer, key, value)
+        keys, values = self.cache.layer(layer, key, value)  # [S,H,L,E]
         active, heads, _, size = key.shape
         slots = torch.arange(active, device=key.device)
         keys[slots, :, self.position] = key[:, :, 0]
         values[slots, :, self.position] = value[:, :, 0]
         # The query heads of one key-value head stand side by side, so the cache is not copied.
         out = F.scaled_dot_product_attention(
-            query.view(active, heads, -1, size),
+            query.view(active, heads, -1, size),  # [A,H,query heads of each,E]
             keys[:active, :, : self.length],
             values[:active, :, : self.length],
             attn_mask=self.mask(window, query.dtype),
@@ -107,7 +110,7 @@ class Decode:
 
 
 def may_see(now, length: int, window: int | None):
-    """Which of the positions [0, length) queries at `now` [Q] may see: bool [Q,length].
+    """Which of the positions [0, length) queries at `now` [n] may see: bool [n,length].
 
     Hidden are the future, with whatever an earlier rollout left there, and what the sliding window
     has passed.
@@ -132,3 +135,35 @@ def slot_attention(module, query, key, value, attention_mask, scaling, **kwargs)
 
 
 AttentionInterface.register("kv_slots", slot_attention)
+
+
+# ---- do the slots hold all that a model remembers? --------------------------------------------
+
+
+@torch.no_grad()
+def switch_to_slots(model, length: int):
+    """Give the model the attention "kv_slots". Its sequences have up to `length` tokens.
+
+    Raises InputError unless the last token, decoded through the slots, gets the hidden state that
+    the model's own attention gives it. Then attention is the model's only memory.
+    """
+    ids = probe_ids(model, length)
+    expected = last_hidden(model, ids)[0, -1]  # [F]
+    model.set_attn_implementation("kv_slots")
+    with refusal(f"{model.name_or_path} is not supported"):
+        require(
+            agree(expected, last_through_slots(model, ids)),
+            "the KV slots do not hold all that it remembers of earlier tokens (recurrent or "
+            "convolution layers, or a window that its attention layers do not pass on)",
+        )
+
+
+def last_through_slots(model, ids):
+    """The last hidden state [F] of ids [1,X]: all but the last are prefilled, the last decoded."""
+    last = ids.shape[1] - 1
+    position = torch.full_like(ids[0, :1], last)  # [1]
+    cache = KVCache(slots=1, max_len=last + 1)
+    last_hidden(model, ids[:, :-1], slot_step=Prefill(cache, torch.zeros_like(position)))
+    require(cache.layers, "its attention is its own, the KV slots cannot take its place")
+    step = Decode(cache, position, length=last + 1)
+    return last_hidden(model, ids[:, -1:], position_ids=position[None], slot_step=step)[0, 0]

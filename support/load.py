@@ -1,0 +1,180 @@
+"""Which models and tokenizers work, and how they are loaded.
+
+A model is judged by comparing numbers, not by its name: its logits must be hidden @ W^T, which the
+chunked head computes. What the KV slots must hold is checked where they are used (kv_cache.py).
+Every message names the value, the limit and the fix.
+
+Left out: quantised models, adapters, teacher and student with different tokenizers.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from losses import make_loss
+from support.config import Config, refusal, require
+
+PROBE = "The 3 answers: 47+58=105, naïve 你好\n\tdef f(x): return x**2"  # for two tokenizers
+
+
+# ---- tokenizers and settings ------------------------------------------------------------------
+
+
+def check_path(flag: str, path: str):
+    """A model directory must be whole. What does not look like a path is taken for a hub id."""
+    place = Path(path)
+    if path.count("/") == 1 and path[0] not in "./~" and not place.parent.is_dir():
+        return  # a hub id
+    require(
+        (place / "config.json").is_file(),
+        f"{flag} {path}: no model there (config.json is missing in {place.absolute()}): "
+        "give a model directory or a hub id such as org/name",
+    )
+
+
+def load_tokenizer(flag: str, path: str):
+    check_path(flag, path)
+    with refusal(f"{flag} {path}: its config.json cannot be used"):
+        text_config(path)
+    with refusal(f"{flag} {path}: no tokenizer there"):
+        return AutoTokenizer.from_pretrained(path)
+
+
+def text_config(path: str):
+    """The settings of a model's text part: it may have others."""
+    return AutoConfig.from_pretrained(path).get_text_config()
+
+
+def shared_vocabulary(config: Config):
+    """Number of ids that both heads know. Heads may be padded to different sizes."""
+    paths = (config.student_path, config.teacher_path)
+    return min(text_config(path).vocab_size for path in paths)
+
+
+def stop_ids(path: str, tokenizer):
+    """Every id that ends a response: those of the generation config, and the tokenizer's."""
+    try:
+        named = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # no generation_config.json
+        named = AutoConfig.from_pretrained(path).eos_token_id
+    named = named if isinstance(named, list) else [named]
+    ids = {tokenizer.eos_token_id, *named} - {None}
+    require(
+        ids,
+        f"{path}: neither tokenizer nor generation config names a stop token: add eos_token_id",
+    )
+    return ids
+
+
+def check_models(config: Config):
+    """Teacher and student must read text alike. Returns what the user should be told."""
+    student = load_tokenizer("--student", config.student_path)
+    teacher = load_tokenizer("--teacher", config.teacher_path)
+    same_ids = student.get_vocab() == teacher.get_vocab()
+    require(
+        same_ids and student(PROBE).input_ids == teacher(PROBE).input_ids,
+        f"--teacher {config.teacher_path} and --student {config.student_path} have different "
+        f"tokenizers ({len(teacher)} and {len(student)} tokens): choose two models of one family",
+    )
+    check_config(config)
+    check_top_k(config)
+    ours = stop_ids(config.student_path, student)
+    theirs = stop_ids(config.teacher_path, teacher)
+    if ours == theirs:
+        return []
+    fix = "the student's are used, watch truncated_fraction"
+    return [f"student stops at {sorted(ours)}, teacher at {sorted(theirs)}: {fix}"]
+
+
+def check_top_k(config: Config):
+    vocab = shared_vocabulary(config)
+    loss = make_loss(config)
+    has_tail = loss.tail.start < loss.tail.stop
+    limit = vocab - has_tail  # the tail needs an id
+    require(
+        loss.top.stop - loss.top.start <= limit,
+        f"--top-k is {config.top_k}, the vocabulary has {vocab} ids: "
+        f"{limit} is the most for {config.loss}",
+    )
+
+
+def check_config(config: Config):
+    """Both models must take the longest sequence, and must not be quantised."""
+    for path in (config.student_path, config.teacher_path):
+        settings = text_config(path)
+        positions = getattr(settings, "max_position_embeddings", None) or config.max_sequence
+        rope = getattr(settings, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # a longer sequence changes all keys
+            positions = rope["original_max_position_embeddings"]
+        require(
+            config.max_sequence <= positions,
+            f"{path}: a sequence may have {config.max_sequence} tokens, the model takes "
+            f"{positions}: lower --max-prompt-tokens or --max-new-tokens",
+        )
+        require(
+            not getattr(settings, "quantization_config", None),
+            f"{path}: its weights are quantised: such a model is not supported",
+        )
+
+
+# ---- models -----------------------------------------------------------------------------------
+
+
+def load_model(path: str, dtype: torch.dtype, device: torch.device, gpus=1, length=8):
+    """The model, frozen, on `device`. With `gpus` above 1, spread over that many from there on.
+
+    `length`: tokens of the longest sequence. Raises InputError if weights are missing or left over,
+    if the head is more than a matrix product, or if that depends on the length of a sequence.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options = {"dtype": dtype, "output_loading_info": True}
+    if gpus > 1:
+        memory = torch.cuda.get_device_properties(device).total_memory
+        own = range(device.index, device.index + gpus)
+        options |= {"device_map": "auto", "max_memory": {i: int(0.9 * memory) for i in own}}
+    with refusal(f"{path} cannot be loaded"):
+        model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    # transformers would start missing tensors at random, and ignore others.
+    for kind, what in (("missing", "are not in its files"), ("unexpected", "have no place in it")):
+        keys = info[f"{kind}_keys"]
+        require(not keys, f"{path}: {len(keys)} tensors {what}, {min(keys, default='')} for one")
+    model = model if gpus > 1 else model.to(device)
+    model.eval().requires_grad_(False)
+    with refusal(f"{path} is not supported"):
+        check_head(model, length)
+    return model
+
+
+def probe_ids(model, length: int):
+    """Ids [1,length] to compare numbers with.
+
+    In bfloat16 8 of them, since its rounding depends on the shape of a batch.
+    """
+    length = length if model.dtype == torch.float32 else 8
+    vocab = len(model.get_output_embeddings().weight)
+    return torch.arange(length, device=model.device)[None] % vocab
+
+
+@torch.no_grad()
+def check_head(model, length: int):
+    """The logits of 8 tokens must be hidden @ W^T, also where `length` tokens give the hidden."""
+    ids = probe_ids(model, length)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :8]  # [8,F]
+    logits = model(input_ids=ids[:, :8], use_cache=False).logits[0]  # [8,V]
+    weight = model.get_output_embeddings().weight  # [V,F]
+    require(logits.isfinite().all(), "its logits are not finite: damaged weights?")
+    require(
+        agree(logits, hidden @ weight.to(hidden).T),
+        "its logits are not hidden @ W^T (a bias, scale or soft-cap follows the head), or they "
+        f"change with the length of the sequence (compared: 8 and {ids.shape[1]} tokens)",
+    )
+
+
+def agree(a, b):
+    """Equal up to the rounding of a model in the dtype of `a`."""
+    tolerance = 0.05 if a.dtype == torch.bfloat16 else 1e-3
+    a, b = a.float(), b.to(a.device, torch.float32)
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))

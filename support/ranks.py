@@ -1,0 +1,146 @@
+"""The learner ranks: the processes that torchrun starts. They train one model together.
+
+`rank` and `world_size` are torch's, over all nodes. `local_rank` and `local_world_size` are those
+of a node. Local rank 0 leads its node: it has the node's channel and decides what comes next. The
+others do what it tells them. Rank 0 leads node 0, which reads the input, evaluates and saves.
+
+Parameters lie on a mesh [nodes, ranks of a node]: sharded over the ranks of a node, a copy on every
+node. Once an update the leaders exchange what they have at hand. Words travel on gloo, because
+waiting there costs no GPU. Gradients travel on NCCL.
+
+A process that dies closes its sockets, so who waits for it gets an error. A machine that vanishes
+without closing them is noticed after PATIENCE. Who waits for another node hears no interrupt.
+"""
+
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from support.config import InputError, from_torchrun
+
+PATIENCE = timedelta(hours=1)  # of nodes for each other: the longest answers of an update
+WEEK = timedelta(days=7)  # of ranks for their leader, which watches itself and its roles
+
+
+class RoleDied(Exception):
+    """A process of the run is gone. The message says which, with its traceback or signal."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, a terminate signal, or the end of torchrun: save and leave."""
+
+
+@dataclass
+class Ranks:
+    """The ranks of a run, as one of them sees them. `Ranks()` is a run of one."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    parent: int = 0  # the process id of torchrun
+
+    def __post_init__(self):
+        self.node, self.local_rank = divmod(self.rank, self.local_world_size)
+        self.nodes = self.world_size // self.local_world_size
+        self.waited = 0.0  # seconds for other nodes, before the last update
+        if self.world_size > 1:
+            numbers = torch.arange(self.world_size).view(self.nodes, -1).tolist()
+            same_node = dist.new_subgroups_by_enumeration(numbers, WEEK)
+            same_local_rank = dist.new_subgroups_by_enumeration([*zip(*numbers)], PATIENCE)
+            self.own_node, self.across = same_node[0], same_local_rank[0]
+            self.numbers = numbers
+
+    def is_orphan(self):
+        """Is torchrun gone? A run without torchrun outlives the shell that started it."""
+        return "RANK" in os.environ and os.getppid() != self.parent
+
+    def mesh(self, device_type: str):
+        """[nodes, ranks of a node]"""
+        groups = [self.across, self.own_node]
+        return DeviceMesh.from_group(
+            groups, device_type, self.numbers, mesh_dim_names=("nodes", "ranks")
+        )
+
+    def tell(self, value=None):
+        """The leader's value, on every rank of its node."""
+        if self.local_world_size == 1:
+            return value
+        return broadcast(value, self.own_node)
+
+    def exchange(self, part: dict):
+        """Leaders: wait for the other nodes; returns the parts of all, in their order.
+
+        A node that leaves says {"leaves": why}. Raises RoleDied then, or if a node is gone.
+        """
+        parts = [part] * self.nodes
+        if self.nodes > 1:
+            started = time.monotonic()
+            try:
+                dist.all_gather_object(parts, part, group=self.across)
+            except RuntimeError:
+                raise RoleDied("another node is gone: its torchrun says how") from None
+            self.waited = time.monotonic() - started
+        for node, other in enumerate(parts):
+            if node != self.node and "leaves" in other:
+                raise RoleDied(f"node {node} leaves: {other['leaves']}")
+        return parts
+
+
+def join():
+    """Connect the ranks that torchrun has started, if there are several. Returns Ranks."""
+    rank = from_torchrun("RANK", 0)
+    world_size = from_torchrun("WORLD_SIZE", 1)
+    local_world_size = from_torchrun("LOCAL_WORLD_SIZE", 1)
+    gpus = torch.cuda.device_count()
+    if world_size != local_world_size * from_torchrun("GROUP_WORLD_SIZE", 1):
+        raise InputError("the nodes have different --nproc-per-node: make them the same")
+    if local_world_size > gpus > 0:
+        raise InputError(f"{local_world_size} learner ranks, {gpus} GPUs: lower --nproc-per-node")
+    parent = os.getppid()
+    check_torchrun()  # so the parent that we have found is torchrun
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    return Ranks(rank, world_size, local_world_size, parent)
+
+
+def check_torchrun():
+    """Raise RoleDied if torchrun is gone already. It keeps the store where ranks meet."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(address, timeout=10).close()
+    except OSError as error:
+        raise RoleDied(f"torchrun died before the start: {error}") from None
+
+
+def broadcast(value=None, group=None):
+    """The value of the group's first rank, on every rank of it; of all, without a group.
+
+    A rank that waits in vain leaves with one line.
+    """
+    box = [value]
+    if dist.is_initialized():
+        try:
+            dist.broadcast_object_list(box, group=group, group_src=0)
+        except RuntimeError:
+            if dist.get_rank(group) == 0:
+                raise RoleDied("a rank or a node died: torchrun says how") from None
+            sys.exit(f"train.py: rank {dist.get_rank()} leaves, its leader is gone")
+    return box[0]
+
+
+def from_every_rank(value):
+    """The values of all ranks of all nodes, in their order."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,36 @@
+"""The built-in task: running sums.
+
+The prompt `a47+b58+c91=` asks for the running totals. Each total is named after the last addend in
+it and has three digits, least significant first: `b501,c691`. Every response digit may be written
+with any of 16 synonym tokens, which the tokenizer decodes to the same digit. The teacher draws them
+from a Zipf law. So there is arithmetic to learn, and a style with entropy, which is what makes
+top-k supports, sampling and staleness matter.
+"""
+
+import zlib
+
+import torch
+
+ADDENDS, NAMES = range(2, 9), "abcdefgh"
+ADDEND_DECAY = 0.85  # P(n addends) is proportional to 0.85^n: many short responses, a long tail
+EVALUATION_SEED = 12345  # every run has the same evaluation prompts, so that runs compare
+
+
+def running_sums(count: int, seed: int, heldout: bool) -> list[tuple[str, str]]:
+    """`count` distinct (prompt, answer) pairs.
+
+    The checksum of a prompt says whether it is held out, so the two halves are disjoint.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.tensor([ADDEND_DECAY**n for n in ADDENDS])
+    pairs: dict[str, str] = {}
+    while len(pairs) < count:
+        size = ADDENDS[int(torch.multinomial(weights, 1, generator=generator))]
+        addends = torch.randint(10, 100, (size,), generator=generator)
+        terms = [name + str(addend) for name, addend in zip(NAMES, addends.tolist())]
+        prompt = "+".join(terms) + "="
+        if (zlib.crc32(prompt.encode()) % 16 == 0) == heldout:
+            totals = zip(NAMES[1:], addends.cumsum(0)[1:].tolist())
+            # 47 + 58 = 105 is written b501: the least significant digit first.
+            pairs[prompt] = ",".join(name + f"{total:03d}"[::-1] for name, total in totals)
+    return list(pairs.items())
