@@ -32,12 +32,13 @@ from kernels import head
 from kernels.head import candidate_loss
 from losses import LOSSES, make_loss
 
+# N, D, V, K
 SHAPES = [
     (8192, 1024, 151936, 64),
     (8192, 2048, 151936, 64),
     (16384, 4096, 128256, 64),
     (4096, 896, 49152, 32),
-]  # N, D, V, K
+]
 CPU_SHAPES = [(1024, 128, 8192, 32), (2048, 64, 4096, 16)]
 GPU = torch.cuda.is_available()
 
@@ -217,9 +218,8 @@ def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
 
         try:
             call()
-            inputs[0].grad = inputs[1].grad = (
-                None  # or the peak would be counted from above what a call starts with
-            )
+            # Or the peak would be counted from above what a call starts with.
+            inputs[0].grad = inputs[1].grad = None
             row["peak_mib"] = peak_mib(call)
             if name in ("ours", "full logits"):
                 gradients[name] = inputs[1].grad
@@ -326,9 +326,8 @@ def main():
         results = []
         for shape in SHAPES if GPU else CPU_SHAPES:
             print("\ntokens {}, hidden {}, vocabulary {}, candidates {}".format(*shape))
-            one = (
-                args.loss == "stratified_reverse_kl"
-            )  # the candidates are the emitted token, a top-K and tail draws
+            # The candidates are the emitted token, a top-K and tail draws.
+            one = args.loss == "stratified_reverse_kl"
             results += measure(shape, Config(loss=args.loss, top_k=shape[3] - (9 if one else args.loss != "sampled_reverse_kl"), num_samples=8 if one else shape[3]),
                                args.chunk if GPU else args.chunk // 4, args.repeats)  # fmt: skip
         if not GPU:

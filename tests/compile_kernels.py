@@ -36,11 +36,12 @@ SPECIAL = [
 SPECIAL += [
     (shared.loss_kernel, {"TERMS": terms, "first": 1}) for terms in (forward_kl, sparse_reverse_kl)
 ] + [(shared.loss_kernel, {"TERMS": shared.given, "C": 1})]
+# Logits, gradient, V, C
 CASES = [
     ("*fp32", "*bf16", 151936, 64),
     ("*bf16", "*bf16", 151936, 256),
     ("*fp32", "*fp32", 151936, 256),
-]  # logits, gradient, V, C
+]
 CASES += [("*bf16", "*bf16", 173, 256), ("*fp32", "*bf16", 173, 1)]
 
 

@@ -12,9 +12,8 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-if (
-    not torch.cuda.is_available()
-):  # read by Triton when a kernel is defined; no effect on the children's plain torch path
+# Read by Triton when a kernel is defined; no effect on the children's plain torch path.
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from transformers import (  # noqa: E402

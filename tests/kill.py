@@ -124,9 +124,10 @@ def trial(seed: int) -> str:
         time.sleep(0.02)
     living = torchrun | {pid: name for pid, name in children(process.pid).items() if alive(pid)}
     members |= living
+    # Nobody needs that one.
     victim = chance.choice(
         sorted(pid for pid, name in living.items() if "resource_tracker" not in name)
-    )  # nobody needs that one
+    )
     done = f"killed {victim} ({living[victim][-70:]})"
     if is_hangup:
         done = "closed the terminal"
@@ -150,9 +151,8 @@ def trial(seed: int) -> str:
         members |= children(process.pid)
         left = {pid: name for pid, name in members.items() if alive(pid)}
         time.sleep(0.1)
-    for number in (
-        (signal.SIGUSR1, signal.SIGKILL) if left else ()
-    ):  # the first prints where every thread is
+    # The first prints where every thread is.
+    for number in (signal.SIGUSR1, signal.SIGKILL) if left else ():
         for pid, name in left.items():
             if alive(pid) and ("train.py" in name or number == signal.SIGKILL):
                 os.kill(pid, number)
@@ -166,9 +166,8 @@ def trial(seed: int) -> str:
         and "train.py: error:" not in text
         and "exitcode" not in text
     ):
-        faults.append(
-            "nobody says who died"
-        )  # rank 0 names a role or a rank, torchrun names a rank
+        # Rank 0 names a role or a rank, torchrun names a rank.
+        faults.append("nobody says who died")
     if (
         is_hangup
         and re.search(r"^update +[1-9]", text, re.M)

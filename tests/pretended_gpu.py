@@ -171,10 +171,8 @@ class Graph:
     def record(self, func, args, kwargs):
         for place, storage in storages((args, kwargs)).items():
             if place not in self.made and place not in self.before:
-                self.before[place] = (
-                    storage,
-                    storage.clone(),
-                )  # whatever the operator writes is undone after the capture
+                # Whatever the operator writes is undone after the capture.
+                self.before[place] = storage, storage.clone()
         out = run(func, args, kwargs)
         self.made |= {
             place: storage

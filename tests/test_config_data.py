@@ -272,9 +272,8 @@ def test_only_plain_prompts_get_the_tokenizers_own_special_tokens(tmp_path):
 
 
 def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
-    rows = [
-        {"prompt": f"{i % 60}+{i % 60}=", "answer": str(i)} for i in range(200)
-    ]  # prompts repeat
+    # Prompts repeat.
+    rows = [{"prompt": f"{i % 60}+{i % 60}=", "answer": str(i)} for i in range(200)]
     path = write_lines(tmp_path / "p.jsonl", *rows)
     train, held = load_prompts(Config(prompts=path, eval_size=10), tokenizer)
     assert len(held) == 10 and not {p.text for p in train} & {p.text for p in held}
@@ -329,9 +328,8 @@ def test_a_missing_model_directory_is_refused_at_once():
         match=r"--teacher /nowhere: no model there \(config.json is missing in /nowhere\)",
     ):
         check_models(Config(teacher="/nowhere"))
-    with pytest.raises(
-        InputError, match="--teacher tests/nowhere: no model there .*tests/nowhere"
-    ):  # not a hub id: tests is a directory here
+    # Not a hub id: tests is a directory here.
+    with pytest.raises(InputError, match="--teacher tests/nowhere: no model there .*tests/nowhere"):
         check_models(Config(teacher="tests/nowhere"))
 
 
@@ -400,9 +398,8 @@ def test_a_model_whose_early_tokens_change_with_the_length_is_refused_at_the_len
     ).save_pretrained(tmp_path)
     for kind in (torch.float32, torch.bfloat16):
         load_model(str(tmp_path), kind, torch.device("cpu"), "kv_slots", length=16)
-    load_model(
-        str(tmp_path), torch.bfloat16, torch.device("cpu"), "kv_slots", length=28
-    )  # cannot tell it from rounding
+    # Cannot tell it from rounding.
+    load_model(str(tmp_path), torch.bfloat16, torch.device("cpu"), "kv_slots", length=28)
     build_tokenizer().save_pretrained(tmp_path)
     sizes = {"student": str(tmp_path), "max_prompt_tokens": 12}
     Sampler(Config(**sizes, max_new_tokens=4), torch.device("cpu"), 1, [])
@@ -534,10 +531,8 @@ def test_an_output_directory_that_holds_another_run_is_left_alone(tmp_path):
     config = Config(output_dir=str(tmp_path))
     assert check_output(config, "hash") == (None, [])
     start_output(config, None)
-    assert check_output(config, "hash") == (
-        None,
-        [],
-    )  # died before its first update: nothing to lose
+    # Died before its first update: nothing to lose.
+    assert check_output(config, "hash") == (None, [])
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(
         InputError,
@@ -567,20 +562,17 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
     assert notes == [f"resuming from {checkpoint}"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     start_output(config, tmp_path / "step_4")
-    assert (
-        len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
-    )  # updates 5 and 6 are made again
+    # Updates 5 and 6 are made again.
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     start_output(config, checkpoint)
-    assert (
-        len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
-    )  # and so is what the machine did not finish writing
+    # And so is what the machine did not finish writing.
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     start_output(replace(config, lr=0.5), checkpoint)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 0.5
-    assert (
-        read_progress(checkpoint)["settings"]["lr"] == 1e-3
-    )  # a checkpoint keeps the settings that made it
+    # A checkpoint keeps the settings that made it.
+    assert read_progress(checkpoint)["settings"]["lr"] == 1e-3
     with pytest.raises(
         InputError, match="--resume: the prompts are not what they were: give the same files"
     ):

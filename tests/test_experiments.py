@@ -222,9 +222,8 @@ def test_without_lag_signal_and_correction_make_no_difference(name):
         return flat(lagged.learner.model) - start
 
     path, stand_in = moved(name), moved(canonical(name, 0))
-    assert (
-        (path - stand_in).norm() < 1e-3 * stand_in.norm()
-    )  # Adam makes much of rounding where the gradient is nearly zero
+    # Adam makes much of rounding where the gradient is nearly zero.
+    assert (path - stand_in).norm() < 1e-3 * stand_in.norm()
 
 
 def test_a_run_without_lag_gives_the_lines_of_all_that_it_stands_for():
@@ -282,14 +281,12 @@ def compared(a, b, **more):
 
 def test_a_comparison_is_answered_by_four_of_five_seeds_or_by_the_interval():
     noisy = [0.5, 0.5, 0.5, 0.5, 0.5]
-    assert (
-        compared([0.6, 0.6, 0.6, 0.6, 0.1], noisy).answer == "yes"
-    )  # 4 of 5, though the interval holds 0
+    # 4 of 5, though the interval holds 0.
+    assert compared([0.6, 0.6, 0.6, 0.6, 0.1], noisy).answer == "yes"
     assert compared([0.6, 0.6, 0.6, 0.1, 0.1], noisy).answer == "open"
     assert compared([0.4, 0.4, 0.4, 0.4, 0.9], noisy).answer == "no"
-    three = compared(
-        [0.6, 0.61, 0.62], [0.5] * 3
-    )  # too few seeds to count, an interval that is clear
+    # Too few seeds to count, an interval that is clear.
+    three = compared([0.6, 0.61, 0.62], [0.5] * 3)
     assert three.answer == "yes" and three.wins == three.seeds == 3
     assert (
         compared([0.6, 0.61, 0.9], [0.5] * 3).answer == "open"
@@ -393,9 +390,8 @@ def test_the_teacher_gets_no_time_off_the_clock():
         {"ph": "X", "tid": tid, "name": name, "ts": begin * 1e6, "dur": (end - begin) * 1e6}
         for tid, name, begin, end in spans
     ]
-    assert frontier.off_the_clock(events) == [
-        pytest.approx(2.0)
-    ]  # of 4 seconds the teacher worked 1 + 1
+    # Of 4 seconds the teacher worked 1 + 1.
+    assert frontier.off_the_clock(events) == [pytest.approx(2.0)]
 
 
 @pytest.fixture
@@ -445,9 +441,8 @@ def test_a_study_is_continued_not_repeated_and_not_mixed(tmp_path, without_train
     path.write_bytes(text.splitlines()[0])  # stopped within the first line
     assert make(path, jobs, steps=2, every=1, workers=1) == both and path.read_bytes() == text
     header, line = text.splitlines(keepends=True)[:2]
-    path.write_bytes(
-        header + b",".join(line.split(b",")[:6] + [b""] + line.split(b",")[7:])
-    )  # no accuracy
+    # No accuracy.
+    path.write_bytes(header + b",".join(line.split(b",")[:6] + [b""] + line.split(b",")[7:]))
     with pytest.raises(SystemExit, match="line 2 is damaged"):
         make(path, jobs, steps=2, every=1)
     path.write_bytes(text.replace(b"KL 16,8", b"KL 16,eight", 1))

@@ -125,9 +125,8 @@ def test_column_0_is_the_emitted_token_and_columns_are_as_declared(loss, model_d
     model = load(model_dir(), "kv_slots")
     generator = new_generator(model, loss=loss, top_k=6, num_samples=3)
     columns = make_loss(Config(loss=loss, top_k=6, num_samples=3))
-    written = (
-        1 if loss == "forward_kl" else columns.num_columns
-    )  # the teacher fills in its own top-K
+    # The teacher fills in its own top-K.
+    written = 1 if loss == "forward_kl" else columns.num_columns
     assert columns.num_proposed == written
     for rollout in generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(3))]):
         assert (
@@ -174,9 +173,8 @@ def test_draws_follow_the_full_softmax_tail_included(vocab):
     )[0]
     counts = torch.bincount(ids, minlength=vocab)
     assert chi_square_p(counts, probs) > 1e-3
-    biased = probs.float().cumsum(
-        0
-    )  # the same test turns down a sampler that is one id off in the tail
+    # The same test turns down a sampler that is one id off in the tail.
+    biased = probs.float().cumsum(0)
     wrong = (
         torch.searchsorted(biased, torch.rand(draws, generator=generator), right=True)
         .add_(1)
@@ -249,9 +247,8 @@ def test_no_entry_of_width_0_is_found_whatever_rounding_does_to_the_target():
     weights = torch.tensor([[0.0, 0.0, 1.0, 0.0, 2.0, 0.0]])
     target = torch.tensor([[-1e-17, 0.0, 1.0, 3.0, 3.0 + 1e-15]], dtype=torch.float64)
     assert find(weights, target).tolist() == [[2, 2, 4, 4, 4]]
-    assert (
-        0 <= int(find(torch.full((1, 4), float("nan")), target).max()) < 4
-    )  # the learner says what is wrong
+    # The learner says what is wrong.
+    assert 0 <= int(find(torch.full((1, 4), float("nan")), target).max()) < 4
 
 
 def test_blocks_are_summed_in_float64():

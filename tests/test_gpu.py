@@ -173,7 +173,6 @@ def test_a_whole_run_on_one_gpu(flags, tmp_path):
     records = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert (
-        len(records) == 20 and abs(records[0]["drift_kl"]) < 0.01
-    )  # no lag yet: bfloat16 in two programs is all that differs
+    # No lag yet: bfloat16 in two programs is all that differs.
+    assert len(records) == 20 and abs(records[0]["drift_kl"]) < 0.01
     assert records[0]["reverse_kl"] > records[-1]["reverse_kl"] > 0

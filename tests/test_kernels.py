@@ -43,9 +43,10 @@ def round_like_hardware(monkeypatch):
     def convert(data, source, target, mode):
         if source == tl.float32 and target == tl.bfloat16:
             bits = data.view(numpy.uint32)
+            # Rounded here, then cut by `original`.
             data = (bits + numpy.uint32(0x7FFF) + ((bits >> 16) & numpy.uint32(1))).view(
                 numpy.float32
-            )  # then cut
+            )
         return original(data, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
@@ -109,9 +110,8 @@ def assert_no_worse_than_torch(config, inputs, triton_path, **options):
     ):
         assert o.dtype == p.dtype, name
         scale = max(e.norm(), terms[name])
-        assert (o - e).norm() <= 1.5 * (p - e).norm() + 1e-6 * scale, (
-            name
-        )  # 1e-6: a log-probability of -8 in float32
+        # 1e-6: a log-probability of -8 in float32.
+        assert (o - e).norm() <= 1.5 * (p - e).norm() + 1e-6 * scale, name
 
 
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
@@ -244,9 +244,8 @@ def test_a_loss_may_have_any_derivative(triton_path):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:invalid value"
-)  # the interpreter computes what tl.where then discards
+# The interpreter computes what tl.where then discards.
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_column_without_loss_may_be_impossible(triton_path):
     """-inf logits of the emitted token do not reach the loss: 0 * inf would be NaN."""
     for config in (LOSS_CONFIGS[1], LOSS_CONFIGS[-1]):
@@ -275,9 +274,8 @@ def test_one_chunk_of_logits_at_a_time(triton_path, monkeypatch):
     monkeypatch.setattr(head, "head_logits", watch)
     config = LOSS_CONFIGS[-1]
     hidden, weight, ids, t, b = single(problem(config))
-    modes = (
-        (True, False) if DEVICE == "cuda" else (False,)
-    )  # the interpreter keeps a reference to its last arguments
+    # The interpreter keeps a reference to its last arguments.
+    modes = (True, False) if DEVICE == "cuda" else (False,)
     for on in modes:
         triton_path(on)
         run(config, hidden, weight, ids, t, b, chunk=8)

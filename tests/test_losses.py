@@ -265,7 +265,8 @@ def test_losses_are_finite_with_finite_gradients_for_very_unlikely_candidates(co
     ("decoupled", [1.3, 1.3, 0.7, 0.7, 0.0, 0.1]),
     ("tis", [1.3, 1.3, 0.7, 0.7, 2.0, 0.1]),
     ("icepop", [1.3, 1.3, 0.7, 0.7, 0.0, 0.0]),
-    ("m2po", [1.3, 1.3, 0.7, 0.7, 0.0, 0.1]),  # of those that move away from the sampler, the squares above the bound
+    # Of those that move away from the sampler, the squares above the bound.
+    ("m2po", [1.3, 1.3, 0.7, 0.7, 0.0, 0.1]),
     ("m2po_areal", [1.3, 1.3, 0.7, 0.7, 0.0, 0.0]),
 ])  # fmt: skip
 def test_what_a_correction_makes_of_a_ratio(correction, expected):
@@ -279,14 +280,12 @@ def test_m2po_bounds_the_largest_square_at_which_the_capped_mean_is_within_the_b
     """By hand: squares .01, .04, .09, 1; capped at .09 their mean is .0575, at .04 it is .0325."""
     squares = torch.tensor([1.0, 0.01, 0.09, 0.04])
     assert second_moment_bound(squares, is_capped=True) == pytest.approx(0.04)
-    assert second_moment_bound(squares, is_capped=False) == pytest.approx(
-        0.04
-    )  # .025; with .09 it is .0467
+    # .025; with .09 it is .0467.
+    assert second_moment_bound(squares, is_capped=False) == pytest.approx(0.04)
     assert second_moment_bound(squares, is_capped=True, budget=0.06) == pytest.approx(0.09)
     for is_capped in (True, False):
-        assert second_moment_bound(torch.full((3,), 1e-8), is_capped) == float(
-            "inf"
-        )  # as rounding leaves it without lag
+        # As rounding leaves it without lag.
+        assert second_moment_bound(torch.full((3,), 1e-8), is_capped) == float("inf")
         assert second_moment_bound(torch.full((3,), 1.0), is_capped) == -1.0
         assert second_moment_bound(torch.zeros(0), is_capped) == float("inf")
         squares = (
@@ -348,12 +347,8 @@ def test_the_columns_of_a_loss_are_what_its_formula_reads(config):
     assert s.grad[0].nonzero().flatten().tolist() == read
 
 
-SHIPPED = (
-    "forward_kl",
-    "sparse_reverse_kl",
-    "sampled_reverse_kl",
-    "stratified_reverse_kl",
-)  # the others are the studies'
+# The others are the studies'.
+SHIPPED = ("forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl")
 
 
 def test_the_names_of_the_losses_are_those_of_their_classes():

@@ -35,10 +35,8 @@ def saved_bytes(model, tokens):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = (
-                storage.nbytes(),
-                tensor,
-            )  # the tensor stays, so its address is not used again
+            # The tensor stays, so its address is not used again.
+            seen[storage.data_ptr()] = storage.nbytes(), tensor
         return tensor
 
     with (
@@ -84,9 +82,8 @@ def test_the_estimate_counts_masters_gradients_and_moments_and_shares_them_betwe
     learner = Learner(load(model_dir()), config, 173, torch.float32)
     count = sum(p.numel() for p in learner.parameters)
     assert count == model_size(model_dir())[0]
-    assert (
-        one - two >= 20 * count / 2 - 4 * count
-    )  # half of them, less what sharding gathers for a layer
+    # Half of them, less what sharding gathers for a layer.
+    assert one - two >= 20 * count / 2 - 4 * count
     assert estimate(config, 1, True, 4)[0] < one  # checkpointing
 
 
@@ -140,9 +137,8 @@ def test_a_teacher_on_several_gpus_holds_its_share_of_the_parameters_on_each(
         estimate(Config(student=model_dir(), teacher=model_dir(), teacher_gpus=n), 1, False, 2)[2]
         for n in (1, 2)
     )
-    assert one - two == pytest.approx(
-        2 * model_size(model_dir())[0] / 2
-    )  # its activations are as large on every GPU
+    # Its activations are as large on every GPU.
+    assert one - two == pytest.approx(2 * model_size(model_dir())[0] / 2)
     monkeypatch.setattr("experiments.memory.estimate", lambda *args: (GIB, 2 * GIB, 3 * GIB))
     gpus(1 << 40)
     devices = [torch.device("cuda", i) for i in (0, 1, 2, 4)]  # teachers on 2 and 3, and on 4 and 5

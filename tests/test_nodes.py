@@ -117,9 +117,8 @@ def meet_on(monkeypatch):
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(server.port))
-        monkeypatch.setattr(
-            Nodes, "beat", lambda self: None
-        )  # the first beat comes without the thread: `check` would keep it waiting
+        # The first beat comes without the thread: `check` would keep it waiting.
+        monkeypatch.setattr(Nodes, "beat", lambda self: None)
         leaders = [Nodes(0, 1, node, count) for node in range(count)]
         made.append(server)
         return leaders
@@ -371,9 +370,8 @@ def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(
     agents[1].communicate()
     assert not any(still_alive(family) for family in families)
     record = metrics(tmp_path / "run")[-1]
-    assert len(record["nodes_busy"]) == 2 and all(
-        len(node) == 3 for node in record["nodes_busy"]
-    )  # generator, teacher, learner
+    # Generator, teacher, learner.
+    assert len(record["nodes_busy"]) == 2 and all(len(node) == 3 for node in record["nodes_busy"])
     json.loads((tmp_path / "run" / "node_1" / "trace.json").read_text())
 
 

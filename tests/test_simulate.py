@@ -62,7 +62,8 @@ def test_steps_of_one_event_cost_what_they_cost_one_by_one(stride):
 
 
 @pytest.mark.parametrize("role, stages, seconds", [
-    ("teacher", replace(FREE, pass_teacher=(1.5, 0.0)), 4 * 1.5),  # in batch order it scores a quarter of a batch at a time
+    # In batch order it scores a quarter of a batch at a time.
+    ("teacher", replace(FREE, pass_teacher=(1.5, 0.0)), 4 * 1.5),
     ("learner", replace(FREE, pass_learner=(2.5, 0.0), update=0.5), 2.5 + 0.5),
     ("generator", replace(FREE, step=(0.5, 0.0, 0.0)), 8 * 0.5),
 ])  # fmt: skip
@@ -148,11 +149,8 @@ def test_a_core_without_work_takes_some_from_a_full_one():
             yield None
 
     machine = Cores(2)
-    for parts in (
-        (1.0,),
-        (3.0,),
-        (3.0,),
-    ):  # the first and the third share a core; at 2 s it has one left, like the other
+    # The first and the third share a core; at 2 s it has one left, like the other.
+    for parts in ((1.0,), (3.0,), (3.0,)):
         machine.add(0, work(*parts))
     when = []
     while machine.step():

@@ -78,9 +78,8 @@ def test_teacher_equal_to_student_agrees_at_every_candidate(config, model_dir):
     for row in ROWS:
         count = int(table.length[row] - table.prompt_len[row])
         s, t = table.behavior_logp[row, :count], table.teacher_logp[row, :count]
-        known = slice(
-            0, 1 if config.loss == "forward_kl" else loss.tail.start
-        )  # the tail's b is that of the restricted sampler
+        # The tail's b is that of the restricted sampler.
+        known = slice(0, 1 if config.loss == "forward_kl" else loss.tail.start)
         assert known.stop == {"forward_kl": 1, "stratified_reverse_kl": 1 + config.top_k}.get(
             config.loss, config.num_candidates
         )
@@ -165,9 +164,8 @@ def test_in_batch_order_the_rows_scored_together_do_not_depend_on_timing():
 
 def test_no_group_reaches_into_the_next_batch_and_arrival_order_scores_what_is_there():
     waiting = {ticket: ticket for ticket in range(20)}
-    assert ready_rows(waiting, 8, Config(batch_size=9)) == [
-        8
-    ]  # the end of the first batch; the groups of this size have two
+    # The end of the first batch; the groups of this size have two.
+    assert ready_rows(waiting, 8, Config(batch_size=9)) == [8]
     assert ready_rows(waiting, 9, Config(batch_size=9)) == [9, 10]
     assert ready_rows({7: 1, 3: 2}, 0, Config(order="arrival")) == [2, 1] and not ready_rows(
         {}, 0, Config(order="arrival")

@@ -229,13 +229,11 @@ def test_batch_order_never_exceeds_max_staleness_also_when_refreshed_at_batch_bo
 def test_two_learner_ranks_train_like_one(sync_run, pair, tmp_path):
     finish(start(tmp_path / "run", *pair, *SYNC, ranks=2))
     one, two = metrics(sync_run[0]), metrics(tmp_path / "run")
-    assert two[0]["loss"] == pytest.approx(
-        one[0]["loss"], rel=1e-5
-    )  # same rollouts: the weights are still the same
+    # Same rollouts: the weights are still the same.
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
-    assert [r["loss"] for r in two] == pytest.approx(
-        [r["loss"] for r in one], rel=0.02
-    )  # weights differ by rounding since
+    # Weights differ by rounding since.
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=0.02)
     assert [r["tokens"] for r in two] == pytest.approx([r["tokens"] for r in one], rel=0.1)
 
 
@@ -243,9 +241,8 @@ def die_and_collect(process, victim, within=20.0):
     """SIGKILL the descendant whose command line and order match; returns output; nothing may survive."""
     read_until(process, r"update +2/")
     family = children(process.pid)
-    roles = sorted(pid for pid, line in family.items() if "forkserver" in line)[
-        1:
-    ]  # in order of birth: the server, generator, teacher
+    # In order of birth: the server, generator, teacher.
+    roles = sorted(pid for pid, line in family.items() if "forkserver" in line)[1:]
     ranks = sorted(pid for pid, line in family.items() if "train.py" in line)
     os.kill(
         {"generator": roles[:1], "teacher": roles[1:2], "learner": ranks, "rank 1": ranks[1:]}[
@@ -277,9 +274,8 @@ def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "seed", [3, 7]
-)  # of tests/kill.py; most hit rank 0, torchrun or the fork server while they start
+# Of tests/kill.py; most hit rank 0, torchrun or the fork server while they start.
+@pytest.mark.parametrize("seed", [3, 7])
 def test_a_process_killed_at_a_random_moment_ends_the_run(seed):
     assert trial(seed) == ""
 
@@ -303,9 +299,8 @@ def test_what_a_role_refuses_is_one_sentence(pair, tmp_path):
         r"train.py: error: teacher 0 died: .*broken: \d+ tensors are not in its files, model.layers.2.\S+ for one\n",
         out,
     ), out
-    assert (
-        "in load_model" not in out and "in follow" not in out
-    )  # no traceback, nor one of the other rank, which was told
+    # No traceback, nor one of the other rank, which was told.
+    assert "in load_model" not in out and "in follow" not in out
 
 
 # ---- waiting ------------------------------------------------------------------------------------------
@@ -327,9 +322,8 @@ class StubContext:
 @pytest.fixture
 def stub_roles(monkeypatch):
     """roles(exits) -> launch.Roles with its real signal handlers over processes that do not exist."""
-    handlers = {
-        number: signal.signal(number, signal.SIG_DFL) for number in fork_server.INTERRUPTS
-    }  # a shell's background job ignores some
+    # A shell's background job ignores some.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in fork_server.INTERRUPTS}
 
     def make(exits=()):
         monkeypatch.setattr(
@@ -384,9 +378,8 @@ def test_waiting_ends_with_the_name_and_the_reason_when_a_role_is_gone(stub_role
 def test_waiting_ends_after_a_signal_even_if_a_role_is_gone_too(number, stub_roles):
     roles = stub_roles()
     roles.check()
-    signal.raise_signal(
-        number
-    )  # raises nothing by itself: an update that is being made is finished
+    # Raises nothing by itself: an update that is being made is finished.
+    signal.raise_signal(number)
     for living in (True, False):
         roles.context.living[0] = living
         for wait in waits(roles):
