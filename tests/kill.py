@@ -1,12 +1,15 @@
-"""End a run at a random moment, by killing one of its processes or by closing its terminal; nothing may be left.
+"""End a run at a random moment, by killing one of its processes or by closing its terminal;
+nothing may be left.
 
-`python tests/kill.py --trials 100` starts the built-in run under torchrun, with 1 or 2 ranks and 1 or 2 generators. It kills
-one process of the family, torchrun and the fork server included, 0.3 s after the start or later. The run must end within 20 s with
-an exit code other than 0, leave no process behind, and say who died (rank 0 does, or torchrun, if one of them is left to say so).
-Which process a seed hits, and when, depends on the speed of the machine. The resource tracker of Python is spared: nobody needs it.
+`python tests/kill.py --trials 100` starts the built-in run under torchrun, with 1 or 2 ranks and 1
+or 2 generators. It kills one process of the family, torchrun and the fork server included, 0.3 s
+after the start or later. The run must end within 20 s with an exit code other than 0, leave no
+process behind, and say who died (rank 0 does, or torchrun, if one of them is left to say so). Which
+process a seed hits, and when, depends on the speed of the machine. The resource tracker of Python
+is spared: nobody needs it.
 
-Of ten trials, one closes the terminal (SIGHUP to all): what was learned must be saved. One starts two runs in one directory at the
-same time: one must train to its end, the other must be refused.
+Of ten trials, one closes the terminal (SIGHUP to all): what was learned must be saved. One starts
+two runs in one directory at the same time: one must train to its end, the other must be refused.
 """
 
 import argparse
@@ -28,7 +31,8 @@ LIMIT = 20.0  # seconds until all is over
 
 
 def children(pid):
-    """{pid: command line} of all descendants of a process; the roles are children of the fork server."""
+    """{pid: command line} of all descendants of a process;
+    the roles are children of the fork server."""
     table = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -78,7 +78,8 @@ def _publish(mailbox):
 
 
 def test_a_reader_never_sees_weights_of_two_versions_mixed():
-    """A writer process publishes as fast as it can; every pickup must be all of one version, and the named one."""
+    """A writer process publishes as fast as it can;
+    every pickup must be all of one version, and the named one."""
     ours = make()
     writer = mp.get_context("spawn").Process(target=_publish, args=(ours,))
     writer.start()
@@ -93,7 +94,8 @@ def test_a_reader_never_sees_weights_of_two_versions_mixed():
 
 
 def test_a_pickup_that_two_publishes_overtake_is_made_again():
-    """The writer comes back to the buffer that is being read: deterministic, by publishing from inside the copy."""
+    """The writer comes back to the buffer that is being read:
+    deterministic, by publishing from inside the copy."""
     ours = make(parameters=8)
     ours.publish([torch.full((8,), 1.0)], 1)
 

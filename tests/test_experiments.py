@@ -1,4 +1,5 @@
-"""Claims about the staleness study: its expectations are exact, its lags are exact, one seed gives one result."""
+"""Claims about the staleness study: its expectations are exact, its lags are exact,
+one seed gives one result."""
 
 import fcntl
 import json
@@ -119,10 +120,8 @@ def test_the_expectation_is_the_mean_of_what_the_generator_draws_and_the_learner
     ids, logp = loss.propose(b.clone(), uniforms)
     _, _, g = unfused_loss(loss, s.clone(), ids, t.gather(1, ids), logp, torch.float32)
     g = g.view(3, draws, -1).double()
-    error = (g.mean(1) - exact).norm() / (g.var(1).sum() / draws).sqrt().clamp(
-        min=1e-6 * exact.norm()
-    )
-    assert error < 2  # standard errors of the whole vector
+    standard_error = (g.var(1).sum() / draws).sqrt().clamp(min=1e-6 * exact.norm())
+    assert (g.mean(1) - exact).norm() / standard_error < 2  # of the whole vector
     squares = (g - exact.double()[:, None]).square().sum(-1)
     _, c, density = derivatives(config, *(x[::draws] for x in (s, t, b)), m2_bound=0.2)
     claimed = Spread(s[::draws], c, density).total / config.num_samples
@@ -170,9 +169,8 @@ def test_the_variance_is_that_of_one_draw_at_one_position(name):
     v = c[..., None] * (torch.eye(s.shape[1]) - s.exp()[:, None])
     v = v - (density[..., None] * v).sum(1, keepdim=True)
     exact = (density[None] * torch.einsum("dpv,pyv->dpy", map_, v).square()).sum() / len(s)
-    assert snapshot.variance(config, 3000, torch.Generator().manual_seed(0)) == pytest.approx(
-        float(exact), rel=0.05
-    )
+    variance = snapshot.variance(config, 3000, torch.Generator().manual_seed(0))
+    assert variance == pytest.approx(float(exact), rel=0.05)
 
 
 def test_bias_scatter_and_variance_are_in_units_of_the_exact_gradient_and_of_one_position():
@@ -512,7 +510,8 @@ def test_the_readmes_table_of_splits_is_what_the_command_prints(capsys, monkeypa
 
 
 def responses(count=6):
-    """Responses of different lengths from random policies, as experiments/real_model.py finds them."""
+    """Responses of different lengths from random policies,
+    as experiments/real_model.py finds them."""
     tables = policies(0.5, positions=5 * count)
     s, t, b = ([x[5 * i : 5 * i + 3 + i % 3] for i in range(count)] for x in tables)
     return [real_model.Response(None, *parts) for parts in zip(s, s, t, b)]

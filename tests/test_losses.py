@@ -1,4 +1,5 @@
-"""Claims about the losses, against float64 and against exact expectations over a small vocabulary."""
+"""Claims about the losses, against float64 and against exact expectations over a small
+vocabulary."""
 
 import itertools
 import re
@@ -119,11 +120,17 @@ def test_every_other_variant_is_biased_under_lag_and_unbiased_without(signal, co
 
 
 ESTIMATORS = [
-    dict(loss="sampled_reverse_kl", num_samples=1), dict(loss="sampled_reverse_kl", num_samples=3),
-    *[dict(loss="stratified_reverse_kl", top_k=k, num_samples=n) for k, n in ((1, 1), (3, 1), (6, 1), (3, 2), (4, 3))],
-    dict(loss="plain_sampled", num_samples=2), dict(loss="plain_stratified", top_k=3, num_samples=2),
-    dict(loss="top_k_and_emitted", top_k=3), dict(loss="top_k_baseline", top_k=3, num_samples=2),
-]  # fmt: skip
+    dict(loss="sampled_reverse_kl", num_samples=1),
+    dict(loss="sampled_reverse_kl", num_samples=3),
+    *[
+        dict(loss="stratified_reverse_kl", top_k=k, num_samples=n)
+        for k, n in ((1, 1), (3, 1), (6, 1), (3, 2), (4, 3))
+    ],
+    dict(loss="plain_sampled", num_samples=2),
+    dict(loss="plain_stratified", top_k=3, num_samples=2),
+    dict(loss="top_k_and_emitted", top_k=3),
+    dict(loss="top_k_baseline", top_k=3, num_samples=2),
+]
 
 
 @pytest.mark.parametrize("baseline_from", [2, 8])
@@ -133,7 +140,8 @@ ESTIMATORS = [
 def test_an_estimator_with_importance_weights_is_exactly_unbiased_at_any_lag(
     options, baseline_from, monkeypatch
 ):
-    """Its mean over all draws of a small vocabulary. With few draws too, a baseline that is switched on adds no bias."""
+    """Its mean over all draws of a small vocabulary.
+    With few draws too, a baseline that is switched on adds no bias."""
     monkeypatch.setattr(losses, "BASELINE_DRAWS", SimpleNamespace(value=baseline_from))
     for lag in (0.0, 2.0):
         student, t, b = policies(2, lag, vocab=7)
@@ -226,7 +234,8 @@ def test_forward_kl_gradient_is_softmax_times_support_mass_minus_teacher():
 
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
 def test_teacher_equal_to_student_gives_zero_loss_signal(config):
-    """Zero value; for forward KL the gradient vanishes once the support is everything, for sparse only the +1 is left."""
+    """Zero value; for forward KL the gradient vanishes once the support is everything,
+    for sparse only the +1 is left."""
     student, _, _ = policies(5)
     loss = make_loss(config)
     loss.m2_bound = 1.0
@@ -294,7 +303,11 @@ def test_m2po_bounds_the_largest_square_at_which_the_capped_mean_is_within_the_b
         bound = second_moment_bound(squares, is_capped)
         kept = squares.flatten().sort().values
         above = kept[kept > bound][0]
-        mean = lambda v: squares.clamp(max=v).mean() if is_capped else squares[squares <= v].mean()  # noqa: E731, B023
+
+        def mean(v):
+            within = squares.clamp(max=v) if is_capped else squares[squares <= v]  # noqa: B023
+            return within.mean()
+
         assert mean(bound) <= M2_BUDGET < mean(above)
 
 
@@ -439,9 +452,15 @@ def test_the_example_of_the_readme_has_the_value_and_gradient_of_what_it_says(ex
 def test_the_example_of_the_readme_trains(example, model_dir, tokenizer):
     """One update with tiny models, the metric and the gradient against dense logits."""
     config = Config(
-        loss="jeffreys_kl", top_k=3, batch_size=4, max_new_tokens=6, max_grad_norm=1e9, head_chunk=5,
-        student=model_dir(seed=0), teacher=model_dir(seed=1),
-    )  # fmt: skip
+        loss="jeffreys_kl",
+        top_k=3,
+        batch_size=4,
+        max_new_tokens=6,
+        max_grad_norm=1e9,
+        head_chunk=5,
+        student=model_dir(seed=0),
+        teacher=model_dir(seed=1),
+    )
     prompts = [Prompt(text, tokenizer(text).input_ids) for text in ("a12+b34=", "a56+b78+c90=")]
     run = Serial(config, 0, prompts, [])
     reference = type(run.learner.model).from_pretrained(config.student_path)

