@@ -1,9 +1,11 @@
-"""Train the built-in teacher and the initial student of the running-sums task: `python -m assets.make_assets`.
+"""Train the built-in teacher and the initial student of the running-sums task:
+`python -m assets.make_assets`.
 
-Both are Qwen3 models trained by plain supervised learning on the training half of the prompts, first in plain digits.
-The teacher then learns the synonyms. The student, a quarter of its size, is stopped in the jump of its learning curve
-and has never seen a synonym, only copies of the digits' embeddings: it has half the arithmetic and none of the style.
-About fifteen minutes on one core; writes assets/teacher and assets/student (safetensors, float32).
+Both are Qwen3 models trained by plain supervised learning on the training half of the prompts,
+first in plain digits. The teacher then learns the synonyms. The student, a quarter of its size, is
+stopped in the jump of its learning curve and has never seen a synonym, only copies of the digits'
+embeddings: it has half the arithmetic and none of the style. About fifteen minutes on one core;
+writes assets/teacher and assets/student (safetensors, float32).
 """
 
 import argparse
@@ -26,16 +28,26 @@ PROBE_SEED = 99  # of the held-out prompts that decide when the student stops
 def new_model(tokenizer, hidden, layers, heads, kv_heads, intermediate):
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, head_dim=hidden // heads, intermediate_size=intermediate,
-            max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id, bos_token_id=None, rope_theta=10000.0,
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=hidden // heads,
+            intermediate_size=intermediate,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            rope_theta=10000.0,
         )
-    )  # fmt: skip
+    )
 
 
 class Examples:
-    """Endless supervised batches: ids [B,T] and labels [B,T] (-100 off the response), synonyms drawn anew each time."""
+    """Endless supervised batches: ids [B,T] and labels [B,T] (-100 off the response),
+    synonyms drawn anew each time."""
 
     def __init__(self, tokenizer, count, seed, synonyms):
         self.generator = torch.Generator().manual_seed(seed)

@@ -1,9 +1,11 @@
-"""Useful tokens per second of the slot generator against `model.generate`: `python -m benchmarks.generation`.
+"""Useful tokens per second of the slot generator against `model.generate`:
+`python -m benchmarks.generation`.
 
-Same random Qwen3 model, same prompts, same long-tailed response lengths: lognormal, median 40 tokens, sigma 1, cut at
---max-new-tokens. `model.generate` gets left-padded batches of as many rows as the generator has slots and runs until the longest
-of a batch is done. A useful token is one of a response, stop token included; rows that wait produce none. Both
-sample at temperature 1, on `--threads` threads, in alternation; the ratio is of medians.
+Same random Qwen3 model, same prompts, same long-tailed response lengths: lognormal, median 40
+tokens, sigma 1, cut at --max-new-tokens. `model.generate` gets left-padded batches of as many rows
+as the generator has slots and runs until the longest of a batch is done. A useful token is one of a
+response, stop token included; rows that wait produce none. Both sample at temperature 1, on
+`--threads` threads, in alternation; the ratio is of medians.
 """
 
 import argparse
@@ -28,9 +30,19 @@ VOCAB, STOP_ID = 2048, 0
 def build_model(attention: str) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
-        intermediate_size=768, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=None, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        intermediate_size=768,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
     model.set_attn_implementation(attention)
     return model
@@ -47,7 +59,8 @@ class Lengths(StoppingCriteria):
 
 
 class ScriptedGenerator(Generator):
-    """Draws the stop token where `lengths` says and nowhere else, by its random numbers: id 0 has the lowest of them."""
+    """Draws the stop token where `lengths` says and nowhere else, by its random numbers:
+    id 0 has the lowest of them."""
 
     lengths: list[int]
 
@@ -117,7 +130,8 @@ def main():
         .tolist()
     )
     print(
-        f"{ours.num_parameters():,} parameters, {args.prompts} prompts, {args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}"
+        f"{ours.num_parameters():,} parameters, {args.prompts} prompts, {args.threads} threads, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
     results = []
     for slots in args.slots:
@@ -127,13 +141,24 @@ def main():
             speeds["generate"].append(run_generate(theirs, prompts, slots, lengths))
         median = {name: statistics.median(values) for name, values in speeds.items()}
         ratios = [a / b for a, b in zip(speeds["ours"], speeds["generate"])]
-        row = {"slots": slots, "ours": median["ours"], "generate": median["generate"], "ratio": median["ours"] / median["generate"],
-               "ratio_min": min(ratios), "ratio_max": max(ratios), "mean_length": statistics.mean(lengths), "max_length": max(lengths)}  # fmt: skip
+        row = {
+            "slots": slots,
+            "ours": median["ours"],
+            "generate": median["generate"],
+            "ratio": median["ours"] / median["generate"],
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+            "mean_length": statistics.mean(lengths),
+            "max_length": max(lengths),
+        }
         results.append(row)
         print(
-            f"{slots:4d} slots: {row['ours']:7.0f} useful tokens/s, model.generate {row['generate']:7.0f}, ratio {row['ratio']:.2f} "
-            f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f}); lengths mean {row['mean_length']:.0f}, max {row['max_length']}", flush=True,
-        )  # fmt: skip
+            f"{slots:4d} slots: {row['ours']:7.0f} useful tokens/s, "
+            f"model.generate {row['generate']:7.0f}, ratio {row['ratio']:.2f} "
+            f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f}); "
+            f"lengths mean {row['mean_length']:.0f}, max {row['max_length']}",
+            flush=True,
+        )
     if args.json:
         record = {
             "torch": torch.__version__,

@@ -1,16 +1,22 @@
-"""The chunked LM head and its kernels against the alternatives: `python -m benchmarks.kernels [--json FILE]`.
+"""The chunked LM head and its kernels against the alternatives:
+`python -m benchmarks.kernels [--json FILE]`.
 
-Forward + backward of one loss over N positions, hidden states bfloat16 on a GPU (float32 without one), float32 master weight:
+Forward + backward of one loss over N positions, hidden states bfloat16 on a GPU (float32 without
+one), float32 master weight:
 
   ours         kernels/head.py, with the Triton kernels on a GPU
-  products     the three matrix products alone, unchunked, with the true gradient of the logits: the reference
+  products     the three matrix products alone, unchunked, with the true gradient of the logits:
+               the reference
   full logits  plain torch: [N,V] logits, log_softmax, autograd
-  recompute    plain torch in chunks that are computed again in the backward pass (torch.utils.checkpoint)
-  liger ...    Liger's fused linear JSD and cross entropy, where liger-kernel is installed: other losses, same products
+  recompute    plain torch in chunks that are computed again in the backward pass
+               (torch.utils.checkpoint)
+  liger ...    Liger's fused linear JSD and cross entropy, where liger-kernel is installed:
+               other losses, same products
 
-Times are medians; memory is the peak above what the inputs take (on a CPU: of the resident size). On a GPU also the
-kernel alone: bytes of one read of the logits and one write of the gradient over its time, as a fraction of the copy bandwidth measured
-beside it. --rounding compares the errors of float32 and bfloat16 logits instead, in plain torch, with the GPU's dtypes.
+Times are medians; memory is the peak above what the inputs take (on a CPU: of the resident size).
+On a GPU also the kernel alone: bytes of one read of the logits and one write of the gradient over
+its time, as a fraction of the copy bandwidth measured beside it. --rounding compares the errors of
+float32 and bfloat16 logits instead, in plain torch, with the GPU's dtypes.
 """
 
 from __future__ import annotations
@@ -32,18 +38,20 @@ from kernels import head
 from kernels.head import candidate_loss
 from losses import LOSSES, make_loss
 
+# N, D, V, K
 SHAPES = [
     (8192, 1024, 151936, 64),
     (8192, 2048, 151936, 64),
     (16384, 4096, 128256, 64),
     (4096, 896, 49152, 32),
-]  # N, D, V, K
+]
 CPU_SHAPES = [(1024, 128, 8192, 32), (2048, 64, 4096, 16)]
 GPU = torch.cuda.is_available()
 
 
 def problem(N: int, D: int, V: int, C: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Hidden states that point at a token with varying decision, so that entropies vary; candidates drawn from a nearby model."""
+    """Hidden states that point at a token with varying decision, so that entropies vary;
+    candidates drawn from a nearby model."""
     torch.manual_seed(0)
     device = "cuda" if GPU else "cpu"
     weight = torch.randn(V, D, device=device) * (2.5 / D**0.5)
@@ -69,7 +77,8 @@ def ours(config, chunk):
 
 
 def products(config, chunk):
-    """The gradient of the logits is made once, in the first call: most of it is tiny, which matters to a GPU's clock."""
+    """The gradient of the logits is made once, in the first call:
+    most of it is tiny, which matters to a GPU's clock."""
     kept = {}
 
     def run(hidden, weight, *candidates):
@@ -140,8 +149,14 @@ def liger_cross_entropy(config, chunk):
     ).backward()
 
 
-VARIANTS = {"ours": ours, "products": products, "full logits": full_logits, "recompute": recompute, "liger JSD": liger_jsd,
-            "liger cross entropy": liger_cross_entropy}  # fmt: skip
+VARIANTS = {
+    "ours": ours,
+    "products": products,
+    "full logits": full_logits,
+    "recompute": recompute,
+    "liger JSD": liger_jsd,
+    "liger cross entropy": liger_cross_entropy,
+}
 
 
 def seconds(call, repeats: int, before=lambda: None) -> float:
@@ -181,7 +196,8 @@ def peak_mib(call) -> float:
 
 
 def kernel_alone(config, inputs, chunk: int, repeats: int) -> dict:
-    """The fused kernel on one chunk of logits, and a copy of the same buffer: bytes moved per second."""
+    """The fused kernel on one chunk of logits, and a copy of the same buffer:
+    bytes moved per second."""
     hidden, weight, ids, t, b = (
         x.detach()[:chunk] if i != 1 else x.detach() for i, x in enumerate(inputs)
     )
@@ -217,9 +233,8 @@ def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
 
         try:
             call()
-            inputs[0].grad = inputs[1].grad = (
-                None  # or the peak would be counted from above what a call starts with
-            )
+            # Or the peak would be counted from above what a call starts with.
+            inputs[0].grad = inputs[1].grad = None
             row["peak_mib"] = peak_mib(call)
             if name in ("ours", "full logits"):
                 gradients[name] = inputs[1].grad
@@ -239,21 +254,29 @@ def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
     del gradients
     floor = next(row["ms"] for row in rows if row["variant"] == "products")
     for row in rows:
-        print(f"{row['variant']:20s} " + (f"{row['ms']:9.2f} ms  {row['ms'] / floor:5.2f} of the products  {row['peak_mib']:9.0f} MiB"
-                                          if "ms" in row else "out of memory"), flush=True)  # fmt: skip
+        figures = "out of memory"
+        if "ms" in row:
+            figures = (
+                f"{row['ms']:9.2f} ms  {row['ms'] / floor:5.2f} of the products  "
+                f"{row['peak_mib']:9.0f} MiB"
+            )
+        print(f"{row['variant']:20s} {figures}", flush=True)
     if GPU and make_loss(config).triton_terms:
         rows[0] |= kernel_alone(config, inputs, chunk, repeats)
         print(
-            f"the kernel alone: {rows[0]['kernel_of_copy_bandwidth']:.0%} of the copy bandwidth, {rows[0]['copy_gb_per_s']:.0f} GB/s",
+            f"the kernel alone: {rows[0]['kernel_of_copy_bandwidth']:.0%} of the copy bandwidth, "
+            f"{rows[0]['copy_gb_per_s']:.0f} GB/s",
             flush=True,
         )
     return rows
 
 
 def rounding(config, shape=(64, 512, 151936, 64)) -> list[dict]:
-    """Errors that the dtype of the logits and of their gradient add, against float64 on the same bfloat16 inputs.
+    """Errors that the dtype of the logits and of their gradient add,
+    against float64 on the same bfloat16 inputs.
 
-    In plain torch: the logits are rounded as a GPU's product would round them, the rest is as in kernels/head.py.
+    In plain torch: the logits are rounded as a GPU's product would round them,
+    the rest is as in kernels/head.py.
     """
     hidden, weight, ids, t, b = (x.detach() for x in problem(*shape, torch.bfloat16))
     weight = weight.bfloat16()
@@ -274,8 +297,15 @@ def rounding(config, shape=(64, 512, 151936, 64)) -> list[dict]:
         gradient = gradient.double()
         actual = student_logp.double(), gradient @ weight.double(), gradient.t() @ hidden.double()
         error = [float((a - e).norm() / e.norm()) for a, e in zip(actual, exact)]
-        row = {"logits": str(logits_dtype)[6:], "gradient": str(gradient_dtype)[6:], "logp_error_max_nats": float((actual[0] - exact[0]).abs().max()),
-               "logp_error_rms_nats": float((actual[0] - exact[0]).square().mean().sqrt()), "grad_hidden_error": error[1], "grad_weight_error": error[2]}  # fmt: skip
+        logp_error = actual[0] - exact[0]
+        row = {
+            "logits": str(logits_dtype)[6:],
+            "gradient": str(gradient_dtype)[6:],
+            "logp_error_max_nats": float(logp_error.abs().max()),
+            "logp_error_rms_nats": float(logp_error.square().mean().sqrt()),
+            "grad_hidden_error": error[1],
+            "grad_weight_error": error[2],
+        }
         results.append(row)
         print(
             "  ".join(
@@ -318,7 +348,8 @@ def main():
         else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     )
     print(
-        f"{device}; torch {torch.__version__}, triton {triton.__version__}; {args.loss}, chunk {args.chunk}, {args.logits} logits"
+        f"{device}; torch {torch.__version__}, triton {triton.__version__}; "
+        f"{args.loss}, chunk {args.chunk}, {args.logits} logits"
     )
     if args.rounding:
         results = rounding(Config(loss=args.loss, top_k=64, num_samples=64))
@@ -326,14 +357,16 @@ def main():
         results = []
         for shape in SHAPES if GPU else CPU_SHAPES:
             print("\ntokens {}, hidden {}, vocabulary {}, candidates {}".format(*shape))
-            one = (
-                args.loss == "stratified_reverse_kl"
-            )  # the candidates are the emitted token, a top-K and tail draws
-            results += measure(shape, Config(loss=args.loss, top_k=shape[3] - (9 if one else args.loss != "sampled_reverse_kl"), num_samples=8 if one else shape[3]),
-                               args.chunk if GPU else args.chunk // 4, args.repeats)  # fmt: skip
+            # The candidates are the emitted token, a top-K and tail draws.
+            one = args.loss == "stratified_reverse_kl"
+            top_k = shape[3] - (9 if one else args.loss != "sampled_reverse_kl")
+            config = Config(loss=args.loss, top_k=top_k, num_samples=8 if one else shape[3])
+            chunk = args.chunk if GPU else args.chunk // 4
+            results += measure(shape, config, chunk, args.repeats)
         if not GPU:
             print(
-                "\nno GPU: small shapes, plain torch, float32; the Triton kernels and Liger were not measured"
+                "\nno GPU: small shapes, plain torch, float32; "
+                "the Triton kernels and Liger were not measured"
             )
     if args.json:
         record = {

@@ -1,15 +1,20 @@
-"""Synchronous against asynchronous training, whole runs back to back: `python -m benchmarks.pipeline`.
+"""Synchronous against asynchronous training, whole runs back to back:
+`python -m benchmarks.pipeline`.
 
-All modes are `train.py` as shipped, in alternation, `--repeats` times each, on two mixes of response lengths:
+All modes are `train.py` as shipped, in alternation, `--repeats` times each, on two mixes of
+response lengths:
 
   default  the built-in task and models
-  tail     a random student of the built-in size whose responses end at random (several stop ids): geometric lengths,
-           mean about 40, up to 160 tokens; scored by the built-in teacher, learning rate 1e-9 so that it stays so
+  tail     a random student of the built-in size whose responses end at random (several stop ids):
+           geometric lengths, mean about 40, up to 160 tokens; scored by the built-in teacher,
+           learning rate 1e-9 so that it stays so
 
-Modes: `sync` is strict (--max-staleness 0: every token from the weights it trains) and streams finished rollouts to the
-teacher while the others decode; `async` is the default; `arrival` adds --order arrival, so that no update waits for one long
-answer. Each mode gets the threads per role that suit it best: a pilot run tries all of --threads.
-Tokens per second are response tokens trained over the wall time of the updates after the first `--skip`; evaluation is off.
+Modes: `sync` is strict (--max-staleness 0: every token from the weights it trains) and streams
+finished rollouts to the teacher while the others decode; `async` is the default; `arrival` adds
+--order arrival, so that no update waits for one long answer. Each mode gets the threads per role
+that suit it best: a pilot run tries all of --threads.
+Tokens per second are response tokens trained over the wall time of the updates after the first
+`--skip`; evaluation is off.
 """
 
 import argparse
@@ -126,10 +131,14 @@ def main():
                 }
                 table.append(row)
                 print(
-                    f"{mix:8s} {mode:8s} {row['threads']} threads/role  {row['tokens_per_second']:6.0f} tokens/s  {row['ratio']:.2f}x "
-                    f"({ratios[0]:.2f} to {ratios[-1]:.2f})  busy: generator {row['generator_busy']:4.0%}, teacher {row['teacher_busy']:4.0%}, "
-                    f"learner {row['learner_busy']:4.0%}  lag {row['lag_mean']:.2f}", flush=True,
-                )  # fmt: skip
+                    f"{mix:8s} {mode:8s} {row['threads']} threads/role  "
+                    f"{row['tokens_per_second']:6.0f} tokens/s  {row['ratio']:.2f}x "
+                    f"({ratios[0]:.2f} to {ratios[-1]:.2f})  "
+                    f"busy: generator {row['generator_busy']:4.0%}, "
+                    f"teacher {row['teacher_busy']:4.0%}, "
+                    f"learner {row['learner_busy']:4.0%}  lag {row['lag_mean']:.2f}",
+                    flush=True,
+                )
     if args.json:
         machine = {
             "torch": torch.__version__,

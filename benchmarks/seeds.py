@@ -1,7 +1,9 @@
-"""Accuracy of the default run over seeds, asynchronous and synchronous: `python -m benchmarks.seeds`.
+"""Accuracy of the default run over seeds, asynchronous and synchronous:
+`python -m benchmarks.seeds`.
 
-Whole runs of `train.py` with its defaults and with --max-staleness 0. Prints greedy exact match on the held-out prompts before
-and after, the wall time of training, and the largest lag of any trained token.
+Whole runs of `train.py` with its defaults and with --max-staleness 0. Prints greedy exact match on
+the held-out prompts before and after, the wall time of training, and the largest lag of any trained
+token.
 """
 
 from __future__ import annotations
@@ -35,10 +37,14 @@ def run(seed: int, flags: list[str]) -> dict:
         )
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {
-        "seed": seed, "before": records[0]["eval_accuracy_before"], "after": records[-1]["eval_accuracy"],
-        "seconds": records[-1]["wall_seconds"], "lag_mean": statistics.mean(r["lag_mean"] for r in records),
-        "lag_max": max(r["lag_max"] for r in records), "reverse_kl": statistics.mean(r["reverse_kl"] for r in records[-20:]),
-    }  # fmt: skip
+        "seed": seed,
+        "before": records[0]["eval_accuracy_before"],
+        "after": records[-1]["eval_accuracy"],
+        "seconds": records[-1]["wall_seconds"],
+        "lag_mean": statistics.mean(r["lag_mean"] for r in records),
+        "lag_max": max(r["lag_max"] for r in records),
+        "reverse_kl": statistics.mean(r["reverse_kl"] for r in records[-20:]),
+    }
 
 
 def main():
@@ -54,9 +60,12 @@ def main():
         table[mode] = [run(seed, [*args.flags.split(), *extra]) for seed in range(args.seeds)]
         for row in table[mode]:
             print(
-                f"{mode:5s} seed {row['seed']}: {row['before']:.1%} -> {row['after']:.1%} in {row['seconds']:.0f} s, "
-                f"lag mean {row['lag_mean']:.2f} max {row['lag_max']}, reverse KL at the end {row['reverse_kl']:.3f}", flush=True,
-            )  # fmt: skip
+                f"{mode:5s} seed {row['seed']}: {row['before']:.1%} -> {row['after']:.1%} "
+                f"in {row['seconds']:.0f} s, "
+                f"lag mean {row['lag_mean']:.2f} max {row['lag_max']}, "
+                f"reverse KL at the end {row['reverse_kl']:.3f}",
+                flush=True,
+            )
     if args.json:
         Path(args.json).write_text(
             json.dumps({"flags": args.flags, "runs": table}, indent=1) + "\n"

@@ -1,10 +1,12 @@
-"""What the paper claims and what was measured here: the table of docs/staleness.md, `python -m experiments.claims`.
+"""What the paper claims and what was measured here:
+the table of docs/staleness.md, `python -m experiments.claims`.
 
-A claim is a list of comparisons; each compares two cells of a study seed by seed. A comparison holds if it does in at least
-4 of 5 seeds, or if the 95 % interval of the mean difference (Student's t over seeds) lies above its margin; it is open if
-neither that nor the opposite is so. A claim holds if all its comparisons do, in part if some do. By chance alone 4 of 5
-seeds favour a given side in 19 % of comparisons without any difference. `--rerun N` makes the runs of claim N again, in a CSV
-of its own, and judges those.
+A claim is a list of comparisons; each compares two cells of a study seed by seed. A comparison
+holds if it does in at least 4 of 5 seeds, or if the 95 % interval of the mean difference (Student's
+t over seeds) lies above its margin; it is open if neither that nor the opposite is so. A claim
+holds if all its comparisons do, in part if some do. By chance alone 4 of 5 seeds favour a given
+side in 19 % of comparisons without any difference. `--rerun N` makes the runs of claim N again, in
+a CSV of its own, and judges those.
 """
 
 from __future__ import annotations
@@ -24,22 +26,14 @@ STUDIES = {
     "frontier": frontier,
     "real_curves": real_curves,
 }
-T95 = (
-    math.inf,
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-)  # two-sided, by degrees of freedom from 0
+# Two-sided, by degrees of freedom from 0.
+T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 CELL = {
-    "staleness": ("start", "loss", "lag"), "estimators": ("estimator", "lag"), "frontier": ("loss", "order", "max_staleness"),
+    "staleness": ("start", "loss", "lag"),
+    "estimators": ("estimator", "lag"),
+    "frontier": ("loss", "order", "max_staleness"),
     "real_curves": ("loss", "lag", "update"),
-}  # fmt: skip
+}
 LOWER_IS_BETTER = ("reverse_kl", "bias", "variance", "error_1000", "seconds_to_90")
 SEEDS = {"real_curves": range(3)}  # the other studies: five
 MARKS = {"yes": "✓", "no": "✗", "open": "?"}
@@ -47,7 +41,8 @@ MARKS = {"yes": "✓", "no": "✗", "open": "?"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Cell `a` is better than cell `b` by more than `margin`: the difference of a metric or, for positive ones, the ratio."""
+    """Cell `a` is better than cell `b` by more than `margin`:
+    the difference of a metric or, for positive ones, the ratio."""
 
     study: str
     metric: str
@@ -65,7 +60,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Result:
-    """Means of both cells; mean difference (ratio) with its 95 % interval; in how many seeds it is above the margin."""
+    """Means of both cells; mean difference (ratio) with its 95 % interval;
+    in how many seeds it is above the margin."""
 
     a: float
     b: float
@@ -78,15 +74,15 @@ class Result:
 
 
 def cells(study: str, lines: list[dict], metric: str) -> dict[tuple, dict[int, float]]:
-    """cell -> seed -> the metric: at a run's last evaluation, the mean over an estimator's snapshots; without targets not reached."""
+    """cell -> seed -> the metric: at a run's last evaluation,
+    the mean over an estimator's snapshots; without targets not reached."""
     if study == "staleness":
         last = max(line["update"] for line in lines)
         lines = [line for line in lines if line["update"] == last]
     found: dict[tuple, dict[int, list[float]]] = {}
     for line in (line for line in lines if line[metric] is not None):
-        found.setdefault(tuple(line[key] for key in CELL[study]), {}).setdefault(
-            line["seed"], []
-        ).append(line[metric])
+        seeds = found.setdefault(tuple(line[key] for key in CELL[study]), {})
+        seeds.setdefault(line["seed"], []).append(line[metric])
     return {
         cell: {seed: statistics.mean(values) for seed, values in seeds.items()}
         for cell, seeds in found.items()
@@ -148,7 +144,8 @@ def with_and_without_lag(
 
 
 def smaller(metric: str, a: str, b: str, lags=(8, 32), times: float = 1.0) -> list[Comparison]:
-    """An estimator's variance or error is smaller than another's, by a factor of more than `times`."""
+    """An estimator's variance or error is smaller than another's,
+    by a factor of more than `times`."""
     return [Comparison("estimators", metric, (a, lag), (b, lag), times, ratio=True) for lag in lags]
 
 
@@ -177,11 +174,13 @@ PIPELINES = [*((loss, "batch") for loss in frontier.LOSSES), ("stratified 28+4",
 CLAIMS = [
     # the paper's
     Claim(
-        "Teacher-weighted forward KL is robust to stale rollouts: lag costs at most 5 points of accuracy",
+        "Teacher-weighted forward KL is robust to stale rollouts: "
+        "lag costs at most 5 points of accuracy",
         with_and_without_lag("forward KL 16"),
     ),
     Claim(
-        "Student-weighted reverse KL is not. With the rollout's signal, one sample and no ratio, lag costs more than 5 points",
+        "Student-weighted reverse KL is not. "
+        "With the rollout's signal, one sample and no ratio, lag costs more than 5 points",
         with_and_without_lag("rollout signal", worse=True),
     ),
     Claim(
@@ -189,7 +188,8 @@ CLAIMS = [
         with_and_without_lag("rollout signal + PPO clip", worse=True),
     ),
     Claim(
-        "Recomputing the signal with the current student repairs it: with the importance ratio (the paper's surrogate) it is better than the rollout's signal",
+        "Recomputing the signal with the current student repairs it: "
+        "with the importance ratio (the paper's surrogate) it is better than the rollout's signal",
         [
             c
             for draws in ("", ", N=16")
@@ -204,7 +204,8 @@ CLAIMS = [
         + at_lags("current signal", "rollout signal", starts=("strong",)),
     ),
     Claim(
-        "What stabilises asynchronous RL (PPO clip, decoupled, M2PO) does not improve over recomputing with the ratio: no method is more than 5 points better",
+        "What stabilises asynchronous RL (PPO clip, decoupled, M2PO) does not improve over "
+        "recomputing with the ratio: no method is more than 5 points better",
         [
             c
             for method in ("rollout signal + PPO clip", "decoupled", "M2PO")
@@ -212,7 +213,8 @@ CLAIMS = [
         ],
     ),
     Claim(
-        "A sparse top-K cache is biased where sampling is not (exactly, see the tests): by more than 5 % of the gradient",
+        "A sparse top-K cache is biased where sampling is not (exactly, see the tests): "
+        "by more than 5 % of the gradient",
         [
             Comparison("estimators", "bias", (a, lag), (b, lag), 0.05)
             for a, b in zip(SAMPLED, SPARSE)
@@ -220,7 +222,8 @@ CLAIMS = [
         ],
     ),
     Claim(
-        "... and sampling pays in variance: at 1,000 tokens the error of sparse top-K is the smaller one",
+        "... and sampling pays in variance: "
+        "at 1,000 tokens the error of sparse top-K is the smaller one",
         [c for a, b in zip(SPARSE, SAMPLED) for c in smaller("error_1000", a, b)],
     ),
     Claim(
@@ -228,7 +231,8 @@ CLAIMS = [
         at_lags("current signal + IS, N=16", "current signal + IS", (0, 2, 8, 32)),
     ),
     Claim(
-        "Asynchronous training has at least 1.6 times the throughput of synchronous training (the paper: 1.6 to 3.8)",
+        "Asynchronous training has at least 1.6 times the throughput of synchronous training "
+        "(the paper: 1.6 to 3.8)",
         [
             Comparison(
                 "frontier", "tokens_per_second", (*run, 1), (run[0], "batch", 0), 1.6, ratio=True
@@ -245,7 +249,8 @@ CLAIMS = [
     ),
     # ours
     Claim(
-        "What staleness hurts is the sampling, not the direction of the KL: for reverse KL over the whole vocabulary lag costs at most 5 points",
+        "What staleness hurts is the sampling, not the direction of the KL: "
+        "for reverse KL over the whole vocabulary lag costs at most 5 points",
         with_and_without_lag("dense reverse KL"),
     ),
     Claim(
@@ -265,7 +270,8 @@ CLAIMS = [
         at_lags("rollout signal + PPO clip", "current signal + IS", (2, 8, 32)),
     ),
     Claim(
-        "At equal candidate count stratified ends nearer to the teacher than sampled: smaller reverse KL",
+        "At equal candidate count stratified ends nearer to the teacher than sampled: "
+        "smaller reverse KL",
         [
             c
             for a, b in zip(STRATIFIED, SAMPLED)
@@ -285,7 +291,8 @@ CLAIMS = [
         ],
     ),
     Claim(
-        "Stratified ends nearer to the teacher than sparse top-K of as many candidates: smaller reverse KL",
+        "Stratified ends nearer to the teacher than sparse top-K of as many candidates: "
+        "smaller reverse KL",
         [
             c
             for a, b in zip(STRATIFIED, SPARSE)
@@ -300,7 +307,8 @@ CLAIMS = [
         ],
     ),
     Claim(
-        "The pipeline with staleness 1 reaches 90 % at least 1.3 times sooner than the synchronous one",
+        "The pipeline with staleness 1 reaches 90 % at least 1.3 times sooner "
+        "than the synchronous one",
         [
             Comparison(
                 "frontier", "seconds_to_90", (*run, 1), (run[0], "batch", 0), 1.3, ratio=True
@@ -309,7 +317,8 @@ CLAIMS = [
         ],
     ),
     Claim(
-        "More staleness buys little more throughput: staleness 8 has less than 1.25 times that of 1",
+        "More staleness buys little more throughput: "
+        "staleness 8 has less than 1.25 times that of 1",
         [
             Comparison(
                 "frontier",
@@ -342,7 +351,8 @@ CLAIMS = [
         ],
     ),
     Claim(
-        "The rollout's signal survives lag where the noise is small: with the ratio and 256 draws lag costs at most 5 points",
+        "The rollout's signal survives lag where the noise is small: "
+        "with the ratio and 256 draws lag costs at most 5 points",
         with_and_without_lag("rollout signal + IS, N=256", starts=("weak",)),
     ),
     Claim(
@@ -350,12 +360,14 @@ CLAIMS = [
         with_and_without_lag("rollout signal + IS, N=16", starts=("weak",), worse=True),
     ),
     Claim(
-        "How M2PO is read decides: bounding only samples that move away from the sampler (its release) is more than 5 points better than dropping the "
+        "How M2PO is read decides: bounding only samples that move away from the sampler "
+        "(its release) is more than 5 points better than dropping the "
         "largest squares of all (AReaL)",
         at_lags("M2PO", "M2PO (AReaL)", (2, 8, 32), margin=0.05),
     ),
     Claim(
-        "Truncating or gating the recomputed signal's ratio (TIS, IcePop) does not improve over the bare ratio: it is at most 5 points better",
+        "Truncating or gating the recomputed signal's ratio (TIS, IcePop) does not improve over "
+        "the bare ratio: it is at most 5 points better",
         [
             c
             for method in ("TIS", "IcePop")
@@ -365,7 +377,8 @@ CLAIMS = [
         ],
     ),
     Claim(
-        "Of 32 candidates, 16 may be drawn: 16+16 ends with at most a tenth more reverse KL than 28+4",
+        "Of 32 candidates, 16 may be drawn: "
+        "16+16 ends with at most a tenth more reverse KL than 28+4",
         at_lags(
             "stratified 16+16",
             "stratified 28+4",
@@ -396,7 +409,8 @@ CLAIMS = [
         ),
     ),
     Claim(
-        "Draws from the rest beat the emitted token: 28+4 ends with the smaller reverse KL than the top 31 and the emitted token (EMA-PG)",
+        "Draws from the rest beat the emitted token: "
+        "28+4 ends with the smaller reverse KL than the top 31 and the emitted token (EMA-PG)",
         at_lags(
             "stratified 28+4",
             "top 31 + emitted (EMA-PG)",
@@ -407,7 +421,8 @@ CLAIMS = [
         ),
     ),
     Claim(
-        "... and exact terms beat a baseline from the same top 28: 28+4 ends with the smaller reverse KL than 4 draws with it (vOPD)",
+        "... and exact terms beat a baseline from the same top 28: "
+        "28+4 ends with the smaller reverse KL than 4 draws with it (vOPD)",
         at_lags(
             "stratified 28+4",
             "4 draws, top-28 baseline (vOPD)",
@@ -419,23 +434,28 @@ CLAIMS = [
     ),
     # ours, on a real model
     Claim(
-        "On a real model too, 16 of 32 candidates may be drawn: 16+16 ends with at most a twentieth more reverse KL than 28+4",
+        "On a real model too, 16 of 32 candidates may be drawn: "
+        "16+16 ends with at most a twentieth more reverse KL than 28+4",
         on_real_model("stratified 16+16", "stratified 28+4", margin=1 / 1.05),
     ),
     Claim(
-        "... and the top 16 are worth summing: 16+16 ends with the smaller reverse KL than 32 draws",
+        "... and the top 16 are worth summing: "
+        "16+16 ends with the smaller reverse KL than 32 draws",
         on_real_model("stratified 16+16", "32 draws"),
     ),
     Claim(
-        "On a real model sparse top-K ends with more reverse KL than stratified 16+16, with and without lag",
+        "On a real model sparse top-K ends with more reverse KL than stratified 16+16, "
+        "with and without lag",
         on_real_model("stratified 16+16", "sparse K=32"),
     ),
     Claim(
-        "On a real model forward KL ends with at most a tenth more reverse KL than stratified 16+16",
+        "On a real model forward KL ends with at most a tenth more reverse KL "
+        "than stratified 16+16",
         on_real_model("forward KL 32", "stratified 16+16", margin=1 / 1.1),
     ),
     Claim(
-        "On a real model the rollout's signal without the ratio ends with more reverse KL under lag, even with 32 draws",
+        "On a real model the rollout's signal without the ratio ends with more reverse KL "
+        "under lag, even with 32 draws",
         on_real_model("32 draws", "32 draws, rollout signal, no ratio", lags=(8,)),
     ),
 ]
@@ -472,7 +492,10 @@ def describe(c: Comparison, result: Result) -> str:
         unit = " points" if c.metric == "accuracy" else ""
         mean, low, high = (f"{100 * x:.1f}" if unit else f"{x:.2g}" for x in three)
     gap = f"{'+' if result.mean > 0 and not c.ratio else ''}{mean}{unit} [{low}, {high}]"
-    return f"{MARKS[result.answer]} {shared}: {a} {number(result.a)}, {b} {number(result.b)}; {gap}, {result.wins}/{result.seeds}"
+    return (
+        f"{MARKS[result.answer]} {shared}: {a} {number(result.a)}, {b} {number(result.b)}; "
+        f"{gap}, {result.wins}/{result.seeds}"
+    )
 
 
 def verdict(answers: list[str]) -> str:
@@ -496,7 +519,9 @@ def row(number: int, lines: dict[str, list[dict]]) -> str:
     claim = CLAIMS[number - 1]
     results = [compare(c, cells(c.study, lines[c.study], c.metric)) for c in claim.comparisons]
     measured = "<br>".join(describe(c, result) for c, result in zip(claim.comparisons, results))
-    return f"| {number} | {claim.text} | {measured} | {verdict([result.answer for result in results])} | `python -m experiments.claims --rerun {number}` |"
+    answer = verdict([result.answer for result in results])
+    command = f"`python -m experiments.claims --rerun {number}`"
+    return f"| {number} | {claim.text} | {measured} | {answer} | {command} |"
 
 
 def table(numbers: list[int], lines: dict[str, list[dict]]) -> str:

@@ -1,15 +1,20 @@
-"""Bias and variance of every reverse-KL estimator's gradient, at snapshots of a real run: `python -m experiments.estimators`.
+"""Bias and variance of every reverse-KL estimator's gradient, at snapshots of a real run:
+`python -m experiments.estimators`.
 
-    P  positions of one batch of stale rollouts     V  vocabulary     G  gradient with respect to the parameters
+    P  positions of one batch of stale rollouts
+    V  vocabulary
+    G  gradient with respect to the parameters
 
-At each snapshot the sampler is the student of `lag` updates ago. The target is the dense reverse-KL gradient on the same
-prefixes. The expectation over the candidates is exact: losses.py gives c = dL/ds for every id as the only draw, and
+At each snapshot the sampler is the student of `lag` updates ago. The target is the dense reverse-KL
+gradient on the same prefixes. The expectation over the candidates is exact: losses.py gives
+c = dL/ds for every id as the only draw, and
 
     E dL/dz = u - softmax(z) sum_y u_y,     u_y = b_y c_y  (plus c of the top-K stratum)
 
-is carried through the model once. The variance over the candidates is that of one draw, divided by their number; it comes
-from `--draws` random vectors through the model (`Spread`). The bias over all prefixes does not average out, its scatter over
-prefixes and the variance of the candidates do: for a batch of M positions the squared error is bias^2 + (scatter + variance) / M.
+is carried through the model once. The variance over the candidates is that of one draw, divided by
+their number; it comes from `--draws` random vectors through the model (`Spread`). The bias over all
+prefixes does not average out, its scatter over prefixes and the variance of the candidates do: for
+a batch of M positions the squared error is bias^2 + (scatter + variance) / M.
 """
 
 from __future__ import annotations
@@ -39,8 +44,14 @@ GROUPS = [range(first, first + 128) for first in (0, 128, 256, 384)]  # training
 BATCHES = (1_000, 10_000, 100_000, 1_000_000)  # tokens
 RESULTS = study.RESULTS / "estimators.csv"
 # What one draw does tells what N of them do, where they have no baseline in common.
-ESTIMATORS = [name for name, fields in LOSSES.items() if fields["loss"] in ("sparse_reverse_kl", "plain_sampled") or "signal" in fields
-              or fields["loss"] == "stratified_reverse_kl" and fields["num_samples"] < BASELINE_DRAWS.value]  # fmt: skip
+ESTIMATORS = [
+    name
+    for name, fields in LOSSES.items()
+    if fields["loss"] in ("sparse_reverse_kl", "plain_sampled")
+    or "signal" in fields
+    or fields["loss"] == "stratified_reverse_kl"
+    and fields["num_samples"] < BASELINE_DRAWS.value
+]
 KINDS = {"estimator": str, "seed": int, "update": int, "lag": int, "draws": int}
 COLUMNS = (
     "seed",
@@ -116,20 +127,24 @@ def through_softmax(u: Tensor, s: Tensor) -> Tensor:
 def expected_logit_gradient(
     config: Config, s: Tensor, t: Tensor, b: Tensor, m2_bound: float = float("inf")
 ) -> Tensor:
-    """Mean of the loss's logit gradient over the candidates that the sampler draws, exactly: log-probabilities [P,V] -> [P,V].
+    """Mean of the loss's logit gradient over the candidates that the sampler draws, exactly:
+    log-probabilities [P,V] -> [P,V].
 
-    Draws do not interact in any of these losses (M2PO: given its threshold), so N of them have the mean of one.
+    Draws do not interact in any of these losses (M2PO: given its threshold), so N of them have the
+    mean of one.
     """
     exact, c, density = derivatives(config, s, t, b, m2_bound)
     return through_softmax(exact + density * c, s)
 
 
 class Spread:
-    """Covariance of the logit gradient of one draw, as random vectors that have it and nothing heavy in their tails.
+    """Covariance of the logit gradient of one draw,
+    as random vectors that have it and nothing heavy in their tails.
 
-    One draw of y gives v_y = c_y (e_y - softmax) - mean. Its covariance sum_y density_y v_y v_y^T is dominated by rare y with a
-    large v_y. So y is drawn with a probability q_y in proportion to density_y |v_y|^2 instead, and sqrt(density_y / q_y) v_y,
-    which has one length for all y, gets a random sign: positions, whose signs are independent, then do not mix on average.
+    One draw of y gives v_y = c_y (e_y - softmax) - mean. Its covariance sum_y density_y v_y v_y^T
+    is dominated by rare y with a large v_y. So y is drawn with a probability q_y in proportion to
+    density_y |v_y|^2 instead, and sqrt(density_y / q_y) v_y, which has one length for all y, gets a
+    random sign: positions, whose signs are independent, then do not mix on average.
     """
 
     def __init__(self, s: Tensor, c: Tensor, density: Tensor):
@@ -162,10 +177,12 @@ def dense_logit_gradient(s: Tensor, t: Tensor) -> Tensor:
 
 
 class Snapshot:
-    """Student, teacher and an older sampler on one group of the sampler's rollouts; gradients through the student."""
+    """Student, teacher and an older sampler on one group of the sampler's rollouts;
+    gradients through the student."""
 
     def __init__(self, lagged: Lagged, sampler, weights: Tensor, prompts: range):
-        """`sampler`: a plain model whose flat parameters are `weights`. `prompts`: which training prompts."""
+        """`sampler`: a plain model whose flat parameters are `weights`.
+        `prompts`: which training prompts."""
         self.parameters, parts, size = lagged.learner.parameters, [], lagged.config.batch_size
         for first in prompts[::size]:
             rows = lagged.fresh_rows(
@@ -199,7 +216,8 @@ class Snapshot:
         return self.gradient(expected_logit_gradient(config, self.s, self.t, self.b, threshold))
 
     def variance(self, config: Config, draws: int, generator: torch.Generator) -> float:
-        """Sum over the parameters of the variance that one draw gives a position's gradient, mean over the positions."""
+        """Sum over the parameters of the variance that one draw gives a position's gradient,
+        mean over the positions."""
         _, c, density = derivatives(
             config, self.s, self.t, self.b, self.threshold(config, generator)
         )
@@ -212,14 +230,16 @@ class Snapshot:
 
 
 def of_different_groups(a: list[Tensor], b: list[Tensor]) -> float:
-    """Product of two mean vectors, each known from several groups of prefixes: the groups' own noise is not in it."""
+    """Product of two mean vectors, each known from several groups of prefixes:
+    the groups' own noise is not in it."""
     return statistics.mean(
         float(torch.dot(x, y)) for i, x in enumerate(a) for j, y in enumerate(b) if i != j
     )
 
 
 def variance_of_one_draw(groups: list[Snapshot], config: Config, draws: int, seed: int) -> float:
-    """Mean over the positions of all groups, from `draws` random vectors in all; 0 where nothing is drawn."""
+    """Mean over the positions of all groups, from `draws` random vectors in all;
+    0 where nothing is drawn."""
     if config.loss == "sparse_reverse_kl":
         return 0.0
     generator, each = torch.Generator().manual_seed(seed), -(-draws // len(groups))
@@ -229,10 +249,12 @@ def variance_of_one_draw(groups: list[Snapshot], config: Config, draws: int, see
 
 
 def measure(groups: list[Snapshot], config: Config, one_draw: float, seed: int) -> dict[str, float]:
-    """Relative to the norm of the exact gradient over all prefixes (variances: to its square): what one estimator does.
+    """Relative to the norm of the exact gradient over all prefixes (variances: to its square):
+    what one estimator does.
 
-    bias: of its mean over all prefixes, and the cosine of that mean with the exact gradient. scatter: variance of one position's
-    bias over prefixes. variance: of one position over its candidates, `one_draw` divided by their number.
+    bias: of its mean over all prefixes, and the cosine of that mean with the exact gradient.
+    scatter: variance of one position's bias over prefixes. variance: of one position over its
+    candidates, `one_draw` divided by their number.
     """
     generator = torch.Generator().manual_seed(seed)
     means, exact = (
@@ -244,15 +266,21 @@ def measure(groups: list[Snapshot], config: Config, one_draw: float, seed: int) 
         of_different_groups(vectors, vectors) for vectors in (exact, biases, means)
     )
     scatter = statistics.mean(float(vector.square().sum()) for vector in biases) - bias
+    cosine = float("nan")
+    if length > 0:
+        cosine = of_different_groups(means, exact) / (length * scale) ** 0.5
     return {
-        "norm": scale**0.5, "bias": (max(bias, 0.0) / scale) ** 0.5, "scatter": scatter * len(groups[0].s) / scale,
-        "cosine": of_different_groups(means, exact) / (length * scale) ** 0.5 if length > 0 else float("nan"),
+        "norm": scale**0.5,
+        "bias": (max(bias, 0.0) / scale) ** 0.5,
+        "scatter": scatter * len(groups[0].s) / scale,
+        "cosine": cosine,
         "variance": one_draw / config.num_samples / scale,
-    }  # fmt: skip
+    }
 
 
 def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
-    """Lines of the CSV for one (seed, updates, draws): a run, every estimator at every lag after those updates."""
+    """Lines of the CSV for one (seed, updates, draws):
+    a run, every estimator at every lag after those updates."""
     seed, updates, draws = job
     torch.set_num_threads(1)
     config = replace(BASE, seed=seed, lr=3e-4, steps=max(updates), **LOSSES[TRAINING])
@@ -266,7 +294,8 @@ def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
         groups = [Snapshot(lagged, sampler, weights, prompts) for prompts in GROUPS]
         if of_different_groups([g.exact for g in groups], [g.exact for g in groups]) <= 0:
             raise RuntimeError(
-                f"after {update} updates the exact gradient is lost in the noise of its prefixes: take earlier --updates"
+                f"after {update} updates the exact gradient is lost in the noise of its prefixes: "
+                "take earlier --updates"
             )
         where = {"seed": seed, "update": update, "lag": lag, "draws": draws}
         where["drift_kl"] = statistics.mean(
@@ -301,7 +330,8 @@ def candidates(config: Config) -> int:
 
 
 def read(path: Path) -> list[dict]:
-    """Lines of a CSV with numbers, `deviation` (standard, of a batch of 1,000 tokens) and `error_M` of a batch of M tokens."""
+    """Lines of a CSV with numbers, `deviation` (standard, of a batch of 1,000 tokens)
+    and `error_M` of a batch of M tokens."""
     lines = study.read(path, COLUMNS, KINDS)
     for line in lines:
         noise = max(line["scatter"], 0.0) + line["variance"]
@@ -319,7 +349,8 @@ def jobs_for(
 
 
 def make(path: Path, jobs: list[tuple], workers: int = 0) -> list[dict]:
-    """Append the lines of the seeds that the CSV does not hold; all its lines. `workers`: 0 is one per core."""
+    """Append the lines of the seeds that the CSV does not hold; all its lines.
+    `workers`: 0 is one per core."""
     _, updates, draws = jobs[0]
 
     def missing(lines: list[dict]) -> list[tuple]:
@@ -327,7 +358,8 @@ def make(path: Path, jobs: list[tuple], workers: int = 0) -> list[dict]:
             (update, draws) for update in updates
         }:
             sys.exit(
-                f"{path} holds (update, draws) {sorted(others)}, not {[(update, draws) for update in updates]}: give another --out"
+                f"{path} holds (update, draws) {sorted(others)}, "
+                f"not {[(update, draws) for update in updates]}: give another --out"
             )
         held = {
             tuple(line[key] for key in ("seed", "update", "lag", "estimator")) for line in lines
@@ -359,7 +391,8 @@ def summary(lines: list[dict], lag: int) -> str:
         }
         errors = "".join(f"{mean[f'error_{m}']:11.3f}" for m in BATCHES)
         rows.append(
-            f"{name:26s}  {mean['candidates']:10.0f}  {mean['bias']:5.3f}  {mean['cosine']:6.3f}  {mean['deviation']:15.3f}          {errors}"
+            f"{name:26s}  {mean['candidates']:10.0f}  {mean['bias']:5.3f}  {mean['cosine']:6.3f}  "
+            f"{mean['deviation']:15.3f}          {errors}"
         )
     return "\n".join(rows)
 

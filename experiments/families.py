@@ -117,9 +117,8 @@ def verdict(kind: str) -> tuple[str, str]:
         )
         return check(model, load_model(str(directory), torch.float32, CPU), config)
     except InputError as error:
-        return "refused", str(error).replace(str(directory), "").removeprefix(
-            " is not supported: "
-        ).lstrip(": ")
+        reason = str(error).replace(str(directory), "").removeprefix(" is not supported: ")
+        return "refused", reason.lstrip(": ")
     except Exception as error:
         return "crash", f"{type(error).__name__}: {error}"
     finally:

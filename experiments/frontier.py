@@ -1,8 +1,9 @@
-"""What staleness buys: the real pipeline at several --max-staleness: `python -m experiments.frontier`.
+"""What staleness buys: the real pipeline at several --max-staleness:
+`python -m experiments.frontier`.
 
-Whole runs of `train.py` on the built-in task, one after the other, one thread per role. A line of the CSV per run: tokens/s,
-measured lag, seconds and updates to 90 % accuracy, final accuracy. Evaluations, which stop the learner, are taken off the
-clock. A CSV that exists is continued.
+Whole runs of `train.py` on the built-in task, one after the other, one thread per role. A line of
+the CSV per run: tokens/s, measured lag, seconds and updates to 90 % accuracy, final accuracy.
+Evaluations, which stop the learner, are taken off the clock. A CSV that exists is continued.
 """
 
 from __future__ import annotations
@@ -27,14 +28,28 @@ STALENESS = (0, 1, 2, 4, 8)
 STEPS, EVERY, TARGET = 80, 5, 0.9  # updates of a run, between evaluations; accuracy
 BUSY = ("generator_busy", "teacher_busy", "learner_busy")
 KINDS = {"loss": str, "order": str, "max_staleness": int, "seed": int}
-COLUMNS = ("loss", "order", "max_staleness", "seed", "tokens_per_second", "lag_mean", "lag_max", "drift_kl", "seconds_to_90", "updates_to_90",
-           "accuracy", *BUSY)  # fmt: skip
+COLUMNS = (
+    "loss",
+    "order",
+    "max_staleness",
+    "seed",
+    "tokens_per_second",
+    "lag_mean",
+    "lag_max",
+    "drift_kl",
+    "seconds_to_90",
+    "updates_to_90",
+    "accuracy",
+    *BUSY,
+)
 
 
 def off_the_clock(events: list[dict]) -> list[float]:
-    """Seconds of each evaluation of a trace.json but the first (before the clock starts), less what the teacher scored meanwhile.
+    """Seconds of each evaluation of a trace.json but the first (before the clock starts),
+    less what the teacher scored meanwhile.
 
-    It may work off its queue while the others stand still. A synchronous run has no queue: the time must not be a present.
+    It may work off its queue while the others stand still.
+    A synchronous run has no queue: the time must not be a present.
     """
     teacher = next(
         event["tid"]
@@ -55,7 +70,8 @@ def off_the_clock(events: list[dict]) -> list[float]:
 
 
 def measure(records: list[dict], evaluations: list[float], every: int) -> dict[str, float | None]:
-    """Columns of the CSV from metrics.jsonl and the seconds that the evaluation after every `every` updates took."""
+    """Columns of the CSV from metrics.jsonl and the seconds that the evaluation
+    after every `every` updates took."""
 
     def seconds(step: int) -> float:
         return records[step - 1]["wall_seconds"] - sum(evaluations[: step // every])
@@ -63,11 +79,15 @@ def measure(records: list[dict], evaluations: list[float], every: int) -> dict[s
     reached = next(
         (record["step"] for record in records if record.get("eval_accuracy", 0) >= TARGET), None
     )
+    averaged = ("lag_mean", "drift_kl", *BUSY)
     return {
-        "tokens_per_second": sum(record["tokens"] for record in records) / seconds(len(records)), "accuracy": records[-1]["eval_accuracy"],
-        "seconds_to_90": reached and seconds(reached), "updates_to_90": reached, "lag_max": max(record["lag_max"] for record in records),
-        **{key: statistics.mean(record[key] for record in records) for key in ("lag_mean", "drift_kl", *BUSY)},
-    }  # fmt: skip
+        "tokens_per_second": sum(record["tokens"] for record in records) / seconds(len(records)),
+        "accuracy": records[-1]["eval_accuracy"],
+        "seconds_to_90": reached and seconds(reached),
+        "updates_to_90": reached,
+        "lag_max": max(record["lag_max"] for record in records),
+        **{key: statistics.mean(record[key] for record in records) for key in averaged},
+    }
 
 
 def run(job: tuple[str, str, int, int]) -> list[dict]:
@@ -75,8 +95,20 @@ def run(job: tuple[str, str, int, int]) -> list[dict]:
     loss, order, staleness, seed = job
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "run"
-        command = [sys.executable, str(study.ROOT / "train.py"), f"--output-dir={output}", f"--order={order}", f"--max-staleness={staleness}", f"--seed={seed}",
-                   f"--steps={STEPS}", f"--eval-every={EVERY}", "--eval-size=128", "--save-every=0", "--cpu-threads=1", *LOSSES[loss]]  # fmt: skip
+        command = [
+            sys.executable,
+            str(study.ROOT / "train.py"),
+            f"--output-dir={output}",
+            f"--order={order}",
+            f"--max-staleness={staleness}",
+            f"--seed={seed}",
+            f"--steps={STEPS}",
+            f"--eval-every={EVERY}",
+            "--eval-size=128",
+            "--save-every=0",
+            "--cpu-threads=1",
+            *LOSSES[loss],
+        ]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
@@ -91,7 +123,8 @@ def read(path: Path) -> list[dict]:
 
 
 def grid(losses, staleness, seeds: int) -> list[tuple[str, str, int, int]]:
-    """Jobs, seed by seed. Arrival order for the first loss alone, and not without staleness, where there is one batch to take rollouts from."""
+    """Jobs, seed by seed. Arrival order for the first loss alone, and not without staleness,
+    where there is one batch to take rollouts from."""
     arrival = [(loss, "arrival", s) for loss in losses[:1] for s in staleness if s]
     return jobs_for(
         [(loss, "batch", s) for loss in losses for s in staleness] + arrival, range(seeds)
@@ -99,7 +132,8 @@ def grid(losses, staleness, seeds: int) -> list[tuple[str, str, int, int]]:
 
 
 def make(path: Path, jobs: list[tuple[str, str, int, int]]) -> list[dict]:
-    """Append the lines of those `jobs` that the CSV does not hold, one run at a time; all its lines."""
+    """Append the lines of those `jobs` that the CSV does not hold,
+    one run at a time; all its lines."""
 
     def missing(lines: list[dict]) -> list[tuple]:
         held = {tuple(line[key] for key in KINDS) for line in lines}
@@ -115,9 +149,11 @@ def jobs_for(cells: list[tuple], seeds: range) -> list[tuple]:
 
 def summary(lines: list[dict]) -> str:
     """A line per loss, order and staleness: means over seeds."""
-    rows = [
-        "                           order    staleness  seeds  tokens/s  mean lag  seconds to 90 %  accuracy"
-    ]
+    head = (
+        "                           order    staleness  seeds  tokens/s  mean lag  "
+        "seconds to 90 %  accuracy"
+    )
+    rows = [head]
     for cell in dict.fromkeys(tuple(line[key] for key in COLUMNS[:3]) for line in lines):
         chosen = [line for line in lines if tuple(line[key] for key in COLUMNS[:3]) == cell]
         rate, lag, accuracy = (
@@ -131,7 +167,8 @@ def summary(lines: list[dict]) -> str:
             else "never"
         )
         rows.append(
-            f"{cell[0]:26s} {cell[1]:8s} {cell[2]:9d}  {len(chosen):5d}  {rate:8.0f}  {lag:8.2f}  {seconds:>15s}  {accuracy:8.1%}"
+            f"{cell[0]:26s} {cell[1]:8s} {cell[2]:9d}  {len(chosen):5d}  {rate:8.0f}  {lag:8.2f}  "
+            f"{seconds:>15s}  {accuracy:8.1%}"
         )
     return "\n".join(rows)
 

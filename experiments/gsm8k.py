@@ -1,7 +1,9 @@
-"""GSM8K as prompts for train.py: `python -m experiments.gsm8k --out runs/gsm8k` (needs `pip install datasets` and a network).
+"""GSM8K as prompts for train.py: `python -m experiments.gsm8k --out runs/gsm8k`
+(needs `pip install datasets` and a network).
 
-Writes prompts.jsonl (7,473 questions) and eval.jsonl (1,319), one JSON object a line: `messages`, and the number after "####" as
-`answer`. The instruction asks for the final number in \\boxed{}, which is what `data.is_correct` looks for.
+Writes prompts.jsonl (7,473 questions) and eval.jsonl (1,319), one JSON object a line: `messages`,
+and the number after "####" as `answer`. The instruction asks for the final number in \\boxed{},
+which is what `data.is_correct` looks for.
 """
 
 import argparse

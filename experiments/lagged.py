@@ -41,7 +41,8 @@ class Lagged(Serial):
         self.plain = replace(self.sampler.greedy, proposal=Proposal())
 
     def fresh_rows(self, weights: Tensor, prompts: list[Prompt], ticket: int = 0) -> list[int]:
-        """The first rows of the table with one rollout of `weights` for each prompt: tokens and lengths, nothing else."""
+        """The first rows of the table with one rollout of `weights` for each prompt:
+        tokens and lengths, nothing else."""
         self.sampler.weights.copy_(weights)
         rollouts = self.plain.generate(
             [Rollout(prompt.ids, ticket + row, row) for row, prompt in enumerate(prompts)]
@@ -62,7 +63,8 @@ class Lagged(Serial):
 
     @torch.no_grad()
     def divergence(self) -> Divergence:
-        """Exact KLs between the newest student and the teacher on one fresh rollout of each held-out prompt."""
+        """Exact KLs between the newest student and the teacher on one fresh rollout of each
+        held-out prompt."""
         sums, positions, size = torch.zeros(2, dtype=torch.float64), 0, self.config.batch_size
         for first in range(0, len(self.sampler.held_out), size):
             rows = self.fresh_rows(

@@ -29,7 +29,8 @@ STRIDE = 256  # decode steps in one event
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained on one node's GPUs. By default the paper's setting, its mean assumed."""
+    """What is to be trained on one node's GPUs.
+    By default the paper's setting, its mean assumed."""
 
     student: str = "1.7B"
     teacher: str = "30B-A3B"
@@ -294,8 +295,9 @@ PAIRS = [
     for student, teacher in (("0.6B", "8B"), ("1.7B", "8B"), ("1.7B", "30B-A3B"), ("8B", "32B"))
     for lengths in ("1024,2048", "8192,16384")
 ]
-HEAD = """| student, teacher | response tokens: mean, longest | learner ranks, generators, teachers \
-| `--slots`, `--micro-batch-tokens` | GiB: learner, generator, teacher | seconds an update | tokens/s \
+HEAD = """| student, teacher | response tokens: mean, longest \
+| learner ranks, generators, teachers | `--slots`, `--micro-batch-tokens` \
+| GiB: learner, generator, teacher | seconds an update | tokens/s \
 | busy: learner, generators, teachers |
 |---|---|---|---|---|---|---|---|"""
 

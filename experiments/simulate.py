@@ -1,10 +1,11 @@
 """A simulation of the pipeline: throughput, lag and busy fractions of runs that nobody made.
 
-    python -m experiments.simulate --validate    predict twelve runs on this machine, make them, compare
-    python -m experiments.simulate --paper       the paper's setting on 8 GPUs
-    python -m experiments.simulate --scale       1 to 64 nodes, and what would help there
-    python -m experiments.simulate --plan        the best split of 8 GPUs, for several pairs of models
-    python -m experiments.simulate --calibrate runs/x -- --max-staleness 4    like runs/x, other flags
+    python -m experiments.simulate --validate  predict twelve runs here, make them, compare
+    python -m experiments.simulate --paper     the paper's setting on 8 GPUs
+    python -m experiments.simulate --scale     1 to 64 nodes, and what would help there
+    python -m experiments.simulate --plan      the best split of 8 GPUs, for several pairs of models
+    python -m experiments.simulate --calibrate runs/x -- --max-staleness 4
+                                               like runs/x, other flags
 
 Time goes from event to event. Nothing is computed but times. The rules are the project's own:
 `Tickets` and `may_start` say which rollout may start, `take_rows` and `Generator.room` when slots
@@ -114,7 +115,8 @@ class Cores(Machine):
     """
 
     def __init__(self, count: int, beside: float = 0.0, shared: float = 0.0):
-        """A core is slower by `beside` while others are busy, by `shared` with several processes."""
+        """A core is slower by `beside` while others are busy,
+        by `shared` with several processes."""
         super().__init__()
         self.beside = beside
         self.shared = shared

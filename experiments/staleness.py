@@ -1,8 +1,10 @@
-"""How stale can on-policy distillation be? Accuracy and divergence against exact lag: `python -m experiments.staleness`.
+"""How stale can on-policy distillation be? Accuracy and divergence against exact lag:
+`python -m experiments.staleness`.
 
-Every run is a `Lagged` run on the built-in task: rollouts come from the weights exactly `lag` updates ago. The grid is
-starts x losses x lags x seeds; one line of the CSV per evaluation. Runs are independent, one process each, one thread
-each; a CSV that exists is continued. --quick is one start, four losses, two lags, one seed, in a CSV of its own.
+Every run is a `Lagged` run on the built-in task: rollouts come from the weights exactly `lag`
+updates ago. The grid is starts x losses x lags x seeds; one line of the CSV per evaluation. Runs
+are independent, one process each, one thread each; a CSV that exists is continued. --quick is one
+start, four losses, two lags, one seed, in a CSV of its own.
 """
 
 from __future__ import annotations
@@ -24,11 +26,8 @@ from experiments import study
 from experiments.lagged import Lagged
 
 VOCAB = 173
-ADDENDS = (
-    4,
-    5,
-    6,
-)  # of the built-in prompts: the initial student gets about a third of these right
+# Of the built-in prompts: the initial student gets about a third of these right.
+ADDENDS = (4, 5, 6)
 BASE = Config(batch_size=32, warmup_steps=10, max_prompt_tokens=24, max_new_tokens=25, slots=32)
 LAGS = (0, 2, 8, 32)
 RESULTS = study.RESULTS / "staleness.csv"
@@ -36,7 +35,8 @@ RESULTS = study.RESULTS / "staleness.csv"
 
 @functools.cache
 def task() -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, 128 evaluation prompts): the part of the built-in task with ADDENDS addends, the same for every seed."""
+    """(training prompts, 128 evaluation prompts):
+    the part of the built-in task with ADDENDS addends, the same for every seed."""
     tokenizer = load_tokenizer("--student", BASE.student_path)
     pairs = running_sums(8000, 0, heldout=False), running_sums(1000, 12345, heldout=True)
     train, held = (
@@ -67,10 +67,8 @@ def stratified(top_k: int, samples: int, loss: str = "stratified_reverse_kl") ->
 
 LOSSES = {
     "forward KL 16": {"loss": "forward_kl", "top_k": 16},
-    "dense reverse KL": {
-        "loss": "sparse_reverse_kl",
-        "top_k": VOCAB,
-    },  # every id: exact, only the prefixes are stale
+    # Every id: exact, only the prefixes are stale.
+    "dense reverse KL": {"loss": "sparse_reverse_kl", "top_k": VOCAB},
     "rollout signal": sampled("rollout", "none", 1),
     "rollout signal + IS": sampled("rollout", "is", 1),
     "rollout signal + IS, N=16": sampled("rollout", "is", 16),
@@ -102,13 +100,22 @@ LOSSES = {
     "top 31 + emitted (EMA-PG)": {"loss": "top_k_and_emitted", "top_k": 31},
     "4 draws, top-28 baseline (vOPD)": {"loss": "top_k_baseline", "top_k": 28, "num_samples": 4},
 }
-STRONG = ("forward KL 16", "dense reverse KL", "rollout signal", "rollout signal + PPO clip", "current signal", "current signal + IS",
-          "current signal + IS, N=16", "stratified 12+4")  # fmt: skip
+STRONG = (
+    "forward KL 16",
+    "dense reverse KL",
+    "rollout signal",
+    "rollout signal + PPO clip",
+    "current signal",
+    "current signal + IS",
+    "current signal + IS, N=16",
+    "stratified 12+4",
+)
 QUICK = ("forward KL 16", "rollout signal", "current signal + IS, N=16", "stratified 28+4")
 
 
 def canonical(loss: str, lag: int) -> str:
-    """The loss whose run stands for this one: without lag b = s up to rounding, so signal and correction make no difference."""
+    """The loss whose run stands for this one:
+    without lag b = s up to rounding, so signal and correction make no difference."""
     if (
         lag
         or loss not in LOSSES
@@ -160,7 +167,8 @@ KINDS = {"start": str, "loss": str, "lag": int, "seed": int, "update": int}
 
 
 def run(arguments: tuple[Job, int, int, float]) -> list[dict]:
-    """Lines of the CSV for (job, steps, every, max_grad_norm): one per evaluation, metrics as means since the last."""
+    """Lines of the CSV for (job, steps, every, max_grad_norm):
+    one per evaluation, metrics as means since the last."""
     job, steps, every, max_grad_norm = arguments
     torch.set_num_threads(1)
     student, lr = ("builtin", 3e-4) if job.start == "weak" else (strong_student(), 1e-4)
@@ -197,7 +205,8 @@ def run(arguments: tuple[Job, int, int, float]) -> list[dict]:
 
 
 def strong_student(target: float = 0.9) -> str:
-    """The built-in student after synchronous forward KL up to `target` accuracy; made once, by the first process that needs it, deterministic."""
+    """The built-in student after synchronous forward KL up to `target` accuracy;
+    made once, by the first process that needs it, deterministic."""
     directory = study.RUNS / "strong_student"
     directory.parent.mkdir(exist_ok=True)
     with open(directory.with_suffix(".lock"), "w") as lock:
@@ -249,9 +258,8 @@ def summary(lines: list[dict]) -> str:
     last, groups = max(line["update"] for line in lines), {}
     for line in sorted(lines, key=lambda line: line["lag"]):
         if line["update"] == last:
-            groups.setdefault((line["start"], line["loss"]), {}).setdefault(line["lag"], []).append(
-                line["accuracy"]
-            )
+            lags = groups.setdefault((line["start"], line["loss"]), {})
+            lags.setdefault(line["lag"], []).append(line["accuracy"])
     return "\n".join(
         f"{start:6s} {loss:26s} "
         + "  ".join(f"lag {lag}: {sum(values) / len(values):5.1%}" for lag, values in lags.items())
@@ -273,17 +281,18 @@ def make(
     def missing(lines: list[dict]) -> list[tuple]:
         held: dict[Job, list[int]] = {}
         for line in lines:
-            held.setdefault(Job(line["start"], line["loss"], line["lag"], line["seed"]), []).append(
-                line["update"]
-            )
+            job = Job(line["start"], line["loss"], line["lag"], line["seed"])
+            held.setdefault(job, []).append(line["update"])
         for others in held.values():
             if others != updates[: len(others)]:
                 sys.exit(
-                    f"{path} holds evaluations after {others} updates, these are {updates}: give another --out"
+                    f"{path} holds evaluations after {others} updates, these are {updates}: "
+                    "give another --out"
                 )
         if others := {line["max_grad_norm"] for line in lines} - {max_grad_norm}:
             sys.exit(
-                f"{path} holds runs with --max-grad-norm {max(others):g}, this is {max_grad_norm:g}: give another --out"
+                f"{path} holds runs with --max-grad-norm {max(others):g}, "
+                f"this is {max_grad_norm:g}: give another --out"
             )
         left = [
             job
@@ -302,7 +311,10 @@ def main():
     parser.add_argument(
         "--out",
         type=Path,
-        help="CSV, continued if it exists; default experiments/results/staleness.csv, with --quick runs/staleness_quick.csv",
+        help=(
+            "CSV, continued if it exists; default experiments/results/staleness.csv, "
+            "with --quick runs/staleness_quick.csv"
+        ),
     )
     parser.add_argument(
         "--quick", action="store_true", help="two minutes: the main effect, one seed"
@@ -336,7 +348,8 @@ def main():
         )
     if args.steps % args.every:
         parser.error(
-            f"--steps {args.steps} with --every {args.every}: --steps must be a multiple, for the last evaluation"
+            f"--steps {args.steps} with --every {args.every}: "
+            "--steps must be a multiple, for the last evaluation"
         )
     out = args.out or (study.RUNS / "staleness_quick.csv" if args.quick else RESULTS)
     lines = make(out, jobs, args.steps, args.every, args.max_grad_norm, args.workers)

@@ -1,4 +1,5 @@
-"""What the three studies share: a CSV that is continued run by run, and options that are checked."""
+"""What the three studies share: a CSV that is continued run by run,
+and options that are checked."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
 def read(
     path: Path, columns: tuple[str, ...], kinds: dict[str, type], optional: tuple[str, ...] = ()
 ) -> list[dict]:
-    """Lines of a CSV with numbers: floats but for `kinds`; None where an `optional` column is empty. A last line that was cut off is left out.
+    """Lines of a CSV with numbers: floats but for `kinds`;
+    None where an `optional` column is empty. A last line that was cut off is left out.
 
     Exits where the columns are others, or with the number of a line that does not have them.
     """
@@ -70,10 +72,12 @@ def complete(
     work: Callable,
     workers: int,
 ) -> list[dict]:
-    """All lines of a CSV, once it holds what is wanted: `missing(lines)` gives the jobs still to do, `work(job)` the lines of one.
+    """All lines of a CSV, once it holds what is wanted:
+    `missing(lines)` gives the jobs still to do, `work(job)` the lines of one.
 
-    Lines come in the order of the jobs, so that two studies give one CSV. `kinds` are the columns that tell a line from others: one
-    that is there is not written again, and nothing is removed but a last line that was cut off. `workers`: processes; 0 is one per core.
+    Lines come in the order of the jobs, so that two studies give one CSV. `kinds` are the columns
+    that tell a line from others: one that is there is not written again, and nothing is removed but
+    a last line that was cut off. `workers`: processes; 0 is one per core.
     """
     if missing(read(path) if path.exists() else []):
         try:
@@ -105,20 +109,20 @@ def complete(
                 sys.exit(f"\nstopped: {path} keeps its lines, the same command makes the rest")
             except BrokenProcessPool:
                 sys.exit(
-                    f"\na process died, of too little memory perhaps: {path} keeps its lines, the same command makes the rest, --workers 1 needs less"
+                    f"\na process died, of too little memory perhaps: {path} keeps its lines, "
+                    "the same command makes the rest, --workers 1 needs less"
                 )
     return read(path)
 
 
 def results(work: Callable, jobs: list, workers: int) -> Iterator[list[dict]]:
-    """`work(job)` in the order of the jobs, with a progress bar. Processes are new after 32 jobs each, since a Channel is never closed."""
+    """`work(job)` in the order of the jobs, with a progress bar.
+    Processes are new after 32 jobs each, since a Channel is never closed."""
     with tqdm(total=len(jobs), unit="run") as bar:
         for first in range(0, len(jobs), 32 * workers):
             some = jobs[first : first + 32 * workers]
-            ignore = (
-                signal.SIGINT,
-                signal.SIG_IGN,
-            )  # Ctrl-C reaches every process of the terminal; this one ends the others
+            # Ctrl-C reaches every process of the terminal; this one ends the others.
+            ignore = (signal.SIGINT, signal.SIG_IGN)
             pool = (
                 nullcontext()
                 if workers == 1

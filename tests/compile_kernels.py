@@ -1,6 +1,8 @@
-"""Compile every kernel ahead of time, no GPU needed; one line each: kernel, target, shape, registers, spilled bytes.
+"""Compile every kernel ahead of time, no GPU needed; one line each:
+kernel, target, shape, registers, spilled bytes.
 
-`python tests/compile_kernels.py`. Exits with 1 if anything spills. What it compiles is what `launch_shape` launches.
+`python tests/compile_kernels.py`. Exits with 1 if anything spills.
+What it compiles is what `launch_shape` launches.
 """
 
 import re
@@ -28,7 +30,8 @@ KERNELS = [
     (shared.loss_kernel, {"TERMS": terms})
     for terms in (forward_kl, sparse_reverse_kl, sampled_reverse_kl, shared.given)
 ]
-# A launch makes constants of integers that are 1: the first top column of a loss with one draw, one candidate in all.
+# A launch makes constants of integers that are 1:
+# the first top column of a loss with one draw, one candidate in all.
 SPECIAL = [
     (shared.loss_kernel, {"TERMS": sampled_reverse_kl} | ones)
     for ones in ({"first": 1}, {"C": 1}, {"C": 1, "first_draw": 1, "first": 1})
@@ -36,11 +39,12 @@ SPECIAL = [
 SPECIAL += [
     (shared.loss_kernel, {"TERMS": terms, "first": 1}) for terms in (forward_kl, sparse_reverse_kl)
 ] + [(shared.loss_kernel, {"TERMS": shared.given, "C": 1})]
+# Logits, gradient, V, C
 CASES = [
     ("*fp32", "*bf16", 151936, 64),
     ("*bf16", "*bf16", 151936, 256),
     ("*fp32", "*fp32", 151936, 256),
-]  # logits, gradient, V, C
+]
 CASES += [("*bf16", "*bf16", 173, 256), ("*fp32", "*bf16", 173, 1)]
 
 
@@ -62,9 +66,11 @@ def compile_kernel(
         if types[name].startswith("*") or name in ("V", "grad_stride") and vocab % 16 == 0
     ]
     source = ASTSource(
-        kernel, {name: types[name] for name in names}, {(names.index(name),): value for name, value in constants.items()},
+        kernel,
+        {name: types[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )  # fmt: skip
+    )
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -92,10 +98,8 @@ def main():
         (90, case) for case in CASES
     ]:
         for kernel, constants in KERNELS + SPECIAL * (candidates in (1, 64) and arch == 90):
-            ptx = compile_kernel(kernel, arch, logits, grad, vocab, candidates, constants).asm[
-                "ptx"
-            ]
-            registers, bytes_spilled = resources(ptx, arch)
+            compiled = compile_kernel(kernel, arch, logits, grad, vocab, candidates, constants)
+            registers, bytes_spilled = resources(compiled.asm["ptx"], arch)
             spilled += bytes_spilled
             print(
                 kernel.__name__,

@@ -1,4 +1,5 @@
-"""Tiny random models, a tiny rollout table in plain tensors, and the built-in tokenizer: no network, no GPU."""
+"""Tiny random models, a tiny rollout table in plain tensors, and the built-in tokenizer:
+no network, no GPU."""
 
 import os
 import sys
@@ -12,14 +13,18 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-if (
-    not torch.cuda.is_available()
-):  # read by Triton when a kernel is defined; no effect on the children's plain torch path
+# Read by Triton when a kernel is defined; no effect on the children's plain torch path.
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from transformers import (  # noqa: E402
-    Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM,
-)  # fmt: skip
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from assets.task import build_tokenizer  # noqa: E402
 from channel import STOP, write_rollout  # noqa: E402
@@ -35,13 +40,23 @@ FAMILIES = ("qwen3", "llama", "gemma3")
 
 
 def build_model(family: str, seed: int = 0, vocab: int = 173, hidden: int = 32, layers: int = 2):
-    """A random model of a few thousand parameters; gemma3 has a sliding window of 8 in every second layer."""
+    """A random model of a few thousand parameters;
+    gemma3 has a sliding window of 8 in every second layer."""
     torch.manual_seed(seed)
     common = dict(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     if family == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**common, tie_word_embeddings=True)).eval()
     if family == "llama":
@@ -59,7 +74,8 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, tokenizer):
-    """model_dir(family, seed, **sizes) -> directory of a saved tiny model with the built-in tokenizer."""
+    """model_dir(family, seed, **sizes) -> directory of a saved tiny model with the built-in
+    tokenizer."""
     made = {}
 
     def get(family="qwen3", seed=0, **sizes):
@@ -84,8 +100,16 @@ def load(path: str, attention: str | None = None, dtype: torch.dtype = torch.flo
 
 
 def new_generator(
-    model, stops=(1,), slots=4, max_prompt=20, max_new=24, vocab=None, proposal: Proposal | None = None, cls=Generator, **settings
-):  # fmt: skip
+    model,
+    stops=(1,),
+    slots=4,
+    max_prompt=20,
+    max_new=24,
+    vocab=None,
+    proposal: Proposal | None = None,
+    cls=Generator,
+    **settings,
+):
     """A generator that draws what the loss in `settings` wants, greedy if they name none."""
     config = Config(max_prompt_tokens=max_prompt, max_new_tokens=max_new, **settings)
     proposal = proposal or (make_loss(config) if "loss" in settings else Greedy())
@@ -96,7 +120,8 @@ def new_generator(
 
 
 def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
-    """The fields of a Channel that teacher and learner use, filled from finished channel.Rollout objects."""
+    """The fields of a Channel that teacher and learner use,
+    filled from finished channel.Rollout objects."""
     rows, total = len(rollouts), max_prompt + max_new
     table = SimpleNamespace(
         tokens=torch.zeros(rows, total, dtype=torch.int32),

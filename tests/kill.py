@@ -1,12 +1,15 @@
-"""End a run at a random moment, by killing one of its processes or by closing its terminal; nothing may be left.
+"""End a run at a random moment, by killing one of its processes or by closing its terminal;
+nothing may be left.
 
-`python tests/kill.py --trials 100` starts the built-in run under torchrun, with 1 or 2 ranks and 1 or 2 generators. It kills
-one process of the family, torchrun and the fork server included, 0.3 s after the start or later. The run must end within 20 s with
-an exit code other than 0, leave no process behind, and say who died (rank 0 does, or torchrun, if one of them is left to say so).
-Which process a seed hits, and when, depends on the speed of the machine. The resource tracker of Python is spared: nobody needs it.
+`python tests/kill.py --trials 100` starts the built-in run under torchrun, with 1 or 2 ranks and 1
+or 2 generators. It kills one process of the family, torchrun and the fork server included, 0.3 s
+after the start or later. The run must end within 20 s with an exit code other than 0, leave no
+process behind, and say who died (rank 0 does, or torchrun, if one of them is left to say so). Which
+process a seed hits, and when, depends on the speed of the machine. The resource tracker of Python
+is spared: nobody needs it.
 
-Of ten trials, one closes the terminal (SIGHUP to all): what was learned must be saved. One starts two runs in one directory at the
-same time: one must train to its end, the other must be refused.
+Of ten trials, one closes the terminal (SIGHUP to all): what was learned must be saved. One starts
+two runs in one directory at the same time: one must train to its end, the other must be refused.
 """
 
 import argparse
@@ -28,7 +31,8 @@ LIMIT = 20.0  # seconds until all is over
 
 
 def children(pid):
-    """{pid: command line} of all descendants of a process; the roles are children of the fork server."""
+    """{pid: command line} of all descendants of a process;
+    the roles are children of the fork server."""
     table = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -124,9 +128,10 @@ def trial(seed: int) -> str:
         time.sleep(0.02)
     living = torchrun | {pid: name for pid, name in children(process.pid).items() if alive(pid)}
     members |= living
+    # Nobody needs that one.
     victim = chance.choice(
         sorted(pid for pid, name in living.items() if "resource_tracker" not in name)
-    )  # nobody needs that one
+    )
     done = f"killed {victim} ({living[victim][-70:]})"
     if is_hangup:
         done = "closed the terminal"
@@ -150,9 +155,8 @@ def trial(seed: int) -> str:
         members |= children(process.pid)
         left = {pid: name for pid, name in members.items() if alive(pid)}
         time.sleep(0.1)
-    for number in (
-        (signal.SIGUSR1, signal.SIGKILL) if left else ()
-    ):  # the first prints where every thread is
+    # The first prints where every thread is.
+    for number in (signal.SIGUSR1, signal.SIGKILL) if left else ():
         for pid, name in left.items():
             if alive(pid) and ("train.py" in name or number == signal.SIGKILL):
                 os.kill(pid, number)
@@ -166,9 +170,8 @@ def trial(seed: int) -> str:
         and "train.py: error:" not in text
         and "exitcode" not in text
     ):
-        faults.append(
-            "nobody says who died"
-        )  # rank 0 names a role or a rank, torchrun names a rank
+        # Rank 0 names a role or a rank, torchrun names a rank.
+        faults.append("nobody says who died")
     if (
         is_hangup
         and re.search(r"^update +[1-9]", text, re.M)

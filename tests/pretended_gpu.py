@@ -1,12 +1,14 @@
-"""A GPU that is not there: tensors on the CPU that claim to be on `cuda:0`, so that the whole GPU path runs in a test.
+"""A GPU that is not there: tensors on the CPU that claim to be on `cuda:0`,
+so that the whole GPU path runs in a test.
 
     with pretended_gpu() as gpu:
-        ...                      # torch.device("cuda") works: factories, .to, autocast, CUDA graphs, Triton launches
-    gpu.waits                    # {"file.py:function what": count}: what made the host wait for the device
+        ...     # torch.device("cuda") works: factories, .to, autocast, CUDA graphs, Triton launches
+    gpu.waits   # {"file.py:function what": count}: what made the host wait for the device
 
-It refuses operators on tensors of both devices, products in float64, and whatever makes the host wait while a graph is captured.
-A capture executes nothing. A replay first overwrites all memory that captures allocated, so that a tensor made inside a capture
-and used after it is seen. Triton kernels run in the interpreter. Not covered: time, memory, races, streams, NCCL, cuBLAS's own
+It refuses operators on tensors of both devices, products in float64, and whatever makes the host
+wait while a graph is captured. A capture executes nothing. A replay first overwrites all memory
+that captures allocated, so that a tensor made inside a capture and used after it is seen. Triton
+kernels run in the interpreter. Not covered: time, memory, races, streams, NCCL, cuBLAS's own
 rounding; autocast has the CPU's list of operators.
 """
 
@@ -137,7 +139,8 @@ class Gpu:
 
 
 def run(func, args, kwargs):
-    """An operator on the host. Products with another output dtype exist on CUDA alone: summed in float32, rounded once."""
+    """An operator on the host. Products with another output dtype exist on CUDA alone:
+    summed in float32, rounded once."""
     if func is aten.mm.dtype:
         a, b, dtype = args
         assert a.dtype == b.dtype == torch.bfloat16 and dtype in (torch.bfloat16, torch.float32), (
@@ -171,10 +174,8 @@ class Graph:
     def record(self, func, args, kwargs):
         for place, storage in storages((args, kwargs)).items():
             if place not in self.made and place not in self.before:
-                self.before[place] = (
-                    storage,
-                    storage.clone(),
-                )  # whatever the operator writes is undone after the capture
+                # Whatever the operator writes is undone after the capture.
+                self.before[place] = storage, storage.clone()
         out = run(func, args, kwargs)
         self.made |= {
             place: storage

@@ -48,9 +48,8 @@ def test_every_field_has_its_own_whole_pages():
     ours = make()
     spans = []
     fields = {name: field for name, field in vars(Channel).items() if isinstance(field, Field)}
-    assert (
-        fields["weights"].dtype is None and ours.weights.dtype == torch.float32
-    )  # the caller's choice
+    # The caller's choice.
+    assert fields["weights"].dtype is None and ours.weights.dtype == torch.float32
     for name, field in fields.items():
         tensor = getattr(ours, name)
         assert (
@@ -79,7 +78,8 @@ def _publish(mailbox):
 
 
 def test_a_reader_never_sees_weights_of_two_versions_mixed():
-    """A writer process publishes as fast as it can; every pickup must be all of one version, and the named one."""
+    """A writer process publishes as fast as it can;
+    every pickup must be all of one version, and the named one."""
     ours = make()
     writer = mp.get_context("spawn").Process(target=_publish, args=(ours,))
     writer.start()
@@ -94,7 +94,8 @@ def test_a_reader_never_sees_weights_of_two_versions_mixed():
 
 
 def test_a_pickup_that_two_publishes_overtake_is_made_again():
-    """The writer comes back to the buffer that is being read: deterministic, by publishing from inside the copy."""
+    """The writer comes back to the buffer that is being read:
+    deterministic, by publishing from inside the copy."""
     ours = make(parameters=8)
     ours.publish([torch.full((8,), 1.0)], 1)
 
@@ -173,9 +174,8 @@ def test_batch_order_waits_for_its_tickets_and_arrival_order_takes_what_is_there
         assert (rows and [int(ours.ticket[row]) for row in rows]) == expected
         finish(ours, books, [2])
         finish(ours, books, [1, 0])
-        in_order = [
-            int(ours.ticket[row]) for row in books.batch(0)
-        ]  # of the first to finish, or of the lowest tickets
+        # Of the first to finish, or of the lowest tickets.
+        in_order = [int(ours.ticket[row]) for row in books.batch(0)]
         assert in_order == (expected or [0, 1, 2, 3])
 
 
@@ -206,9 +206,8 @@ def test_resume_issues_every_ticket_once_also_in_arrival_order():
 
 
 def test_resume_with_a_smaller_max_staleness_waits_for_free_rows():
-    strict = replace(
-        CONFIG, order="arrival", max_staleness=0
-    )  # 4 rows, and 7 tickets below 12 that were not trained
+    # 4 rows, and 7 tickets below 12 that were not trained.
+    strict = replace(CONFIG, order="arrival", max_staleness=0)
     ours, books = tickets(strict, version=2, trained_ahead=[13, 14, 15])
     issued = []
     for version in (2, 3, 4):
@@ -220,9 +219,8 @@ def test_resume_with_a_smaller_max_staleness_waits_for_free_rows():
 
 
 def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_path, monkeypatch):
-    clock = iter(
-        [1.0, 1.5, 1.5005, 1.9, 2.1, 2.2, 5.0, 6.0, 6.0, 6.5]
-    )  # begin and end of each span below
+    # Begin and end of each span below.
+    clock = iter([1.0, 1.5, 1.5005, 1.9, 2.1, 2.2, 5.0, 6.0, 6.0, 6.5])
     monkeypatch.setattr("log.time", SimpleNamespace(monotonic=lambda: next(clock)))
     ours, path, config = make(), tmp_path / "trace.json", Config(output_dir=str(tmp_path))
     start_output(config, None)
@@ -241,10 +239,8 @@ def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_p
     close_trace(path)
     events = json.loads(path.read_text())
     spans = [(e["tid"], e["name"], e["ts"] / 1e6, e["dur"] / 1e6) for e in events if e["ph"] == "X"]
-    merged, apart = (
-        (0, "decode", 1.0, pytest.approx(0.9)),
-        (0, "decode", 2.1, pytest.approx(0.1)),
-    )  # 0.5 ms between them, 100 ms
+    # 0.5 ms between them, 100 ms.
+    merged, apart = (0, "decode", 1.0, pytest.approx(0.9)), (0, "decode", 2.1, pytest.approx(0.1))
     assert sorted(spans, key=lambda span: span[2]) == [
         merged,
         apart,

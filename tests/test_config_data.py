@@ -1,4 +1,5 @@
-"""Claims about settings, prompts and the checks before anything starts: bad input names value, limit and fix."""
+"""Claims about settings, prompts and the checks before anything starts:
+bad input names value, limit and fix."""
 
 import itertools
 import json
@@ -103,9 +104,8 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     path.write_text(replace(config, resume=True).dump())
     assert parse(["--config", str(path)]) == config  # the settings of a resumed run start a new one
     path.write_text("stepz: 7\n")
-    assert f"--config {path}: stepz is no option with one value, see --help" in refused(
-        "--config", str(path)
-    )
+    message = f"--config {path}: stepz is no option with one value, see --help"
+    assert message in refused("--config", str(path))
     path.write_text("prompts:\n")
     assert parse(["--config", str(path)]).prompts == ""
     path.write_text("max-staleness: 3\nsteps: 8\n")
@@ -134,7 +134,7 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
         assert "--" + name.replace("_", "-") in text
 
 
-# ---- prompts ------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def test_running_sums_are_right_and_held_out_prompts_are_disjoint():
@@ -216,9 +216,8 @@ def test_a_prompt_file_that_cannot_be_read_is_refused(tmp_path, tokenizer):
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, tokenizer):
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n', encoding="utf-8-sig")
-    assert [prompt.text for prompt in read_jsonl(str(tmp_path / "p.jsonl"), tokenizer, 64)] == [
-        "1+1="
-    ]
+    prompts = read_jsonl(str(tmp_path / "p.jsonl"), tokenizer, 64)
+    assert [prompt.text for prompt in prompts] == ["1+1="]
 
 
 def test_a_prompt_above_the_limit_is_refused(tmp_path, tokenizer):
@@ -257,7 +256,8 @@ def test_messages_go_through_the_chat_template(tmp_path, tokenizer):
 
 
 def test_only_plain_prompts_get_the_tokenizers_own_special_tokens(tmp_path):
-    """The chat template has put its own in; adding a second beginning of sequence would be a prompt never trained on."""
+    """The chat template has put its own in;
+    adding a second beginning of sequence would be a prompt never trained on."""
     from tokenizers.processors import TemplateProcessing
 
     adds_bos = build_tokenizer()
@@ -272,9 +272,8 @@ def test_only_plain_prompts_get_the_tokenizers_own_special_tokens(tmp_path):
 
 
 def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
-    rows = [
-        {"prompt": f"{i % 60}+{i % 60}=", "answer": str(i)} for i in range(200)
-    ]  # prompts repeat
+    # Prompts repeat.
+    rows = [{"prompt": f"{i % 60}+{i % 60}=", "answer": str(i)} for i in range(200)]
     path = write_lines(tmp_path / "p.jsonl", *rows)
     train, held = load_prompts(Config(prompts=path, eval_size=10), tokenizer)
     assert len(held) == 10 and not {p.text for p in train} & {p.text for p in held}
@@ -306,21 +305,28 @@ def test_each_epoch_visits_every_prompt_samples_per_prompt_times_in_its_own_orde
 @pytest.mark.parametrize(
     "response, answer, correct",
     [
-        ("501,691", "501,691", True), (" 501,691\n", "501,691", True), ("501691", "501,691", True), ("total 1,000.", "1,000", True), ("501,692", "501,691", False),
-        ("so the answer is 42", "42", True), ("first 42, then 43", "42", False), (r"thus \boxed{1/2}", "1/2", True),
-        (r"\boxed{7} or 8", "8", False), ("it costs 1,234 dollars", "1234", True), ("none", "3", False), ("x", "y", False),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True), (r"\boxed{\frac{1}{2}}", "2", False), (r"\boxed{\sqrt{\frac{1}{2}}}", r"\sqrt{\frac{1}{2}}", True),
-        (r"\boxed{3}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}", True), (r"\boxed{3}, no, \boxed{\frac{1}{2}}", "3", False),
-        ("10-5", "5", True), ("10-5", "-5", False), ("x = -5", "-5", True), ("(-5)", "-5", True), ("5", "5.0", True), ("5.00", "5", True), ("5.01", "5", False),
-        ("1,2", "12", False), ("1,234,567.", "1234567", True), ("17179869184000000001", "17179869184000000002", False), ("nan", "7", False),
-        (".5", "5", False), (".5", "0.5", True), ("it is .5", "0.5", True), ("1e-5", "5", False), ("1e-5", "0.00001", True), (r"\boxed{NaN}", "NaN", True),
+        ("501,691", "501,691", True), (" 501,691\n", "501,691", True), ("501691", "501,691", True),
+        ("total 1,000.", "1,000", True), ("501,692", "501,691", False),
+        ("so the answer is 42", "42", True), ("first 42, then 43", "42", False),
+        (r"thus \boxed{1/2}", "1/2", True), (r"\boxed{7} or 8", "8", False),
+        ("it costs 1,234 dollars", "1234", True), ("none", "3", False), ("x", "y", False),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True), (r"\boxed{\frac{1}{2}}", "2", False),
+        (r"\boxed{\sqrt{\frac{1}{2}}}", r"\sqrt{\frac{1}{2}}", True),
+        (r"\boxed{3}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
+        (r"\boxed{3}, no, \boxed{\frac{1}{2}}", "3", False),
+        ("10-5", "5", True), ("10-5", "-5", False), ("x = -5", "-5", True), ("(-5)", "-5", True),
+        ("5", "5.0", True), ("5.00", "5", True), ("5.01", "5", False),
+        ("1,2", "12", False), ("1,234,567.", "1234567", True),
+        ("17179869184000000001", "17179869184000000002", False), ("nan", "7", False),
+        (".5", "5", False), (".5", "0.5", True), ("it is .5", "0.5", True),
+        ("1e-5", "5", False), ("1e-5", "0.00001", True), (r"\boxed{NaN}", "NaN", True),
     ],
 )  # fmt: skip
 def test_answers_are_matched_exactly_then_by_box_then_by_last_number(response, answer, correct):
     assert is_correct(response, answer) == correct
 
 
-# ---- models and output directory ----------------------------------------------------------------------
+# ---- models and output directory -----------------------------------------------------------------
 
 
 def test_a_missing_model_directory_is_refused_at_once():
@@ -329,9 +335,8 @@ def test_a_missing_model_directory_is_refused_at_once():
         match=r"--teacher /nowhere: no model there \(config.json is missing in /nowhere\)",
     ):
         check_models(Config(teacher="/nowhere"))
-    with pytest.raises(
-        InputError, match="--teacher tests/nowhere: no model there .*tests/nowhere"
-    ):  # not a hub id: tests is a directory here
+    # Not a hub id: tests is a directory here.
+    with pytest.raises(InputError, match="--teacher tests/nowhere: no model there .*tests/nowhere"):
         check_models(Config(teacher="tests/nowhere"))
 
 
@@ -348,13 +353,37 @@ def test_weights_that_are_missing_or_cut_short_are_refused_in_one_line(model_dir
         load(str(broken))
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"model_type": "nothing"}, "config.json cannot be used: .*nothing"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "its weights are quantised: such a model is not supported"),
-    ({"max_position_embeddings": 103}, "a sequence may have 104 tokens, the model takes 103: lower --max-prompt-tokens or --max-new-tokens"),
-    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 100, "short_factor": [1.0] * 4,
-                          "long_factor": [4.0] * 4}}, "a sequence may have 104 tokens, the model takes 100: lower"),
-])  # fmt: skip
+GPTQ = {"quant_method": "gptq", "bits": 4}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 100,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model_type": "nothing"}, "config.json cannot be used: .*nothing"),
+        (
+            {"quantization_config": GPTQ},
+            "its weights are quantised: such a model is not supported",
+        ),
+        (
+            {"max_position_embeddings": 103},
+            (
+                "a sequence may have 104 tokens, the model takes 103: "
+                "lower --max-prompt-tokens or --max-new-tokens"
+            ),
+        ),
+        (
+            {"rope_parameters": LONGROPE},
+            "a sequence may have 104 tokens, the model takes 100: lower",
+        ),
+    ],
+)
 def test_a_config_that_the_run_cannot_use_is_refused(settings, message, model_dir, tmp_path):
     other = shutil.copytree(model_dir(), tmp_path / "other")
     (other / "config.json").write_text(
@@ -400,9 +429,8 @@ def test_a_model_whose_early_tokens_change_with_the_length_is_refused_at_the_len
     ).save_pretrained(tmp_path)
     for kind in (torch.float32, torch.bfloat16):
         load_model(str(tmp_path), kind, torch.device("cpu"), "kv_slots", length=16)
-    load_model(
-        str(tmp_path), torch.bfloat16, torch.device("cpu"), "kv_slots", length=28
-    )  # cannot tell it from rounding
+    # Cannot tell it from rounding.
+    load_model(str(tmp_path), torch.bfloat16, torch.device("cpu"), "kv_slots", length=28)
     build_tokenizer().save_pretrained(tmp_path)
     sizes = {"student": str(tmp_path), "max_prompt_tokens": 12}
     Sampler(Config(**sizes, max_new_tokens=4), torch.device("cpu"), 1, [])
@@ -468,9 +496,8 @@ def test_heads_padded_to_different_sizes_are_cut_to_the_smaller(model_dir):
     for sizes in ((190, 180), (180, 190)):
         config = Config(student=model_dir(vocab=sizes[0]), teacher=model_dir(vocab=sizes[1]))
         assert check_models(config) == [] and shared_vocabulary(config) == 180
-        assert stop_ids(config.student_path, load_tokenizer("--student", config.student_path)) == {
-            1
-        }
+        tokenizer = load_tokenizer("--student", config.student_path)
+        assert stop_ids(config.student_path, tokenizer) == {1}
 
 
 @pytest.mark.parametrize("loss, limit", [("forward_kl", 173), ("stratified_reverse_kl", 172)])
@@ -522,9 +549,16 @@ def test_a_head_that_is_more_than_a_product_is_refused(tmp_path):
 
     torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, final_logit_softcapping=1.0, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=1.0,
+        initializer_range=0.5,
+    )
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="a bias, scale or soft-cap follows the head"):
         load(str(tmp_path))
@@ -534,10 +568,8 @@ def test_an_output_directory_that_holds_another_run_is_left_alone(tmp_path):
     config = Config(output_dir=str(tmp_path))
     assert check_output(config, "hash") == (None, [])
     start_output(config, None)
-    assert check_output(config, "hash") == (
-        None,
-        [],
-    )  # died before its first update: nothing to lose
+    # Died before its first update: nothing to lose.
+    assert check_output(config, "hash") == (None, [])
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(
         InputError,
@@ -567,20 +599,17 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
     assert notes == [f"resuming from {checkpoint}"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     start_output(config, tmp_path / "step_4")
-    assert (
-        len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
-    )  # updates 5 and 6 are made again
+    # Updates 5 and 6 are made again.
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     start_output(config, checkpoint)
-    assert (
-        len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
-    )  # and so is what the machine did not finish writing
+    # And so is what the machine did not finish writing.
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     start_output(replace(config, lr=0.5), checkpoint)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 0.5
-    assert (
-        read_progress(checkpoint)["settings"]["lr"] == 1e-3
-    )  # a checkpoint keeps the settings that made it
+    # A checkpoint keeps the settings that made it.
+    assert read_progress(checkpoint)["settings"]["lr"] == 1e-3
     with pytest.raises(
         InputError, match="--resume: the prompts are not what they were: give the same files"
     ):
@@ -609,23 +638,9 @@ def write_checkpoint(directory, config):
 def test_a_fingerprint_is_of_texts_and_answers_in_order():
     one, other = Prompt("a", [1], "2"), Prompt("a", [1], "3")
     assert fingerprint([one, other]) == fingerprint([Prompt("a", [7], "2"), other])
-    assert (
-        len(
-            {
-                fingerprint(prompts)
-                for prompts in (
-                    [one],
-                    [other],
-                    [one, one],
-                    [other, one],
-                    [one, other],
-                    [Prompt("a2", [1], None)],
-                    [],
-                )
-            }
-        )
-        == 7
-    )
+    different = Prompt("a2", [1], None)
+    lists = ([one], [other], [one, one], [other, one], [one, other], [different], [])
+    assert len({fingerprint(prompts) for prompts in lists}) == 7
 
 
 def test_a_run_is_resumed_from_the_newest_checkpoint_that_is_whole(tmp_path):

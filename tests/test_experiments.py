@@ -1,4 +1,5 @@
-"""Claims about the staleness study: its expectations are exact, its lags are exact, one seed gives one result."""
+"""Claims about the staleness study: its expectations are exact, its lags are exact,
+one seed gives one result."""
 
 import fcntl
 import json
@@ -119,10 +120,8 @@ def test_the_expectation_is_the_mean_of_what_the_generator_draws_and_the_learner
     ids, logp = loss.propose(b.clone(), uniforms)
     _, _, g = unfused_loss(loss, s.clone(), ids, t.gather(1, ids), logp, torch.float32)
     g = g.view(3, draws, -1).double()
-    error = (g.mean(1) - exact).norm() / (g.var(1).sum() / draws).sqrt().clamp(
-        min=1e-6 * exact.norm()
-    )
-    assert error < 2  # standard errors of the whole vector
+    standard_error = (g.var(1).sum() / draws).sqrt().clamp(min=1e-6 * exact.norm())
+    assert (g.mean(1) - exact).norm() / standard_error < 2  # of the whole vector
     squares = (g - exact.double()[:, None]).square().sum(-1)
     _, c, density = derivatives(config, *(x[::draws] for x in (s, t, b)), m2_bound=0.2)
     claimed = Spread(s[::draws], c, density).total / config.num_samples
@@ -170,9 +169,8 @@ def test_the_variance_is_that_of_one_draw_at_one_position(name):
     v = c[..., None] * (torch.eye(s.shape[1]) - s.exp()[:, None])
     v = v - (density[..., None] * v).sum(1, keepdim=True)
     exact = (density[None] * torch.einsum("dpv,pyv->dpy", map_, v).square()).sum() / len(s)
-    assert snapshot.variance(config, 3000, torch.Generator().manual_seed(0)) == pytest.approx(
-        float(exact), rel=0.05
-    )
+    variance = snapshot.variance(config, 3000, torch.Generator().manual_seed(0))
+    assert variance == pytest.approx(float(exact), rel=0.05)
 
 
 def test_bias_scatter_and_variance_are_in_units_of_the_exact_gradient_and_of_one_position():
@@ -222,9 +220,8 @@ def test_without_lag_signal_and_correction_make_no_difference(name):
         return flat(lagged.learner.model) - start
 
     path, stand_in = moved(name), moved(canonical(name, 0))
-    assert (
-        (path - stand_in).norm() < 1e-3 * stand_in.norm()
-    )  # Adam makes much of rounding where the gradient is nearly zero
+    # Adam makes much of rounding where the gradient is nearly zero.
+    assert (path - stand_in).norm() < 1e-3 * stand_in.norm()
 
 
 def test_a_run_without_lag_gives_the_lines_of_all_that_it_stands_for():
@@ -282,14 +279,12 @@ def compared(a, b, **more):
 
 def test_a_comparison_is_answered_by_four_of_five_seeds_or_by_the_interval():
     noisy = [0.5, 0.5, 0.5, 0.5, 0.5]
-    assert (
-        compared([0.6, 0.6, 0.6, 0.6, 0.1], noisy).answer == "yes"
-    )  # 4 of 5, though the interval holds 0
+    # 4 of 5, though the interval holds 0.
+    assert compared([0.6, 0.6, 0.6, 0.6, 0.1], noisy).answer == "yes"
     assert compared([0.6, 0.6, 0.6, 0.1, 0.1], noisy).answer == "open"
     assert compared([0.4, 0.4, 0.4, 0.4, 0.9], noisy).answer == "no"
-    three = compared(
-        [0.6, 0.61, 0.62], [0.5] * 3
-    )  # too few seeds to count, an interval that is clear
+    # Too few seeds to count, an interval that is clear.
+    three = compared([0.6, 0.61, 0.62], [0.5] * 3)
     assert three.answer == "yes" and three.wins == three.seeds == 3
     assert (
         compared([0.6, 0.61, 0.9], [0.5] * 3).answer == "open"
@@ -393,9 +388,8 @@ def test_the_teacher_gets_no_time_off_the_clock():
         {"ph": "X", "tid": tid, "name": name, "ts": begin * 1e6, "dur": (end - begin) * 1e6}
         for tid, name, begin, end in spans
     ]
-    assert frontier.off_the_clock(events) == [
-        pytest.approx(2.0)
-    ]  # of 4 seconds the teacher worked 1 + 1
+    # Of 4 seconds the teacher worked 1 + 1.
+    assert frontier.off_the_clock(events) == [pytest.approx(2.0)]
 
 
 @pytest.fixture
@@ -445,9 +439,8 @@ def test_a_study_is_continued_not_repeated_and_not_mixed(tmp_path, without_train
     path.write_bytes(text.splitlines()[0])  # stopped within the first line
     assert make(path, jobs, steps=2, every=1, workers=1) == both and path.read_bytes() == text
     header, line = text.splitlines(keepends=True)[:2]
-    path.write_bytes(
-        header + b",".join(line.split(b",")[:6] + [b""] + line.split(b",")[7:])
-    )  # no accuracy
+    # No accuracy.
+    path.write_bytes(header + b",".join(line.split(b",")[:6] + [b""] + line.split(b",")[7:]))
     with pytest.raises(SystemExit, match="line 2 is damaged"):
         make(path, jobs, steps=2, every=1)
     path.write_bytes(text.replace(b"KL 16,8", b"KL 16,eight", 1))
@@ -517,7 +510,8 @@ def test_the_readmes_table_of_splits_is_what_the_command_prints(capsys, monkeypa
 
 
 def responses(count=6):
-    """Responses of different lengths from random policies, as experiments/real_model.py finds them."""
+    """Responses of different lengths from random policies,
+    as experiments/real_model.py finds them."""
     tables = policies(0.5, positions=5 * count)
     s, t, b = ([x[5 * i : 5 * i + 3 + i % 3] for i in range(count)] for x in tables)
     return [real_model.Response(None, *parts) for parts in zip(s, s, t, b)]

@@ -1,4 +1,5 @@
-"""Claims about the model families: what is accepted is exact, what is refused is refused by a sentence."""
+"""Claims about the model families: what is accepted is exact,
+what is refused is refused by a sentence."""
 
 import pytest
 from conftest import ROOT

@@ -1,4 +1,5 @@
-"""Claims about generation: the cache is exact, sampling is exact, slots do not disturb each other."""
+"""Claims about generation: the cache is exact, sampling is exact,
+slots do not disturb each other."""
 
 import json
 import math
@@ -125,9 +126,8 @@ def test_column_0_is_the_emitted_token_and_columns_are_as_declared(loss, model_d
     model = load(model_dir(), "kv_slots")
     generator = new_generator(model, loss=loss, top_k=6, num_samples=3)
     columns = make_loss(Config(loss=loss, top_k=6, num_samples=3))
-    written = (
-        1 if loss == "forward_kl" else columns.num_columns
-    )  # the teacher fills in its own top-K
+    # The teacher fills in its own top-K.
+    written = 1 if loss == "forward_kl" else columns.num_columns
     assert columns.num_proposed == written
     for rollout in generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(3))]):
         assert (
@@ -174,9 +174,8 @@ def test_draws_follow_the_full_softmax_tail_included(vocab):
     )[0]
     counts = torch.bincount(ids, minlength=vocab)
     assert chi_square_p(counts, probs) > 1e-3
-    biased = probs.float().cumsum(
-        0
-    )  # the same test turns down a sampler that is one id off in the tail
+    # The same test turns down a sampler that is one id off in the tail.
+    biased = probs.float().cumsum(0)
     wrong = (
         torch.searchsorted(biased, torch.rand(draws, generator=generator), right=True)
         .add_(1)
@@ -205,9 +204,8 @@ def test_stratified_candidates_follow_the_sampler_and_the_restricted_sampler(voc
     logits = (torch.randn(1, vocab, generator=generator) * 1.5).repeat(rows, 1)
     probs = logits[0].double().softmax(-1)
     uniforms = torch.rand(rows, 1 + n, dtype=torch.float64, generator=generator)
-    ids, logp = make_loss(Config(loss="stratified_reverse_kl", top_k=k, num_samples=n)).propose(
-        logits, uniforms
-    )
+    loss = make_loss(Config(loss="stratified_reverse_kl", top_k=k, num_samples=n))
+    ids, logp = loss.propose(logits, uniforms)
     top = probs.topk(k).indices
     tail = probs.scatter(0, top, 0.0)
     assert set(ids[0, 1 : 1 + k].tolist()) == set(top.tolist())
@@ -249,13 +247,13 @@ def test_no_entry_of_width_0_is_found_whatever_rounding_does_to_the_target():
     weights = torch.tensor([[0.0, 0.0, 1.0, 0.0, 2.0, 0.0]])
     target = torch.tensor([[-1e-17, 0.0, 1.0, 3.0, 3.0 + 1e-15]], dtype=torch.float64)
     assert find(weights, target).tolist() == [[2, 2, 4, 4, 4]]
-    assert (
-        0 <= int(find(torch.full((1, 4), float("nan")), target).max()) < 4
-    )  # the learner says what is wrong
+    # The learner says what is wrong.
+    assert 0 <= int(find(torch.full((1, 4), float("nan")), target).max()) < 4
 
 
 def test_blocks_are_summed_in_float64():
-    """Ids of 1e-9 between two heavy blocks, below float32's resolution of their sums, are drawn as often as they should be."""
+    """Ids of 1e-9 between two heavy blocks, below float32's resolution of their sums,
+    are drawn as often as they should be."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         probs = torch.cat(
@@ -343,8 +341,18 @@ def test_models_whose_memory_the_slots_do_not_hold_are_refused(tmp_path):
     from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(0)
-    common = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=8, eos_token_id=1, pad_token_id=0, bos_token_id=None)  # fmt: skip
+    common = dict(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     soft_capped = Gemma2ForCausalLM(
         Gemma2Config(**common, final_logit_softcapping=None, attn_logit_softcapping=50.0)
     )
@@ -376,7 +384,8 @@ def test_models_whose_memory_the_slots_do_not_hold_are_refused(tmp_path):
 def test_decoding_does_not_rely_on_the_memory_layout_of_the_attention_kernel(
     model_dir, monkeypatch
 ):
-    """On a GPU the memory-efficient kernel returns [n, q, H, D] transposed; the CPU's returns it contiguous."""
+    """On a GPU the memory-efficient kernel returns [n, q, H, D] transposed;
+    the CPU's returns it contiguous."""
     import attention
 
     path = model_dir()
@@ -579,7 +588,8 @@ def test_the_command_line_names_the_least_temperature(monkeypatch, capsys):
 
 
 def test_flat_parameters_keep_the_dtype_of_the_head_and_every_value():
-    """Also where one parameter has another dtype, as in some mixtures of experts, or is not contiguous."""
+    """Also where one parameter has another dtype, as in some mixtures of experts,
+    or is not contiguous."""
     model = build_model("llama").bfloat16()
     model.model.norm.weight.data = model.model.norm.weight.data.float()
     weight = model.lm_head.weight

@@ -1,4 +1,5 @@
-"""Claims that only a GPU can test: `python -m pytest -m gpu`. On a GPU tests/test_kernels.py runs compiled kernels too."""
+"""Claims that only a GPU can test: `python -m pytest -m gpu`.
+On a GPU tests/test_kernels.py runs compiled kernels too."""
 
 import json
 import subprocess
@@ -55,7 +56,8 @@ CONFIGS = [*LOSS_CONFIGS[:3], Config(loss="sampled_reverse_kl", num_samples=256)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
 def test_gradients_at_a_real_vocabulary_equal_float64_ones(config, dtype):
-    """The products' rounding is all that differs: float32 log-probabilities in both, bfloat16 gradients in one."""
+    """The products' rounding is all that differs:
+    float32 log-probabilities in both, bfloat16 gradients in one."""
     hidden, weight, ids, t, b = problem(config, dtype)
     loss, *exact = run(
         config, hidden.double(), weight.to(dtype).double(), ids, t.double(), b.double()
@@ -173,7 +175,6 @@ def test_a_whole_run_on_one_gpu(flags, tmp_path):
     records = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert (
-        len(records) == 20 and abs(records[0]["drift_kl"]) < 0.01
-    )  # no lag yet: bfloat16 in two programs is all that differs
+    # No lag yet: bfloat16 in two programs is all that differs.
+    assert len(records) == 20 and abs(records[0]["drift_kl"]) < 0.01
     assert records[0]["reverse_kl"] > records[-1]["reverse_kl"] > 0

@@ -15,9 +15,8 @@ def problem(config, dtype, rows=N, seed=0):
     columns = make_loss(config).num_columns
     hidden = torch.randn(rows, D, dtype=dtype, generator=generator)
     weight = torch.randn(V, D, dtype=dtype, generator=generator) * 0.5
-    ids = torch.randint(
-        0, 9, (rows, columns), generator=generator
-    )  # few ids: they repeat within a row
+    # Few ids: they repeat within a row.
+    ids = torch.randint(0, 9, (rows, columns), generator=generator)
     t = torch.randn(rows, columns, dtype=dtype, generator=generator) - 3
     b = (hidden @ weight.t()).log_softmax(-1).gather(1, ids) + 0.2 * torch.randn(
         rows, columns, dtype=dtype, generator=generator

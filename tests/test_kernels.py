@@ -1,4 +1,5 @@
-"""Claims about the Triton kernels, in Triton's interpreter on the CPU, or on the GPU where there is one."""
+"""Claims about the Triton kernels, in Triton's interpreter on the CPU,
+or on the GPU where there is one."""
 
 import os
 import subprocess
@@ -43,9 +44,9 @@ def round_like_hardware(monkeypatch):
     def convert(data, source, target, mode):
         if source == tl.float32 and target == tl.bfloat16:
             bits = data.view(numpy.uint32)
-            data = (bits + numpy.uint32(0x7FFF) + ((bits >> 16) & numpy.uint32(1))).view(
-                numpy.float32
-            )  # then cut
+            # Rounded here, then cut by `original`.
+            bits = bits + numpy.uint32(0x7FFF) + ((bits >> 16) & numpy.uint32(1))
+            data = bits.view(numpy.float32)
         return original(data, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
@@ -74,7 +75,8 @@ def new_loss(config):
 
 
 def run(config, hidden, weight, ids, t, b, scale=1.0, chunk=8, upstream=1.0):
-    """Loss, gradients of hidden and weight, student_logp; weight is a float32 master also for bfloat16 hidden states."""
+    """Loss, gradients of hidden and weight, student_logp;
+    weight is a float32 master also for bfloat16 hidden states."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     total, student_logp = candidate_loss(hidden, weight, ids, t, b, new_loss(config), scale, chunk)
     return total.detach(), *torch.autograd.grad(upstream * total, (hidden, weight)), student_logp
@@ -86,7 +88,8 @@ def single(problem, hidden_dtype=torch.float32):
 
 
 def assert_no_worse_than_torch(config, inputs, triton_path, **options):
-    """The bound is the error of plain torch at the same precision, against the float64 result on the same numbers."""
+    """The bound is the error of plain torch at the same precision,
+    against the float64 result on the same numbers."""
     reference = run(
         config, *[x.double() if x.is_floating_point() else x for x in inputs], **options
     )
@@ -109,9 +112,8 @@ def assert_no_worse_than_torch(config, inputs, triton_path, **options):
     ):
         assert o.dtype == p.dtype, name
         scale = max(e.norm(), terms[name])
-        assert (o - e).norm() <= 1.5 * (p - e).norm() + 1e-6 * scale, (
-            name
-        )  # 1e-6: a log-probability of -8 in float32
+        # 1e-6: a log-probability of -8 in float32.
+        assert (o - e).norm() <= 1.5 * (p - e).norm() + 1e-6 * scale, name
 
 
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
@@ -160,7 +162,8 @@ def test_from_1_to_256_candidates_repeated_ids_add_up(loss, candidates, triton_p
 def test_the_gradient_is_the_exact_one_of_the_logits_as_rounded(
     logits_dtype, triton_path, monkeypatch
 ):
-    """Whatever the logits were rounded to, from there on the only error is that of the gradient's own rounding."""
+    """Whatever the logits were rounded to,
+    from there on the only error is that of the gradient's own rounding."""
     monkeypatch.setattr(head, "LOGITS_DTYPE", logits_dtype)
     config = LOSS_CONFIGS[-1]
     hidden, weight, ids, t, b = single(problem(config), torch.bfloat16)
@@ -178,7 +181,8 @@ def test_the_gradient_is_the_exact_one_of_the_logits_as_rounded(
 
 
 def test_log_probabilities_of_the_kernel_and_of_the_gather_are_no_worse_than_torch(triton_path):
-    """The learner's second forward pass (M2PO) and the teacher use the gather, the loss the kernel."""
+    """The learner's second forward pass (M2PO) and the teacher use the gather,
+    the loss the kernel."""
     hidden, weight, ids, t, b = problem(LOSS_CONFIGS[0])
     exact, _ = gather(hidden @ weight.t(), ids)
     logits = head.head_logits(hidden.float(), weight.float())
@@ -207,7 +211,8 @@ def test_logits_of_any_size_neither_overflow_nor_vanish():
     DEVICE == "cuda", reason="tiny models on the CPU; tests/test_gpu.py trains on the GPU"
 )
 def test_the_learner_reaches_the_kernels_by_itself(triton_path, model_dir, monkeypatch):
-    """An update through them equals the one in plain torch. The baselines' derivatives are given to the kernel."""
+    """An update through them equals the one in plain torch.
+    The baselines' derivatives are given to the kernel."""
     from frozen import ROWS
     from test_learner import new_learner, stale_table
 
@@ -244,9 +249,8 @@ def test_a_loss_may_have_any_derivative(triton_path):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:invalid value"
-)  # the interpreter computes what tl.where then discards
+# The interpreter computes what tl.where then discards.
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_column_without_loss_may_be_impossible(triton_path):
     """-inf logits of the emitted token do not reach the loss: 0 * inf would be NaN."""
     for config in (LOSS_CONFIGS[1], LOSS_CONFIGS[-1]):
@@ -275,9 +279,8 @@ def test_one_chunk_of_logits_at_a_time(triton_path, monkeypatch):
     monkeypatch.setattr(head, "head_logits", watch)
     config = LOSS_CONFIGS[-1]
     hidden, weight, ids, t, b = single(problem(config))
-    modes = (
-        (True, False) if DEVICE == "cuda" else (False,)
-    )  # the interpreter keeps a reference to its last arguments
+    # The interpreter keeps a reference to its last arguments.
+    modes = (True, False) if DEVICE == "cuda" else (False,)
     for on in modes:
         triton_path(on)
         run(config, hidden, weight, ids, t, b, chunk=8)
@@ -362,7 +365,8 @@ from kernels.head import candidate_loss
 from losses import make_loss
 torch.set_num_threads(1)
 def peak(positions, chunk):
-    hidden, weight = torch.randn(positions, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
+    hidden = torch.randn(positions, 8, requires_grad=True)
+    weight = torch.randn(8192, 8, requires_grad=True)
     ids, x = torch.randint(0, 8192, (positions, 4)), torch.full((positions, 4), -5.0)
     loss = make_loss(Config(loss="sampled_reverse_kl"))
     candidate_loss(hidden, weight, ids, x, x, loss, 1.0, chunk)[0].backward()

@@ -1,4 +1,5 @@
-"""Claims about the learner: one denominator, every response token once, ranks and micro-batches do not matter."""
+"""Claims about the learner: one denominator, every response token once,
+ranks and micro-batches do not matter."""
 
 from dataclasses import replace
 
@@ -27,7 +28,8 @@ def new_learner(path, config, **kwargs):
 
 
 def stale_table(model_dir, config):
-    """Rollouts of seed 0, scored by seed 1; trained by seed 2, so that every log-ratio is far from zero."""
+    """Rollouts of seed 0, scored by seed 1;
+    trained by seed 2, so that every log-ratio is far from zero."""
     return frozen_table(model_dir(seed=0), model_dir(seed=1), config)
 
 
@@ -51,7 +53,8 @@ def config_for(loss, **kwargs):
     ids=label,
 )
 def test_the_gradient_is_that_of_the_mean_over_all_response_tokens(config, family, model_dir):
-    """Against autograd through the whole model on dense logits, one rollout and one position at a time."""
+    """Against autograd through the whole model on dense logits,
+    one rollout and one position at a time."""
     config = replace(config, max_grad_norm=1e9)
     table = stale_table(model_dir, config)
     learner = new_learner(model_dir(family, seed=2), config)

@@ -1,4 +1,5 @@
-"""Claims about the losses, against float64 and against exact expectations over a small vocabulary."""
+"""Claims about the losses, against float64 and against exact expectations over a small
+vocabulary."""
 
 import itertools
 import re
@@ -119,11 +120,17 @@ def test_every_other_variant_is_biased_under_lag_and_unbiased_without(signal, co
 
 
 ESTIMATORS = [
-    dict(loss="sampled_reverse_kl", num_samples=1), dict(loss="sampled_reverse_kl", num_samples=3),
-    *[dict(loss="stratified_reverse_kl", top_k=k, num_samples=n) for k, n in ((1, 1), (3, 1), (6, 1), (3, 2), (4, 3))],
-    dict(loss="plain_sampled", num_samples=2), dict(loss="plain_stratified", top_k=3, num_samples=2),
-    dict(loss="top_k_and_emitted", top_k=3), dict(loss="top_k_baseline", top_k=3, num_samples=2),
-]  # fmt: skip
+    dict(loss="sampled_reverse_kl", num_samples=1),
+    dict(loss="sampled_reverse_kl", num_samples=3),
+    *[
+        dict(loss="stratified_reverse_kl", top_k=k, num_samples=n)
+        for k, n in ((1, 1), (3, 1), (6, 1), (3, 2), (4, 3))
+    ],
+    dict(loss="plain_sampled", num_samples=2),
+    dict(loss="plain_stratified", top_k=3, num_samples=2),
+    dict(loss="top_k_and_emitted", top_k=3),
+    dict(loss="top_k_baseline", top_k=3, num_samples=2),
+]
 
 
 @pytest.mark.parametrize("baseline_from", [2, 8])
@@ -133,7 +140,8 @@ ESTIMATORS = [
 def test_an_estimator_with_importance_weights_is_exactly_unbiased_at_any_lag(
     options, baseline_from, monkeypatch
 ):
-    """Its mean over all draws of a small vocabulary. With few draws too, a baseline that is switched on adds no bias."""
+    """Its mean over all draws of a small vocabulary.
+    With few draws too, a baseline that is switched on adds no bias."""
     monkeypatch.setattr(losses, "BASELINE_DRAWS", SimpleNamespace(value=baseline_from))
     for lag in (0.0, 2.0):
         student, t, b = policies(2, lag, vocab=7)
@@ -226,7 +234,8 @@ def test_forward_kl_gradient_is_softmax_times_support_mass_minus_teacher():
 
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
 def test_teacher_equal_to_student_gives_zero_loss_signal(config):
-    """Zero value; for forward KL the gradient vanishes once the support is everything, for sparse only the +1 is left."""
+    """Zero value; for forward KL the gradient vanishes once the support is everything,
+    for sparse only the +1 is left."""
     student, _, _ = policies(5)
     loss = make_loss(config)
     loss.m2_bound = 1.0
@@ -265,7 +274,8 @@ def test_losses_are_finite_with_finite_gradients_for_very_unlikely_candidates(co
     ("decoupled", [1.3, 1.3, 0.7, 0.7, 0.0, 0.1]),
     ("tis", [1.3, 1.3, 0.7, 0.7, 2.0, 0.1]),
     ("icepop", [1.3, 1.3, 0.7, 0.7, 0.0, 0.0]),
-    ("m2po", [1.3, 1.3, 0.7, 0.7, 0.0, 0.1]),  # of those that move away from the sampler, the squares above the bound
+    # Of those that move away from the sampler, the squares above the bound.
+    ("m2po", [1.3, 1.3, 0.7, 0.7, 0.0, 0.1]),
     ("m2po_areal", [1.3, 1.3, 0.7, 0.7, 0.0, 0.0]),
 ])  # fmt: skip
 def test_what_a_correction_makes_of_a_ratio(correction, expected):
@@ -279,14 +289,12 @@ def test_m2po_bounds_the_largest_square_at_which_the_capped_mean_is_within_the_b
     """By hand: squares .01, .04, .09, 1; capped at .09 their mean is .0575, at .04 it is .0325."""
     squares = torch.tensor([1.0, 0.01, 0.09, 0.04])
     assert second_moment_bound(squares, is_capped=True) == pytest.approx(0.04)
-    assert second_moment_bound(squares, is_capped=False) == pytest.approx(
-        0.04
-    )  # .025; with .09 it is .0467
+    # .025; with .09 it is .0467.
+    assert second_moment_bound(squares, is_capped=False) == pytest.approx(0.04)
     assert second_moment_bound(squares, is_capped=True, budget=0.06) == pytest.approx(0.09)
     for is_capped in (True, False):
-        assert second_moment_bound(torch.full((3,), 1e-8), is_capped) == float(
-            "inf"
-        )  # as rounding leaves it without lag
+        # As rounding leaves it without lag.
+        assert second_moment_bound(torch.full((3,), 1e-8), is_capped) == float("inf")
         assert second_moment_bound(torch.full((3,), 1.0), is_capped) == -1.0
         assert second_moment_bound(torch.zeros(0), is_capped) == float("inf")
         squares = (
@@ -295,7 +303,11 @@ def test_m2po_bounds_the_largest_square_at_which_the_capped_mean_is_within_the_b
         bound = second_moment_bound(squares, is_capped)
         kept = squares.flatten().sort().values
         above = kept[kept > bound][0]
-        mean = lambda v: squares.clamp(max=v).mean() if is_capped else squares[squares <= v].mean()  # noqa: E731, B023
+
+        def mean(v):
+            within = squares.clamp(max=v) if is_capped else squares[squares <= v]  # noqa: B023
+            return within.mean()
+
         assert mean(bound) <= M2_BUDGET < mean(above)
 
 
@@ -348,12 +360,8 @@ def test_the_columns_of_a_loss_are_what_its_formula_reads(config):
     assert s.grad[0].nonzero().flatten().tolist() == read
 
 
-SHIPPED = (
-    "forward_kl",
-    "sparse_reverse_kl",
-    "sampled_reverse_kl",
-    "stratified_reverse_kl",
-)  # the others are the studies'
+# The others are the studies'.
+SHIPPED = ("forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl")
 
 
 def test_the_names_of_the_losses_are_those_of_their_classes():
@@ -444,9 +452,15 @@ def test_the_example_of_the_readme_has_the_value_and_gradient_of_what_it_says(ex
 def test_the_example_of_the_readme_trains(example, model_dir, tokenizer):
     """One update with tiny models, the metric and the gradient against dense logits."""
     config = Config(
-        loss="jeffreys_kl", top_k=3, batch_size=4, max_new_tokens=6, max_grad_norm=1e9, head_chunk=5,
-        student=model_dir(seed=0), teacher=model_dir(seed=1),
-    )  # fmt: skip
+        loss="jeffreys_kl",
+        top_k=3,
+        batch_size=4,
+        max_new_tokens=6,
+        max_grad_norm=1e9,
+        head_chunk=5,
+        student=model_dir(seed=0),
+        teacher=model_dir(seed=1),
+    )
     prompts = [Prompt(text, tokenizer(text).input_ids) for text in ("a12+b34=", "a56+b78+c90=")]
     run = Serial(config, 0, prompts, [])
     reference = type(run.learner.model).from_pretrained(config.student_path)

@@ -1,4 +1,5 @@
-"""Claims about the memory estimate: it is near what is counted, and what cannot fit is refused with numbers."""
+"""Claims about the memory estimate: it is near what is counted,
+and what cannot fit is refused with numbers."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -35,10 +36,8 @@ def saved_bytes(model, tokens):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = (
-                storage.nbytes(),
-                tensor,
-            )  # the tensor stays, so its address is not used again
+            # The tensor stays, so its address is not used again.
+            seen[storage.data_ptr()] = storage.nbytes(), tensor
         return tensor
 
     with (
@@ -51,9 +50,15 @@ def saved_bytes(model, tokens):
 
 def qwen(D=512, mlp=1536, heads=8, groups=4, layers=2):
     settings = Qwen3Config(
-        vocab_size=128, hidden_size=D, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=groups, head_dim=64, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=D,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
     return Qwen3ForCausalLM(settings)
 
 
@@ -66,9 +71,18 @@ def test_the_activations_of_a_layer_are_estimated_within_a_fifth(sizes, tmp_path
     assert 2 * model_size(str(tmp_path))[3] == pytest.approx(a_token, rel=0.2)
 
 
+LLAMA = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+
+
 @pytest.mark.parametrize("kind, settings", [
-    (LlamaForCausalLM, LlamaConfig(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)),
-    (LlamaForCausalLM, LlamaConfig(vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=None)),
+    (LlamaForCausalLM, LlamaConfig(**LLAMA)),
+    (LlamaForCausalLM, LlamaConfig(**LLAMA, head_dim=None)),
     (GPT2LMHeadModel, GPT2Config(vocab_size=90, n_embd=32, n_layer=3, n_head=4)),
 ])  # fmt: skip
 def test_sizes_are_read_whatever_a_family_calls_them(kind, settings, tmp_path):
@@ -84,9 +98,8 @@ def test_the_estimate_counts_masters_gradients_and_moments_and_shares_them_betwe
     learner = Learner(load(model_dir()), config, 173, torch.float32)
     count = sum(p.numel() for p in learner.parameters)
     assert count == model_size(model_dir())[0]
-    assert (
-        one - two >= 20 * count / 2 - 4 * count
-    )  # half of them, less what sharding gathers for a layer
+    # Half of them, less what sharding gathers for a layer.
+    assert one - two >= 20 * count / 2 - 4 * count
     assert estimate(config, 1, True, 4)[0] < one  # checkpointing
 
 
@@ -140,9 +153,8 @@ def test_a_teacher_on_several_gpus_holds_its_share_of_the_parameters_on_each(
         estimate(Config(student=model_dir(), teacher=model_dir(), teacher_gpus=n), 1, False, 2)[2]
         for n in (1, 2)
     )
-    assert one - two == pytest.approx(
-        2 * model_size(model_dir())[0] / 2
-    )  # its activations are as large on every GPU
+    # Its activations are as large on every GPU.
+    assert one - two == pytest.approx(2 * model_size(model_dir())[0] / 2)
     monkeypatch.setattr("experiments.memory.estimate", lambda *args: (GIB, 2 * GIB, 3 * GIB))
     gpus(1 << 40)
     devices = [torch.device("cuda", i) for i in (0, 1, 2, 4)]  # teachers on 2 and 3, and on 4 and 5
@@ -166,7 +178,10 @@ def test_a_teacher_gets_the_gpus_behind_its_own_and_none_of_its_neighbours(monke
     assert names == [f"cuda:{i % 8}" for i in range(11)]  # they share
     with pytest.raises(
         InputError,
-        match="--teacher-gpus is 3: then no GPU is shared and the roles need 10, there are 8: lower it, --teachers",
+        match=(
+            "--teacher-gpus is 3: then no GPU is shared and the roles need 10, there are 8: "
+            "lower it, --teachers"
+        ),
     ):
         role_devices(Config(generators=3, teachers=2, teacher_gpus=3, batch_size=4), 1)
 
@@ -191,7 +206,8 @@ def test_a_teacher_on_several_gpus_is_placed_by_the_library_on_them_alone(
 def test_the_head_of_a_model_on_several_gpus_is_checked_where_its_hidden_states_are(
     model_dir, monkeypatch
 ):
-    """The library moves logits back to the first GPU, hidden states stay on the last. `meta` stands for another device."""
+    """The library moves logits back to the first GPU, hidden states stay on the last.
+    `meta` stands for another device."""
     model = load(model_dir())
     moved, original = [], checks.head_weight
 

@@ -1,4 +1,5 @@
-"""Claims about several nodes: how they meet and part, and whole runs of "nodes" that are torchrun agents on one machine."""
+"""Claims about several nodes: how they meet and part,
+and whole runs of "nodes" that are torchrun agents on one machine."""
 
 import json
 import os
@@ -17,7 +18,16 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT
 from kill import children
-from test_train import BASE, SYNC, finish, metrics, read_until, start, still_alive, sync_run  # noqa: F401
+from test_train import (  # noqa: F401
+    BASE,
+    SYNC,
+    finish,
+    metrics,
+    read_until,
+    start,
+    still_alive,
+    sync_run,
+)
 
 import nodes
 import train
@@ -46,13 +56,14 @@ def close(channel):
     os.close(channel.watched)
 
 
-# ---- tickets ------------------------------------------------------------------------------------------
+# ---- tickets -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["batch", "arrival"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_nodes_together_issue_and_train_the_tickets_of_one(count, order, monkeypatch):
-    """Every ticket once, in batch order in its own update, and never before the inequality admits it."""
+    """Every ticket once, in batch order in its own update,
+    and never before the inequality admits it."""
     prompts = [Prompt(str(i), [i + 1]) for i in range(7)]
     config = Config(
         batch_size=12, max_staleness=1, steps=4, order=order, max_prompt_tokens=8, max_new_tokens=8
@@ -105,21 +116,21 @@ def test_tickets_trained_ahead_are_forgotten_with_several_nodes(monkeypatch):
     assert books.next == 13 and not books.trained_ahead
 
 
-# ---- meeting ------------------------------------------------------------------------------------------
+# ---- meeting -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def meet_on(monkeypatch):
-    """meet_on(count) -> leaders of that many nodes, without heartbeats, on one store. `.server`: the store, `.clock`: what time it is."""
+    """meet_on(count) -> leaders of that many nodes, without heartbeats, on one store.
+    `.server`: the store, `.clock`: what time it is."""
     made = []
 
     def make(count):
         server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(server.port))
-        monkeypatch.setattr(
-            Nodes, "beat", lambda self: None
-        )  # the first beat comes without the thread: `check` would keep it waiting
+        # The first beat comes without the thread: `check` would keep it waiting.
+        monkeypatch.setattr(Nodes, "beat", lambda self: None)
         leaders = [Nodes(0, 1, node, count) for node in range(count)]
         made.append(server)
         return leaders
@@ -303,7 +314,7 @@ def test_a_store_that_is_gone_means_that_node_0_is(meet_on):
     leaders[1].say(leaves="error")  # nobody hears it, and nothing is raised
 
 
-# ---- whole runs ---------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 def free_port():
@@ -345,7 +356,8 @@ def start_nodes(count, output, *flags, ranks=1):
 
 
 def assert_same_run(ours, one):
-    """The same rollouts in the first update, since the weights are the same; then the weights differ by rounding."""
+    """The same rollouts in the first update, since the weights are the same;
+    then the weights differ by rounding."""
     for name in ("loss", "reverse_kl", "grad_norm", "lag_mean"):
         assert ours[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name
     assert ours[0]["tokens"] == one[0]["tokens"]
@@ -354,8 +366,10 @@ def assert_same_run(ours, one):
 
 
 def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(
-    sync_run, pair, tmp_path
-):  # noqa: F811
+    sync_run,  # noqa: F811
+    pair,
+    tmp_path,
+):
     agents = start_nodes(2, tmp_path / "run", *pair, *SYNC, "--steps=100000", "--eval-every=0")
     read_until(agents[0], r"update +6/")
     families = [children(agent.pid) for agent in agents]
@@ -371,9 +385,8 @@ def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(
     agents[1].communicate()
     assert not any(still_alive(family) for family in families)
     record = metrics(tmp_path / "run")[-1]
-    assert len(record["nodes_busy"]) == 2 and all(
-        len(node) == 3 for node in record["nodes_busy"]
-    )  # generator, teacher, learner
+    # Generator, teacher, learner.
+    assert len(record["nodes_busy"]) == 2 and all(len(node) == 3 for node in record["nodes_busy"])
     json.loads((tmp_path / "run" / "node_1" / "trace.json").read_text())
 
 
@@ -404,7 +417,8 @@ def test_a_node_whose_processes_are_all_killed_ends_the_other_within_a_minute_sa
 
 @pytest.mark.slow
 def test_a_node_that_is_held_back_shows_in_the_metrics(pair, tmp_path):
-    """Its generator stands still for three seconds: then the other node has waited, and it has not."""
+    """Its generator stands still for three seconds:
+    then the other node has waited, and it has not."""
     agents = start_nodes(2, tmp_path / "run", *pair, *SYNC, "--steps=12", "--eval-every=0")
     read_until(agents[0], r"update +3/")
     server, generator, teacher = sorted(

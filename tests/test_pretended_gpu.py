@@ -1,4 +1,5 @@
-"""Claims about the GPU path, on a GPU that is not there (pretended_gpu.py): results, waits of the host, captures, planted faults."""
+"""Claims about the GPU path, on a GPU that is not there (pretended_gpu.py):
+results, waits of the host, captures, planted faults."""
 
 import inspect
 import sys
@@ -32,7 +33,8 @@ LOSSES = {
     ),
     "stratified_reverse_kl": Config(top_k=5, **SIZES),
 }
-# Where the host may wait for the device: between steps, once a rollout, once a batch. Never in `decode` or a layer.
+# Where the host may wait for the device: between steps, once a rollout, once a batch.
+# Never in `decode` or a layer.
 WAITS = {
     "generate.py:add to device",  # random numbers and counters of a new rollout
     "generate.py:prefill to device",
@@ -127,7 +129,7 @@ def test_bfloat16_differs_by_its_rounding(loss, paths):
     assert waits <= WAITS, waits - WAITS
 
 
-# ---- planted faults: each must be seen ----------------------------------------------------------------
+# ---- planted faults: each must be seen -----------------------------------------------------------
 
 
 def plant(monkeypatch, owner, name, old, new):
@@ -148,16 +150,50 @@ def plant(monkeypatch, owner, name, old, new):
 
 
 FAULTS = {
-    "an index on the host": (Generator, "decode", "torch.arange(active, device=self.device)", "torch.arange(active)", "index on the host while a graph is captured"),
-    "an item in the step": (Generator, "decode", "position.add_(1)", "position.add_(1 + 0 * int(index[0]))", "_local_scalar_dense while a graph is captured"),
-    "a tensor of a capture used after it": (
-        Generator, "decode", "self.last_token[:active] = ids[:, 0]", "self.last_token = torch.cat([ids[:, 0], self.last_token[active:]])", None,
+    "an index on the host": (
+        Generator,
+        "decode",
+        "torch.arange(active, device=self.device)",
+        "torch.arange(active)",
+        "index on the host while a graph is captured",
     ),
-    "a missing cast": (CandidateLoss, "forward", "compute_weight = weight.to(hidden.dtype)", "compute_weight = weight", "dtypes of a product|same dtype"),
-    "a tensor on the host for a kernel": (Student, "forward", "ids.long()", "ids.long().cpu()", "on both devices|index on the host"),
+    "an item in the step": (
+        Generator,
+        "decode",
+        "position.add_(1)",
+        "position.add_(1 + 0 * int(index[0]))",
+        "_local_scalar_dense while a graph is captured",
+    ),
+    "a tensor of a capture used after it": (
+        Generator,
+        "decode",
+        "self.last_token[:active] = ids[:, 0]",
+        "self.last_token = torch.cat([ids[:, 0], self.last_token[active:]])",
+        None,
+    ),
+    "a missing cast": (
+        CandidateLoss,
+        "forward",
+        "compute_weight = weight.to(hidden.dtype)",
+        "compute_weight = weight",
+        "dtypes of a product|same dtype",
+    ),
+    "a tensor on the host for a kernel": (
+        Student,
+        "forward",
+        "ids.long()",
+        "ids.long().cpu()",
+        "on both devices|index on the host",
+    ),
     "float64 left over": (Student, "forward", ".to(self.dtype)", ".double()", "in float64"),
-    "a state that a capture changes": (Generator, "replay", "graph = torch.cuda.CUDAGraph()", "graph = torch.cuda.CUDAGraph(); self.index.add_(1)", None),
-}  # fmt: skip
+    "a state that a capture changes": (
+        Generator,
+        "replay",
+        "graph = torch.cuda.CUDAGraph()",
+        "graph = torch.cuda.CUDAGraph(); self.index.add_(1)",
+        None,
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

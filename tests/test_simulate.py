@@ -42,7 +42,8 @@ def test_a_synchronous_update_is_the_sum_of_its_stages():
 
 
 def test_equal_answers_take_one_wave_of_decoding_a_batch():
-    """All roles but the generator are free. 4 rollouts in 2 slots of equal length: two waves of (prefill, 8 steps)."""
+    """All roles but the generator are free.
+    4 rollouts in 2 slots of equal length: two waves of (prefill, 8 steps)."""
     stages = replace(FREE, step=(0.5, 0.1, 0.0), fill=(0.25, 0.0))
     assert simulate(stages)[1].seconds == pytest.approx(0.25 + 8 * (0.5 + 4 * 0.1))
     assert simulate(stages, slots=2)[1].seconds == pytest.approx(2 * (0.25 + 8 * (0.5 + 2 * 0.1)))
@@ -62,7 +63,8 @@ def test_steps_of_one_event_cost_what_they_cost_one_by_one(stride):
 
 
 @pytest.mark.parametrize("role, stages, seconds", [
-    ("teacher", replace(FREE, pass_teacher=(1.5, 0.0)), 4 * 1.5),  # in batch order it scores a quarter of a batch at a time
+    # In batch order it scores a quarter of a batch at a time.
+    ("teacher", replace(FREE, pass_teacher=(1.5, 0.0)), 4 * 1.5),
     ("learner", replace(FREE, pass_learner=(2.5, 0.0), update=0.5), 2.5 + 0.5),
     ("generator", replace(FREE, step=(0.5, 0.0, 0.0)), 8 * 0.5),
 ])  # fmt: skip
@@ -98,7 +100,8 @@ def test_no_token_is_drawn_by_weights_that_the_inequality_forbids():
 
 
 def test_littles_law_holds_on_every_queue():
-    """Rows in a queue at a time, on average, are arrivals a second times the seconds that each stays."""
+    """Rows in a queue at a time, on average,
+    are arrivals a second times the seconds that each stays."""
     stages = replace(SLOW, step=(0.05, 0.0, 0.0))
     simulation, _ = simulate(
         stages, lambda ticket: 1 + (7 * ticket) % 5, max_staleness=3, slots=3, steps=20
@@ -124,7 +127,8 @@ def test_a_queue_counts_a_row_from_put_to_get():
 
 
 def test_processes_share_cores_as_linux_shares_them():
-    """Three that need 2, 4 and 6 seconds on two cores, a quarter slower while both work, and half as fast with several."""
+    """Three that need 2, 4 and 6 seconds on two cores, a quarter slower while both work,
+    and half as fast with several."""
 
     def work(seconds):
         yield seconds
@@ -137,7 +141,8 @@ def test_processes_share_cores_as_linux_shares_them():
     when = []
     while machine.step():
         when.append(machine.now)
-    # 2 s and 6 s share a core, 4 s has the other and is done after 5 s. Each of those that share has done 1 s then, and has a core.
+    # 2 s and 6 s share a core, 4 s has the other and is done after 5 s.
+    # Each of those that share has done 1 s then, and has a core.
     assert when == pytest.approx([1.25 * 4, 1.25 * 4 + 1.25, 1.25 * 4 + 1.25 + 4.0])
 
 
@@ -148,11 +153,8 @@ def test_a_core_without_work_takes_some_from_a_full_one():
             yield None
 
     machine = Cores(2)
-    for parts in (
-        (1.0,),
-        (3.0,),
-        (3.0,),
-    ):  # the first and the third share a core; at 2 s it has one left, like the other
+    # The first and the third share a core; at 2 s it has one left, like the other.
+    for parts in ((1.0,), (3.0,), (3.0,)):
         machine.add(0, work(*parts))
     when = []
     while machine.step():
@@ -167,9 +169,8 @@ def test_nodes_wait_for_the_slowest_and_add_up_what_they_train():
     assert result.seconds == pytest.approx(16 * 0.5 + 0.25 + 2 * 0.125)
     assert result.tokens_per_second == pytest.approx((2 * 16 + 2 * 8) / result.seconds)
     waited = [sum(node.waited) for node in simulation.at]
-    assert waited == pytest.approx([6 * 4.0, 0.0]) and result.waited == pytest.approx(
-        2.0 / result.seconds
-    )
+    assert waited == pytest.approx([6 * 4.0, 0.0])
+    assert result.waited == pytest.approx(2.0 / result.seconds)
 
 
 def test_a_shared_pool_does_not_wait_for_the_slowest_node():
@@ -195,7 +196,8 @@ def test_a_run_in_which_all_wait_for_ever_is_an_error():
 
 
 def test_scales_are_found_that_give_a_run_back(monkeypatch):
-    """From other costs, without seeing these: the run of `truth` comes out, also at a staleness it was not fitted to."""
+    """From other costs, without seeing these:
+    the run of `truth` comes out, also at a staleness it was not fitted to."""
     truth = replace(SLOW, step=(0.05, 0.0, 0.0))
     config = Config(steps=6, batch_size=4, max_staleness=0)
 
@@ -210,7 +212,7 @@ def test_scales_are_found_that_give_a_run_back(monkeypatch):
         assert run(other, found).seconds == pytest.approx(run(other, truth).seconds, rel=0.001)
 
 
-# ---- the costs of a GPU, the lengths --------------------------------------------------------------------
+# ---- the costs of a GPU, the lengths -------------------------------------------------------------
 
 
 def test_costs_of_a_gpu_follow_from_its_peaks():
@@ -263,5 +265,6 @@ def test_the_page_shows_the_committed_comparison_with_every_error():
             float(row[f"{kind}_tokens_per_second"]) for kind in ("predicted", "measured")
         )
         assert float(row["speed_error"]) == pytest.approx(predicted / measured - 1, abs=1e-4)
-        shown = f"| {row['run']} | {predicted:,.0f} | {measured:,.0f} | {100 * float(row['speed_error']):+.1f} % |"
+        percent = 100 * float(row["speed_error"])
+        shown = f"| {row['run']} | {predicted:,.0f} | {measured:,.0f} | {percent:+.1f} % |"
         assert shown in text and f"| {float(row['lag_error']):+.2f} |" in text

@@ -62,7 +62,8 @@ def test_for_forward_kl_the_teacher_proposes_its_own_top_k(model_dir):
 
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
 def test_teacher_equal_to_student_agrees_at_every_candidate(config, model_dir):
-    """Catches every off-by-one between generator and teacher: same model, same ids, same log-probabilities."""
+    """Catches every off-by-one between generator and teacher:
+    same model, same ids, same log-probabilities."""
     settings = {
         name: getattr(config, name) for name in ("loss", "top_k", "num_samples", "temperature")
     }
@@ -78,9 +79,8 @@ def test_teacher_equal_to_student_agrees_at_every_candidate(config, model_dir):
     for row in ROWS:
         count = int(table.length[row] - table.prompt_len[row])
         s, t = table.behavior_logp[row, :count], table.teacher_logp[row, :count]
-        known = slice(
-            0, 1 if config.loss == "forward_kl" else loss.tail.start
-        )  # the tail's b is that of the restricted sampler
+        # The tail's b is that of the restricted sampler.
+        known = slice(0, 1 if config.loss == "forward_kl" else loss.tail.start)
         assert known.stop == {"forward_kl": 1, "stratified_reverse_kl": 1 + config.top_k}.get(
             config.loss, config.num_candidates
         )
@@ -165,9 +165,8 @@ def test_in_batch_order_the_rows_scored_together_do_not_depend_on_timing():
 
 def test_no_group_reaches_into_the_next_batch_and_arrival_order_scores_what_is_there():
     waiting = {ticket: ticket for ticket in range(20)}
-    assert ready_rows(waiting, 8, Config(batch_size=9)) == [
-        8
-    ]  # the end of the first batch; the groups of this size have two
+    # The end of the first batch; the groups of this size have two.
+    assert ready_rows(waiting, 8, Config(batch_size=9)) == [8]
     assert ready_rows(waiting, 9, Config(batch_size=9)) == [9, 10]
     assert ready_rows({7: 1, 3: 2}, 0, Config(order="arrival")) == [2, 1] and not ready_rows(
         {}, 0, Config(order="arrival")

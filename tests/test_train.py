@@ -29,8 +29,13 @@ from kill import alive, children, trial
 from log import Log, checkpoints, lock_output
 
 BASE = [
-    "--batch-size=8", "--slots=8", "--eval-size=8", "--max-prompt-tokens=32", "--max-new-tokens=12", "--cpu-threads=1",
-]  # fmt: skip
+    "--batch-size=8",
+    "--slots=8",
+    "--eval-size=8",
+    "--max-prompt-tokens=32",
+    "--max-new-tokens=12",
+    "--cpu-threads=1",
+]
 
 
 def command(output, *flags, ranks=0):
@@ -65,7 +70,8 @@ def metrics(output):
 
 
 def still_alive(family, within=20.0):
-    """Command lines of those that outlive the deadline: the fork server and orphans notice by themselves."""
+    """Command lines of those that outlive the deadline:
+    the fork server and orphans notice by themselves."""
     deadline = time.monotonic() + within
     while any(alive(pid) for pid in family) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -73,7 +79,8 @@ def still_alive(family, within=20.0):
 
 
 def read_until(process, pattern, within=120.0):
-    """What is printed up to the pattern. A process that does not come to it is killed, with its session."""
+    """What is printed up to the pattern.
+    A process that does not come to it is killed, with its session."""
     lines = []
     alarm = threading.Timer(within, os.killpg, (process.pid, signal.SIGKILL))
     alarm.start()
@@ -106,13 +113,11 @@ def test_a_synchronous_run_has_no_lag_and_writes_everything(sync_run):
     records = metrics(output)
     assert [r["step"] for r in records] == list(range(1, 7))
     assert all(r["lag_max"] == 0 and r["lag_mean"] == 0 for r in records)
-    assert [r["step"] for r in records if "eval_accuracy" in r] == [
-        3,
-        6,
-    ] and "eval_accuracy_before" in records[0]
-    wanted = """step loss reverse_kl tokens tokens_per_second lag_mean lag_max truncated_fraction support_mass_student
-        support_mass_teacher grad_norm lr generator_busy teacher_busy learner_busy teacher_cache_hit_rate publish_seconds
-        wall_seconds""".split()
+    evaluated = [r["step"] for r in records if "eval_accuracy" in r]
+    assert evaluated == [3, 6] and "eval_accuracy_before" in records[0]
+    wanted = """step loss reverse_kl tokens tokens_per_second lag_mean lag_max truncated_fraction
+        support_mass_student support_mass_teacher grad_norm lr generator_busy teacher_busy
+        learner_busy teacher_cache_hit_rate publish_seconds wall_seconds""".split()
     assert all(name in record for record in records for name in wanted)
     assert {".lock", "config.yaml", "metrics.jsonl", "trace.json", "step_3", "step_6"} == {
         path.name for path in output.iterdir()
@@ -140,7 +145,8 @@ def test_two_synchronous_runs_with_one_seed_write_identical_losses(sync_run, pai
 
 @pytest.mark.slow
 def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path):
-    """Two prompts, nearly greedy: sequences recur. A hit was computed in another batch shape, hence float rounding."""
+    """Two prompts, nearly greedy: sequences recur.
+    A hit was computed in another batch shape, hence float rounding."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "47+58="}\n')
     flags = [
         f"--prompts={tmp_path}/p.jsonl",
@@ -229,30 +235,24 @@ def test_batch_order_never_exceeds_max_staleness_also_when_refreshed_at_batch_bo
 def test_two_learner_ranks_train_like_one(sync_run, pair, tmp_path):
     finish(start(tmp_path / "run", *pair, *SYNC, ranks=2))
     one, two = metrics(sync_run[0]), metrics(tmp_path / "run")
-    assert two[0]["loss"] == pytest.approx(
-        one[0]["loss"], rel=1e-5
-    )  # same rollouts: the weights are still the same
+    # Same rollouts: the weights are still the same.
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
     assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
-    assert [r["loss"] for r in two] == pytest.approx(
-        [r["loss"] for r in one], rel=0.02
-    )  # weights differ by rounding since
+    # Weights differ by rounding since.
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=0.02)
     assert [r["tokens"] for r in two] == pytest.approx([r["tokens"] for r in one], rel=0.1)
 
 
 def die_and_collect(process, victim, within=20.0):
-    """SIGKILL the descendant whose command line and order match; returns output; nothing may survive."""
+    """SIGKILL the descendant whose command line and order match; returns output;
+    nothing may survive."""
     read_until(process, r"update +2/")
     family = children(process.pid)
-    roles = sorted(pid for pid, line in family.items() if "forkserver" in line)[
-        1:
-    ]  # in order of birth: the server, generator, teacher
+    # In order of birth: the server, generator, teacher.
+    roles = sorted(pid for pid, line in family.items() if "forkserver" in line)[1:]
     ranks = sorted(pid for pid, line in family.items() if "train.py" in line)
-    os.kill(
-        {"generator": roles[:1], "teacher": roles[1:2], "learner": ranks, "rank 1": ranks[1:]}[
-            victim
-        ][0],
-        signal.SIGKILL,
-    )
+    of = {"generator": roles[:1], "teacher": roles[1:2], "learner": ranks, "rank 1": ranks[1:]}
+    os.kill(of[victim][0], signal.SIGKILL)
     started = time.monotonic()
     out = finish(process, expect=1)
     assert time.monotonic() - started < within
@@ -261,7 +261,9 @@ def die_and_collect(process, victim, within=20.0):
 
 
 @pytest.mark.parametrize("victim, message", [
-    pytest.param("generator", "generator 0 died: .*SIGKILL", marks=pytest.mark.slow), pytest.param("teacher", "teacher 0 died: .*SIGKILL", marks=pytest.mark.slow), ("learner", r"exitcode *: -9 .*"),
+    pytest.param("generator", "generator 0 died: .*SIGKILL", marks=pytest.mark.slow),
+    pytest.param("teacher", "teacher 0 died: .*SIGKILL", marks=pytest.mark.slow),
+    ("learner", r"exitcode *: -9 .*"),
     ("rank 1", "a rank or a node died"),
 ])  # fmt: skip
 def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path):
@@ -277,9 +279,8 @@ def test_a_killed_role_ends_the_run_and_is_named(victim, message, pair, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "seed", [3, 7]
-)  # of tests/kill.py; most hit rank 0, torchrun or the fork server while they start
+# Of tests/kill.py; most hit rank 0, torchrun or the fork server while they start.
+@pytest.mark.parametrize("seed", [3, 7])
 def test_a_process_killed_at_a_random_moment_ends_the_run(seed):
     assert trial(seed) == ""
 
@@ -290,7 +291,8 @@ def test_a_hundred_kills_at_random_moments():
 
 
 def test_what_a_role_refuses_is_one_sentence(pair, tmp_path):
-    """The teacher's config asks for more layers than its weight file has, which only loading finds out."""
+    """The teacher's config asks for more layers than its weight file has,
+    which only loading finds out."""
     broken = shutil.copytree(pair[1].split("=", 1)[1], tmp_path / "broken")
     settings = json.loads((broken / "config.json").read_text())
     layers = settings["num_hidden_layers"] + 1
@@ -300,15 +302,15 @@ def test_what_a_role_refuses_is_one_sentence(pair, tmp_path):
         start(tmp_path / "run", pair[0], f"--teacher={broken}", "--steps=3", ranks=2), expect=1
     )
     assert re.search(
-        r"train.py: error: teacher 0 died: .*broken: \d+ tensors are not in its files, model.layers.2.\S+ for one\n",
+        r"train.py: error: teacher 0 died: .*broken: "
+        r"\d+ tensors are not in its files, model.layers.2.\S+ for one\n",
         out,
     ), out
-    assert (
-        "in load_model" not in out and "in follow" not in out
-    )  # no traceback, nor one of the other rank, which was told
+    # No traceback, nor one of the other rank, which was told.
+    assert "in load_model" not in out and "in follow" not in out
 
 
-# ---- waiting ------------------------------------------------------------------------------------------
+# ---- waiting -------------------------------------------------------------------------------------
 
 
 class StubContext:
@@ -326,10 +328,10 @@ class StubContext:
 
 @pytest.fixture
 def stub_roles(monkeypatch):
-    """roles(exits) -> launch.Roles with its real signal handlers over processes that do not exist."""
-    handlers = {
-        number: signal.signal(number, signal.SIG_DFL) for number in fork_server.INTERRUPTS
-    }  # a shell's background job ignores some
+    """roles(exits) -> launch.Roles with its real signal handlers over processes that do not
+    exist."""
+    # A shell's background job ignores some.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in fork_server.INTERRUPTS}
 
     def make(exits=()):
         monkeypatch.setattr(
@@ -344,7 +346,8 @@ def stub_roles(monkeypatch):
 
 
 def waits(roles):
-    """The two places where rank 0 waits, as functions: for rows that never come, for an evaluation that is never done."""
+    """The two places where rank 0 waits, as functions:
+    for rows that never come, for an evaluation that is never done."""
     empty = iter([[]] * 50)  # StopIteration where waiting would never end
     to_learner = SimpleNamespace(get_all=lambda timeout: next(empty))
     channel = SimpleNamespace(
@@ -384,9 +387,8 @@ def test_waiting_ends_with_the_name_and_the_reason_when_a_role_is_gone(stub_role
 def test_waiting_ends_after_a_signal_even_if_a_role_is_gone_too(number, stub_roles):
     roles = stub_roles()
     roles.check()
-    signal.raise_signal(
-        number
-    )  # raises nothing by itself: an update that is being made is finished
+    # Raises nothing by itself: an update that is being made is finished.
+    signal.raise_signal(number)
     for living in (True, False):
         roles.context.living[0] = living
         for wait in waits(roles):
@@ -417,7 +419,8 @@ def test_waiting_ends_when_torchrun_is_gone(stub_roles):
     ],
 )
 def test_a_signal_saves_and_leaves(number, pair, tmp_path):
-    """To every process at once: what a terminal does, also when it is closed, and a cluster's scheduler at the time limit."""
+    """To every process at once: what a terminal does, also when it is closed,
+    and a cluster's scheduler at the time limit."""
     output = tmp_path / "run"
     process = start(output, *pair, "--steps=100000", "--eval-every=0", ranks=1)
     read_until(process, r"update +2/")
@@ -483,12 +486,12 @@ def test_weights_that_diverged_are_set_aside_and_good_ones_are_left(sync_run, pa
     out = finish(start(output, *flags), expect=1)
     assert f"resuming from {output}/step_6" in out
     assert re.search(
-        r"train.py: error: update 8: gradient norm is nan: lower --lr; --resume takes the checkpoint before, if there is one",
+        r"train.py: error: update 8: gradient norm is nan: lower --lr; "
+        r"--resume takes the checkpoint before, if there is one",
         out,
     ), out
-    assert len(list(output.glob("diverged_7_*"))) == 2 and checkpoints(output) == [
-        output / "step_6"
-    ]
+    assert len(list(output.glob("diverged_7_*"))) == 2
+    assert checkpoints(output) == [output / "step_6"]
 
 
 def test_what_diverged_is_not_saved_at_the_end(tmp_path):
@@ -527,7 +530,8 @@ def test_what_the_roles_are_forked_from_has_asked_for_no_gpu():
 import importlib, torch
 def refuse(*args, **kwargs):
     raise RuntimeError("a device was asked for")
-for name in ("is_available", "device_count", "_lazy_init", "current_device", "get_device_capability", "get_device_properties"):
+for name in ("is_available", "device_count", "_lazy_init", "current_device",
+             "get_device_capability", "get_device_properties"):
     setattr(torch.cuda, name, refuse)
 for name in {fork_server.PRELOAD}:
     importlib.import_module(name)
@@ -547,7 +551,7 @@ def test_a_damaged_checkpoint_is_named_on_resume(sync_run, pair, tmp_path, monke
         train.main()
 
 
-# ---- progress -----------------------------------------------------------------------------------------
+# ---- progress ------------------------------------------------------------------------------------
 
 
 def test_the_progress_is_one_line_for_each_update(sync_run):
@@ -656,7 +660,8 @@ def test_the_log_adds_up_the_caches_of_all_teachers_and_averages_what_is_busy(
 
 def test_a_roles_process_does_not_use_cudnns_attention():
     state = "print(torch.backends.cuda.cudnn_sdp_enabled())"
-    code = f"import torch, launch; from config import Config; {state}; launch.set_up_process(Config(), torch.device('cpu'), 1); {state}"
+    set_up = "launch.set_up_process(Config(), torch.device('cpu'), 1)"
+    code = f"import torch, launch; from config import Config; {state}; {set_up}; {state}"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
