@@ -1,12 +1,14 @@
-"""What the paper claims and what was measured here:
-the table of docs/staleness.md, `python -m experiments.claims`.
+"""What the paper claims and what was measured here: `python -m experiments.claims`.
+
+It writes the tables of docs/claims.md anew from the CSVs in experiments/results, between the page's
+markers `<!-- NAME -->` and `<!-- /NAME -->`. Nothing is run again; that is what `--rerun` is for.
 
 A claim is a list of comparisons; each compares two cells of a study seed by seed. A comparison
 holds if it does in at least 4 of 5 seeds, or if the 95 % interval of the mean difference (Student's
 t over seeds) lies above its margin; it is open if neither that nor the opposite is so. A claim
 holds if all its comparisons do, in part if some do. By chance alone 4 of 5 seeds favour a given
 side in 19 % of comparisons without any difference. `--rerun N` makes the runs of claim N again, in
-a CSV of its own, and judges those.
+a CSV of its own, judges those and prints the claim's line.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import estimators, frontier, real_curves, staleness
-from experiments.study import RESULTS, RUNS
+from experiments import estimators, frontier, real_curves, real_model, staleness
+from experiments.study import RESULTS, ROOT, RUNS
 
 STUDIES = {
     "staleness": staleness,
@@ -34,6 +37,7 @@ CELL = {
     "frontier": ("loss", "order", "max_staleness"),
     "real_curves": ("loss", "lag", "update"),
 }
+PAGE = ROOT / "docs" / "claims.md"
 LOWER_IS_BETTER = ("reverse_kl", "bias", "variance", "error_1000", "seconds_to_90")
 SEEDS = {"real_curves": range(3)}  # the other studies: five
 MARKS = {"yes": "✓", "no": "✗", "open": "?"}
@@ -519,14 +523,37 @@ def row(number: int, lines: dict[str, list[dict]]) -> str:
     claim = CLAIMS[number - 1]
     results = [compare(c, cells(c.study, lines[c.study], c.metric)) for c in claim.comparisons]
     measured = "<br>".join(describe(c, result) for c, result in zip(claim.comparisons, results))
-    answer = verdict([result.answer for result in results])
-    command = f"`python -m experiments.claims --rerun {number}`"
-    return f"| {number} | {claim.text} | {measured} | {answer} | {command} |"
+    judged = verdict([result.answer for result in results])
+    return f'| <a id="claim-{number}"></a>{number} | {claim.text} | {judged} | {measured} |'
 
 
 def table(numbers: list[int], lines: dict[str, list[dict]]) -> str:
-    head = "| | claim | measured | verdict | command |\n|---|---|---|---|---|"
+    head = "| | claim | verdict | measured |\n|---|---|---|---|"
     return "\n".join([head, *(row(number, lines) for number in numbers)])
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Name of a marker of the page -> the Markdown table that belongs there."""
+    lines = {name: study.read(results / f"{name}.csv") for name, study in STUDIES.items()}
+    noise = real_model.read(results / "real_model.csv")
+    lags = list(dict.fromkeys(f"lag {line['lag']}" for line in noise))
+    head = f"| 32 candidates | {' | '.join(lags)} |\n|{'---|' * (len(lags) + 1)}\n"
+    return {
+        "claims": table(list(range(1, len(CLAIMS) + 1)), lines),
+        "training": real_curves.table(lines["real_curves"]),
+        **{space: head + real_model.table(noise, space) for space in ("logits", "parameters")},
+    }
+
+
+def fill(page: str, tables: dict[str, str]) -> str:
+    """The page with these tables between its markers."""
+    for name, text in tables.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            sys.exit(f"the page needs one {begin.strip()} and one {end.strip()}: add them")
+        before, rest = page.split(begin)
+        page = before + begin + text + end + rest.split(end)[1]
+    return page
 
 
 def rerun(number: int) -> dict[str, list[dict]]:
@@ -555,12 +582,13 @@ def main():
         help="make the runs of claim N again, in runs/claim_N_*.csv (continued if it exists)",
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the CSVs")
+    parser.add_argument("--out", type=Path, default=PAGE, help="page whose tables are written anew")
     args = parser.parse_args()
     if args.rerun:
         print(table([args.rerun], rerun(args.rerun)))
     else:
-        lines = {name: study.read(args.results / f"{name}.csv") for name, study in STUDIES.items()}
-        print(table(list(range(1, len(CLAIMS) + 1)), lines))
+        args.out.write_text(fill(args.out.read_text(), tables(args.results)))
+        print(f"{args.out}: tables written")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The figures: `python -m experiments.figures` (needs matplotlib, extra [plots]).
 
-Without options it draws the figures of docs/staleness.md from the CSVs beside them. With --run it
+Without options it draws the figures of the docs from the CSVs beside them. With --run it
 draws the picture of one run of train.py (run_figure.py).
 
 Points are means over seeds, bars run from the lowest to the highest seed. A loss has one colour
