@@ -1,23 +1,33 @@
-"""What the losses are compared with: corrections of stale samples, and other estimators of reverse KL.
+"""What only studies compare with: corrections of stale samples, other estimators of reverse KL.
 
-`--signal` and `--correction` of `sampled_reverse_kl` choose a `Corrected` loss, which has no baseline. The other classes have names
-for `--loss` at the end of the file. Letters and tables s, t, b: losses.py. A is the advantage, t - s or t - b.
+`--plugin experiments.corrections` puts them into losses.LOSSES, as a file of your own would do with
+yours. Letters and tables s, t, b: losses.py.
 
-The corrections, with r = e^(s - b), judge every sample on its own. No gradient passes through the weight w:
+`sampled_SIGNAL_CORRECTION` is sampled reverse KL without a baseline, -(1/N) sum_i sg[w_i a_i] s_i.
+SIGNAL says with whom the teacher is compared:
+
+    current     advantage a = t - s, the current student at the learner (AsyncOPD)
+    rollout     advantage a = t - b, the sampler at the rollout: what stale RL does
+
+CORRECTION makes the weight w of each sample from its ratio e^(s - b) and its advantage:
 
     none        1
-    is          r, unbiased with the current signal
-    ppo         r, but 0 where the clipped surrogate is flat: A >= 0 and r > 1.2, or A < 0 and r < 0.8 (arXiv 1707.06347)
-    decoupled   r, but 0 where r > 5. This is AReaL's behaviour weight e^(prox - b) (arXiv 2505.24298). Its proximal policy is
-                the one that the update starts from. An update is one optimiser step here, so prox = s and e^(s - prox) is one
-    m2po        as in the release of M2PO (arXiv 2510.01161, github.com/Infini-AI-Lab/M2PO): r, but 0 where the update pushes a
-                sample further from the sampler (A >= 0 and r > 1, or A < 0 and r < 1) and its (s - b)^2 is above a bound. If
-                all such squares were cut at the bound, their mean over the update would be within 0.04. The release also
-                keeps every ratio within 0.7 to 1.5; we do not
-    m2po_areal  r, but 0 where (s - b)^2 is above a bound, as AReaL reads M2PO: the largest squares of all samples are
-                dropped until the mean of the others is within 0.04
-    tis         min(r, 2): truncated importance sampling, as verl and others offer it
-    icepop      r, but 0 outside of 0.2 to 5: a gate on both sides (IcePop; prime-rl uses these limits)
+    is          the ratio: unbiased with the current signal, the surrogate of AsyncOPD
+    ppo         the ratio, but 0 where the clipped surrogate is flat: a >= 0 and a ratio above 1.2,
+                or a < 0 and a ratio below 0.8 (arXiv 1707.06347)
+    decoupled   the ratio, but 0 where it is above 5. This is AReaL's behaviour weight e^(prox - b)
+                (arXiv 2505.24298). Its proximal policy is the one that the update starts from. An
+                update is one optimiser step here, so prox = s and e^(s - prox) is one
+    m2po        as in the release of M2PO (arXiv 2510.01161, github.com/Infini-AI-Lab/M2PO): the
+                ratio, but 0 where the update pushes a sample further from the sampler (a >= 0 and
+                a ratio above 1, or a < 0 and one below 1) and its (s - b)^2 is above a bound. If
+                all such squares were cut at the bound, their mean over the update would be within
+                0.04. The release also keeps every ratio within 0.7 to 1.5; we do not
+    m2po_areal  the ratio, but 0 where (s - b)^2 is above a bound, as AReaL reads M2PO: the largest
+                squares of all samples are dropped until the mean of the others is within 0.04
+    tis         min(ratio, 2): truncated importance sampling, as verl and others offer it
+    icepop      the ratio, but 0 outside of 0.2 to 5: a gate on both sides (IcePop; prime-rl uses
+                these limits)
 """
 
 from math import inf
@@ -26,6 +36,8 @@ import torch
 
 from losses import LOSSES, Loss, SampledReverseKL, StratifiedReverseKL
 
+SIGNALS = ("current", "rollout")
+CORRECTIONS = ("is", "none", "ppo", "decoupled", "m2po", "m2po_areal", "tis", "icepop")
 PPO_CLIP = 0.2
 DECOUPLED_CAP = 5.0
 M2_BUDGET = 0.04
@@ -34,13 +46,19 @@ GATE = (0.2, 5.0)
 
 
 def moves_away(log_ratio, advantage, clip=0.0):
-    """Where PPO's clipped surrogate is flat: the ratio is beyond 1 + clip or 1 - clip, and the advantage pushes it on."""
+    """Where PPO's clipped surrogate is flat.
+
+    The ratio is beyond 1 + clip or 1 - clip, and the advantage pushes it on.
+    """
     ratio = log_ratio.exp()
     return torch.where(advantage >= 0, ratio > 1 + clip, ratio < 1 - clip)
 
 
 def importance_weight(log_ratio, advantage, correction, bound=inf):
-    """The weight w of every sample: s - b and A, [T,N] each -> [T,N]. `bound`: M2PO's, of (s - b)^2."""
+    """The weight w of every sample: s - b and the advantage, [T,N] each -> [T,N].
+
+    `bound`: M2PO's, of (s - b)^2.
+    """
     ratio = log_ratio.exp()
     if correction == "none":
         return torch.ones_like(ratio)
@@ -58,10 +76,11 @@ def importance_weight(log_ratio, advantage, correction, bound=inf):
 
 
 def second_moment_bound(squares, is_capped, budget=M2_BUDGET):
-    """M2PO's bound on (s - b)^2 from the squares of an update, any shape. inf: all are within it. -1: none is.
+    """M2PO's bound on (s - b)^2, from the squares of an update, any shape.
 
-    With `is_capped` (the release) it is the largest square v with mean(min(squares, v)) <= budget. Else (AReaL) the mean of
-    the squares up to v must be within it. Both means rise with v, so one sort and one cumulative sum give the answer.
+    inf: all are within it. -1: none is. With `is_capped` (the release) it is the largest square v
+    with mean(min(squares, v)) <= budget. Else (AReaL) the mean of the squares up to v must be
+    within it. Both means rise with v, so one sort and one cumulative sum give the answer.
     """
     moment = squares.double().flatten().sort().values
     count = torch.arange(1, len(moment) + 1, device=moment.device)
@@ -74,19 +93,11 @@ def second_moment_bound(squares, is_capped, budget=M2_BUDGET):
 
 
 class Corrected(SampledReverseKL):
-    """-(1/N) sum_i sg[w_i A_i] s_i, without a baseline. `signal` "rollout": A = t - b, what stale reinforcement learning does."""
+    """-(1/N) sum_i sg[w_i a_i] s_i. Each subclass has its signal and its correction."""
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.signal = config.signal
-        self.correction = config.correction
-        if config.nodes > 1 and self.correction.startswith("m2po"):
-            from config import InputError  # which imports this file
-
-            raise InputError(
-                f"--correction {self.correction} needs all samples at once: use one node"
-            )
-        self.m2_bound = inf
+    signal = "current"
+    correction = "is"
+    m2_bound = inf  # of the update
 
     def advantage(self, s, t, b):
         return (t - (s if self.signal == "current" else b)).detach()
@@ -112,15 +123,14 @@ class Corrected(SampledReverseKL):
         return -(weight * advantage * s).mean(-1)
 
 
-class PlainSampled(SampledReverseKL):
-    """Sampled reverse KL without a baseline: the surrogate of AsyncOPD."""
-
-    def value(self, s, t, b):
-        return ((s - b).exp().detach() * (s - t).detach() * s).mean(-1)
+def named(signal: str, correction: str):
+    """The subclass of Corrected for one pair."""
+    name = f"Sampled_{signal}_{correction}"
+    return type(name, (Corrected,), {"signal": signal, "correction": correction})
 
 
 class PlainStratified(StratifiedReverseKL):
-    """Stratified reverse KL without a baseline: the default until November 2026."""
+    """Stratified reverse KL without a baseline."""
 
     def value(self, s, t, b):
         d = (s - t).detach()
@@ -132,9 +142,10 @@ class PlainStratified(StratifiedReverseKL):
 
 
 class TopKAndEmitted(Loss):
-    """The top K exactly, and the emitted token where it is none of them: EMA-PG's top-k KL (arXiv 2602.04417) with weights.
+    """The top K exactly, and the emitted token where it is none of them.
 
-    The emitted token comes from the whole sampler. So the tail's term is 0 for most tokens and large for the others.
+    This is EMA-PG's top-k KL (arXiv 2602.04417) with weights. The emitted token comes from the
+    whole sampler. So the tail's term is 0 for most tokens and large for the others.
     """
 
     def __init__(self, config):
@@ -151,7 +162,10 @@ class TopKAndEmitted(Loss):
 
 
 class TopKBaseline(Loss):
-    """N draws less the reverse KL of the sampler's top K as a baseline: vOPD (arXiv 2605.07865) with importance weights."""
+    """N draws less the reverse KL of the sampler's top K as a baseline.
+
+    This is vOPD (arXiv 2605.07865) with importance weights.
+    """
 
     def __init__(self, config):
         Loss.__init__(self, draws=config.num_samples, top=config.top_k)
@@ -164,7 +178,11 @@ class TopKBaseline(Loss):
 
 
 LOSSES |= {
-    "plain_sampled": PlainSampled,
+    f"sampled_{signal}_{correction}": named(signal, correction)
+    for signal in SIGNALS
+    for correction in CORRECTIONS
+}
+LOSSES |= {
     "plain_stratified": PlainStratified,
     "top_k_and_emitted": TopKAndEmitted,
     "top_k_baseline": TopKBaseline,
