@@ -99,13 +99,7 @@ class Channel:
     busy = Field(f64, "Q")  # each role its own -> leader; seconds
     cache_stats = Field(i64, "Z 4")  # each teacher -> leader; hits, misses, bytes, evictions
 
-    def __init__(
-        self,
-        config: Config,
-        num_parameters: int,
-        dtype: torch.dtype,
-        paths: list[str],
-    ):
+    def __init__(self, config: Config, num_parameters: int, dtype: torch.dtype, paths: list[str]):
         """Open the channel that `create` made: `paths` are its own. `dtype`: of the weights."""
         places, size = memory_layout(config, num_parameters, dtype)
         block = torch.from_file(paths[0], shared=True, size=size, dtype=torch.uint8)  # [bytes]
@@ -203,11 +197,10 @@ def check_memory(needed: int, config: Config):
     free = available_memory()
     if needed > 0.9 * free:
         raise MemoryError(
-            f"the rollout table and the weight mailbox need {needed / 2**20:,.0f} MiB of shared "
-            f"memory, {free / 2**20:,.0f} MiB are available: lower --batch-size "
-            f"({config.batch_size}), --max-staleness ({config.max_staleness}), --max-new-tokens "
-            f"({config.max_new_tokens}) or the candidates per position ({config.num_candidates}), "
-            "or give the container more memory"
+            f"rollout table and weight mailbox need {needed / 2**20:,.0f} MiB of shared memory, "
+            f"{free / 2**20:,.0f} MiB are available: lower --batch-size ({config.batch_size}), "
+            f"--max-staleness ({config.max_staleness}), --max-new-tokens ({config.max_new_tokens}) "
+            f"or the candidates per position ({config.num_candidates})"
         )
 
 

@@ -41,6 +41,7 @@ SUMMED = (
     "drift_k3",
     "support_mass_student",
     "support_mass_teacher",
+    "lag_mean",
 )
 
 
@@ -121,7 +122,9 @@ class Learner:
         changes, if the gradient is not finite.
         """
         parts = parts or [self.describe(channel, rows)]
-        tokens = sum(part["tokens"] for part in parts)
+        tokens, all_rows, truncated = (
+            sum(part[name] for part in parts) for name in ("tokens", "rows", "truncated")
+        )
         # The ranks make equally many passes, because in each they wait for each other.
         passes = max(part["passes"] for part in parts)
         batches = self.micro_batches(channel, rows)[self.ranks.local_rank]
@@ -136,22 +139,29 @@ class Learner:
             sums += self.backward(channel, batch, tokens)
         if self.ranks.world_size > 1:
             dist.all_reduce(sums)
-        metrics = dict(zip(SUMMED, (sums / tokens).tolist())) | combine(parts)
+        metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
+        metrics |= {
+            "tokens": tokens,
+            "truncated_fraction": truncated / all_rows,
+            "lag_max": max(part["lag_max"] for part in parts),
+        }
         metrics |= self.step()
         self.version += 1
         return metrics
 
     def describe(self, channel: Channel, rows: list[int]):
         """What the other nodes must know of this node's rows before they train on theirs."""
-        lag = self.version - of_responses(channel, rows, channel.weight_version)  # [T]
         return {
-            "tokens": len(lag),
+            "tokens": int((channel.length[rows] - channel.prompt_len[rows]).sum()),
             "rows": len(rows),
             "truncated": int((channel.finish[rows] == LENGTH).sum()),
-            "lag_sum": int(lag.sum()),
-            "lag_max": int(lag.max()),
+            "lag_max": int(self.lag(channel, rows).max()),
             "passes": max(map(len, self.micro_batches(channel, rows))),
         }
+
+    def lag(self, channel, rows):
+        """Updates since each response token was sampled: [T]."""
+        return self.version - of_responses(channel, rows, channel.weight_version)
 
     def micro_batches(self, channel, rows):
         """For every rank of the node its share of the rows, in groups for a forward pass each."""
@@ -172,6 +182,7 @@ class Learner:
             (-drift).expm1() + drift,  # k3 estimate: no term is negative
             self.loss.support_probs(ids, s),
             self.loss.support_probs(ids, t),
+            self.lag(channel, rows).to(self.device),
         )
         return torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
 
@@ -215,17 +226,6 @@ class Learner:
         """Restore the rest of what `save` wrote; the model was loaded from the same directory."""
         load_optimizer(directory, self.model, self.optimizer)
         self.version = step_of(directory)
-
-
-def combine(parts: list[dict]):
-    """Lengths and lags of a whole update, from what `Learner.describe` says of each node."""
-    total = {name: sum(part[name] for part in parts) for name in ("tokens", "rows", "truncated")}
-    return {
-        "tokens": total["tokens"],
-        "truncated_fraction": total["truncated"] / total["rows"],
-        "lag_mean": sum(part["lag_sum"] for part in parts) / total["tokens"],
-        "lag_max": max(part["lag_max"] for part in parts),
-    }
 
 
 def whole(tensor):

@@ -14,20 +14,16 @@ How a run ends:
 Left out: starting a role again that died. The run ends and can be resumed.
 """
 
-import faulthandler
 import os
 import signal
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import generate
 import teacher
@@ -40,14 +36,9 @@ from support.data import Prompt, fingerprint, load_prompts
 from support.load import check_models, load_model, load_tokenizer, shared_vocabulary
 from support.log import Log, Timeline, close_trace
 from support.ranks import Interrupted, Ranks, RoleDied, broadcast, from_every_rank, join
+from support.roles import OUT_OF_MEMORY, Roles, ignore_interrupts, on_interrupt
+from support.roles import role_devices, set_up_process
 from tickets import Tickets
-
-PRELOAD = ["transformers.models.auto.modeling_auto", "transformers.generation"]
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-OUT_OF_MEMORY = """its GPU has too little memory. Generator: lower --slots or --max-new-tokens.
-Teacher: lower --micro-batch-tokens or --head-chunk, or raise --teacher-gpus. Learner: the same, or
---checkpoint-activations, or raise --nproc-per-node. `python -m experiments.memory` estimates it"""
-
 
 # ---- input ------------------------------------------------------------------------------------
 
@@ -87,75 +78,11 @@ def read_inputs(config: Config):
 # ---- generators and teachers ------------------------------------------------------------------
 
 
-class Roles:
-    """The generators and teachers of a node, as its leader sees them."""
-
-    def __init__(self, config: Config, channel: Channel, devices, held_out, next_ticket):
-        """`devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: to be scored."""
-        self.channel = channel
-        self.names = [f"generator {i}" for i in range(config.generators)]
-        self.names += [f"teacher {i}" for i in range(config.teachers)]
-        start_fork_server()
-        try:
-            self.context = mp.start_processes(
-                run_role,
-                (config, channel, devices, held_out, next_ticket),
-                nprocs=len(self.names),
-                join=False,
-                daemon=True,
-                start_method="forkserver",
-            )
-        except EOFError:
-            raise RoleDied("the fork server died while it started the roles") from None
-
-    def check(self):
-        """Raise RoleDied if one is gone."""
-        processes = zip(self.names, self.context.processes)
-        gone = [name for name, process in processes if not process.is_alive()]
-        if not gone:
-            return
-        self.channel.stop.fill_(1)
-        try:
-            self.context.join(timeout=0, grace_period=3)
-        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            # The message of an InputError is for users. For anything else they get the traceback.
-            reason = str(error).rpartition("InputError: ")[2].strip()
-            if "OutOfMemoryError" in reason:
-                reason = OUT_OF_MEMORY
-            raise RoleDied(f"{self.names[error.error_index]} died: {reason}") from None
-        raise RoleDied(f"{gone[0]} left before the end")
-
-    def stop(self):
-        """Ask every role to leave its loop, then insist."""
-        self.channel.stop.fill_(1)
-        deadline = time.monotonic() + 10.0
-        for process in self.context.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            process.kill()
-            process.join()
-
-
-def start_fork_server():
-    """Start the process that the roles are forked from. It imports the libraries once for all.
-
-    A fork of the leader itself would break CUDA.
-    """
-    mp.set_forkserver_preload(PRELOAD)
-    if len(tempfile.gettempdir()) > 60:
-        tempfile.tempdir = "/tmp"  # the path of the server's socket may have 107 characters
-    handlers = ignore_interrupts()  # a new process goes on to ignore them
-    forkserver.ensure_running()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def ignore_interrupts():
-    """From now on interrupts are the leader's business. Returns the handlers before."""
-    return {number: signal.signal(number, signal.SIG_IGN) for number in INTERRUPTS}
-
-
 def run_role(index, config, channel, devices, held_out, next_ticket):
-    """Entry of a role's process: generators 0, 1, ..., then the teachers."""
+    """Entry of a role's process: generators 0, 1, ..., then the teachers.
+
+    `devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: the next to be scored.
+    """
     ignore_interrupts()
     device = devices[index - config.generators - config.teachers]  # these roles have the last
     set_up_process(config, device, len(devices))
@@ -163,33 +90,6 @@ def run_role(index, config, channel, devices, held_out, next_ticket):
         generate.run(config, channel, device, index, held_out)
     else:
         teacher.run(config, channel, device, index - config.generators, next_ticket)
-
-
-def role_devices(config: Config, learners: int):
-    """Learner ranks first, then generators, then teachers. They share where GPUs are few.
-
-    A teacher above one GPU stands here with its first. Raises InputError if it lacks others.
-    """
-    gpus = torch.cuda.device_count()
-    first = learners + config.generators
-    needed = first + config.teachers * config.teacher_gpus
-    if config.teacher_gpus > 1 and needed > gpus:
-        raise InputError(
-            f"--teacher-gpus is {config.teacher_gpus}: then no GPU is shared and the roles need "
-            f"{needed}, there are {gpus}: lower it, --teachers, --generators or --nproc-per-node"
-        )
-    places = [*range(first), *range(first, needed, config.teacher_gpus)]
-    return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in places]
-
-
-def set_up_process(config: Config, device: torch.device, num_roles: int):
-    """Threads and precision of a role's process."""
-    share = len(os.sched_getaffinity(0)) // num_roles
-    torch.set_num_threads(config.cpu_threads or max(1, share))
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape
-    faulthandler.register(signal.SIGUSR1)  # prints where every thread is
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 # ---- the leader of a node ---------------------------------------------------------------------
@@ -207,9 +107,7 @@ class Leader:
         self.ranks = learner.ranks
         self.saved_version = learner.version
         self.interrupts = []
-        for number in INTERRUPTS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-                signal.signal(number, lambda *_: self.interrupts.append(1))
+        on_interrupt(lambda *_: self.interrupts.append(1))
         on_disk.start_output(config, inputs.checkpoint)
         self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
         ahead = ()
@@ -218,7 +116,8 @@ class Leader:
         self.tickets = Tickets(config, channel, inputs.prompts, learner.version, ahead)
         self.held_out = inputs.held_out if self.ranks.node == 0 else []  # node 0 evaluates
         learner.publish(channel)
-        self.roles = Roles(config, channel, devices, self.held_out, self.tickets.lowest)
+        for_all = (config, channel, devices, self.held_out, self.tickets.lowest)
+        self.roles = Roles(run_role, for_all, config, channel)
 
     def main_loop(self):
         """Wait for rollouts, train, publish, issue tickets, evaluate and log, save."""

@@ -74,9 +74,7 @@ class Config:
     temperature: float = option(1.0, "softmax temperature of sampling and loss", TEMPERATURE)
     max_staleness: int = option(1, "updates that weights lag behind at a start; 0: none", COUNT)
     order: str = option("batch", "train in ticket order or as they finish", ("batch", "arrival"))
-    refresh: str = option(
-        "in_flight", "new weights between tokens or between batches", ("in_flight", "batch")
-    )
+    refresh: str = option("in_flight", "weights: between tokens or batches", ("in_flight", "batch"))
     steps: int = option(200, "updates in total, those before --resume included")
     batch_size: int = option(64, "rollouts per update, over all ranks and nodes")
     samples_per_prompt: int = option(1, "rollouts per prompt and epoch")
@@ -92,9 +90,7 @@ class Config:
     teacher_gpus: int = option(1, "GPUs that each teacher is spread over")
     slots: int = option(64, "sequences that a generator decodes at once")
     teacher_cache_mb: int = option(64, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
-    dtype: str = option(
-        "auto", "of computation; auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16")
-    )
+    dtype: str = option("auto", "auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16"))
     cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles", THREADS)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
     eval_every: int = option(50, "updates between greedy evaluations; 0: never", COUNT)
@@ -112,7 +108,7 @@ class Config:
         require(
             self.batch_size % (self.nodes * self.teachers) == 0,
             f"--batch-size is {self.batch_size}, there are {self.nodes} nodes with --teachers "
-            f"{self.teachers}: take a multiple of both, so that all score equally many",
+            f"{self.teachers}: take a multiple, so that all teachers score equally many",
         )
         require(
             self.table_rows <= MAX_ROWS,

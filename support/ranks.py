@@ -14,7 +14,6 @@ without closing them is noticed after PATIENCE. Who waits for another node hears
 
 import os
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from support.config import InputError, from_torchrun
+from support.config import from_torchrun, require
 
 PATIENCE = timedelta(hours=1)  # of nodes for each other: the longest answers of an update
 WEEK = timedelta(days=7)  # of ranks for their leader, which watches itself and its roles
@@ -99,10 +98,10 @@ def join():
     world_size = from_torchrun("WORLD_SIZE", 1)
     local_world_size = from_torchrun("LOCAL_WORLD_SIZE", 1)
     gpus = torch.cuda.device_count()
-    if world_size != local_world_size * from_torchrun("GROUP_WORLD_SIZE", 1):
-        raise InputError("the nodes have different --nproc-per-node: make them the same")
-    if local_world_size > gpus > 0:
-        raise InputError(f"{local_world_size} learner ranks, {gpus} GPUs: lower --nproc-per-node")
+    is_even = world_size == local_world_size * from_torchrun("GROUP_WORLD_SIZE", 1)
+    require(is_even, "the nodes have different --nproc-per-node: make them the same")
+    fits = local_world_size <= gpus or gpus == 0
+    require(fits, f"{local_world_size} learner ranks, {gpus} GPUs: lower --nproc-per-node")
     parent = os.getppid()
     check_torchrun()  # so the parent that we have found is torchrun
     if world_size > 1:
@@ -122,18 +121,13 @@ def check_torchrun():
 
 
 def broadcast(value=None, group=None):
-    """The value of the group's first rank, on every rank of it; of all, without a group.
-
-    A rank that waits in vain leaves with one line.
-    """
+    """The value of the group's first rank, on every rank of it; of all, without a group."""
     box = [value]
     if dist.is_initialized():
         try:
             dist.broadcast_object_list(box, group=group, group_src=0)
         except RuntimeError:
-            if dist.get_rank(group) == 0:
-                raise RoleDied("a rank or a node died: torchrun says how") from None
-            sys.exit(f"train.py: rank {dist.get_rank()} leaves, its leader is gone")
+            raise RoleDied("a rank or a node died: torchrun says how") from None
     return box[0]
 
 
