@@ -142,12 +142,10 @@ class Generator:
         slots = torch.arange(active, device=self.device)  # [A]
         r = self.r[:active]  # views: adding to them below moves the slots on
         position = self.position[:active]
-        hidden = last_hidden(
-            self.model,
-            self.last_token[:active, None],
-            position_ids=position[:, None],
-            slot_step=Decode(self.cache, position, length),
-        )[:, 0]  # [A,F]
+        step = Decode(self.cache, position, length)
+        tokens = self.last_token[:active, None]  # [A,1]
+        at = position[:, None]
+        hidden = last_hidden(self.model, tokens, position_ids=at, slot_step=step)[:, 0]  # [A,F]
         weight = head_weight(self.model)[: self.vocab]
         logits = head_logits(hidden, weight, 1.0 / self.config.temperature)  # [A,V]
         ids, logp = self.proposal.propose(logits, self.uniforms[slots, r])  # [A,C]

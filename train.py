@@ -283,7 +283,7 @@ def run_rank(ranks: Ranks):
         leader.lead()
     finally:
         leader.roles.stop()
-        close_trace(config.trace)
+        close_trace(config.output / "trace.json")
 
 
 def follow(learner: Learner, channel: Channel):

@@ -63,7 +63,7 @@ def start_output(config: Config, checkpoint: Path | None):
     kept = metrics_until(step_of(checkpoint), metrics) if checkpoint else []
     write(config.output / "config.yaml", config.dump())
     write(metrics, "".join(kept))
-    config.trace.write_text("[\n")  # each event follows as a line
+    (config.output / "trace.json").write_text("[\n")  # each event follows as a line
 
 
 def metrics_until(step: int, path: Path):
@@ -110,14 +110,10 @@ def check_resume(config, checkpoint, fingerprint):
     for name in MUST_MATCH:
         before, now = progress["settings"].get(name), getattr(config, name)
         require(before == now, f"--resume: {name} was {before!r} and is now {now!r}: keep it")
-    require(
-        progress["prompts"] == fingerprint,
-        "--resume: the prompts are not what they were: give the same files",
-    )
-    require(
-        done < config.steps,
-        f"--resume: {output} has made {done} updates already, --steps is {config.steps}: raise it",
-    )
+    changed = "--resume: the prompts are not what they were: give the same files"
+    require(progress["prompts"] == fingerprint, changed)
+    fix = f"--steps is {config.steps}: raise it"
+    require(done < config.steps, f"--resume: {output} has made {done} updates already, {fix}")
     return [f"resuming from {checkpoint}"]
 
 

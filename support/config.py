@@ -24,10 +24,7 @@ RATE = click.FloatRange(1e-12)
 COUNT = click.IntRange(0)
 THREADS = click.IntRange(0, 1024)
 PROCESSES = click.IntRange(1, 256)
-ABOUT = """Asynchronous on-policy distillation.
-
-torchrun starts the learner ranks: torchrun --standalone --nproc-per-node=N train.py [OPTIONS]
-"""
+ABOUT = "Asynchronous on-policy distillation. torchrun --nproc-per-node=N starts N learner ranks."
 
 
 class InputError(ValueError):
@@ -110,11 +107,8 @@ class Config:
             f"--batch-size is {self.batch_size}, there are {self.nodes} nodes with --teachers "
             f"{self.teachers}: take a multiple, so that all teachers score equally many",
         )
-        require(
-            self.table_rows <= MAX_ROWS,
-            f"{self.table_rows} rollouts in flight, the limit is {MAX_ROWS}: "
-            "lower --batch-size or --max-staleness",
-        )
+        fix = f"the limit is {MAX_ROWS}: lower --batch-size or --max-staleness"
+        require(self.table_rows <= MAX_ROWS, f"{self.table_rows} rollouts in flight, {fix}")
         require(
             self.max_sequence <= self.micro_batch_tokens,
             f"--micro-batch-tokens is {self.micro_batch_tokens}, one sequence may have "
@@ -133,10 +127,6 @@ class Config:
     def output(self):
         """Node 0 has the directory itself, node k `node_k` in it."""
         return Path(self.output_dir, f"node_{self.node}" if self.node else "")
-
-    @property
-    def trace(self):
-        return self.output / "trace.json"
 
     @property
     def node(self):
@@ -195,10 +185,8 @@ def check_value(option, value):
         is_same = option.type.convert(value, option, None) == value
     except click.BadParameter as error:
         raise InputError(error.format_message()) from None
-    require(
-        is_same and value != math.inf,
-        f"{option.opts[0]} is {value!r}: {option.type.name} is needed",
-    )
+    kind = option.type.name
+    require(is_same and value != math.inf, f"{option.opts[0]} is {value!r}: {kind} is needed")
     # `--output-dir --resume` would take the next flag for a directory.
     is_missing = str(value).startswith("--") or (option.name == "output_dir" and value == "")
     require(not is_missing, f"{option.opts[0]} is {value}: its own value is missing")
@@ -222,19 +210,13 @@ def read_yaml(context, _, path):
 def parse(argv=None):
     """Command line to Config. Raises InputError on a setting that cannot work."""
     from_file = click.Option(
-        ["--config"],
-        metavar="FILE",
-        help="YAML of options; flags win over it",
-        callback=read_yaml,
-        is_eager=True,
-        expose_value=False,
+        ["--config"], metavar="FILE", help="YAML of options; flags win over it"
     )
-    command = click.Command(
-        "train.py",
-        callback=Config,
-        params=[from_file, *map(new_option, fields(Config))],
-        help=ABOUT,
-    )
+    from_file.callback = read_yaml
+    from_file.is_eager = True  # before the others, whose defaults it sets
+    from_file.expose_value = False  # it is no field of Config
+    params = [from_file, *map(new_option, fields(Config))]
+    command = click.Command("train.py", callback=Config, params=params, help=ABOUT)
     try:
         # --help prints and returns nothing.
         return command.main(argv, standalone_mode=False) or sys.exit()

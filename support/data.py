@@ -76,11 +76,9 @@ def builtin_prompts(config: Config, tokenizer):
     ids = tokenizer([text for text, _ in train + held_out]).input_ids
     prompts = [Prompt(text, own, answer) for (text, answer), own in zip(train + held_out, ids)]
     longest = max(map(len, ids))
-    require(
-        longest <= config.max_prompt_tokens,
-        f"built-in prompts have up to {longest} tokens, "
-        f"--max-prompt-tokens is {config.max_prompt_tokens}: raise it",
-    )
+    limit = config.max_prompt_tokens
+    fix = f"--max-prompt-tokens is {limit}: raise it"
+    require(longest <= limit, f"built-in prompts have up to {longest} tokens, {fix}")
     return prompts[: len(train)], prompts[len(train) :]
 
 

@@ -61,10 +61,7 @@ def stop_ids(path: str, tokenizer):
         named = AutoConfig.from_pretrained(path).eos_token_id
     named = named if isinstance(named, list) else [named]
     ids = {tokenizer.eos_token_id, *named} - {None}
-    require(
-        ids,
-        f"{path}: neither tokenizer nor generation config names a stop token: add eos_token_id",
-    )
+    require(ids, f"{path}: tokenizer and generation config name no stop token: add eos_token_id")
     return ids
 
 
@@ -93,11 +90,8 @@ def check_top_k(config: Config):
     loss = make_loss(config)
     has_tail = loss.tail.start < loss.tail.stop
     limit = vocab - has_tail  # the tail needs an id
-    require(
-        loss.top.stop - loss.top.start <= limit,
-        f"--top-k is {config.top_k}, the vocabulary has {vocab} ids: "
-        f"{limit} is the most for {config.loss}",
-    )
+    fix = f"the vocabulary has {vocab} ids: {limit} is the most for {config.loss}"
+    require(loss.top.stop - loss.top.start <= limit, f"--top-k is {config.top_k}, {fix}")
 
 
 def check_config(config: Config):
@@ -113,10 +107,8 @@ def check_config(config: Config):
             f"{path}: a sequence may have {config.max_sequence} tokens, the model takes "
             f"{positions}: lower --max-prompt-tokens or --max-new-tokens",
         )
-        require(
-            not getattr(settings, "quantization_config", None),
-            f"{path}: its weights are quantised: such a model is not supported",
-        )
+        is_quantised = getattr(settings, "quantization_config", None)
+        require(not is_quantised, f"{path}: its weights are quantised: that is not supported")
 
 
 # ---- models -----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Timeline:
         self.busy = channel.busy[track : track + 1]
         self.track = track
         self.last_span = None
-        self.file = open(config.trace, "a", buffering=1)
+        self.file = open(config.output / "trace.json", "a", buffering=1)
         self.write(name="thread_name", ph="M", args={"name": name})
 
     @contextmanager

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from support.config import from_torchrun, require
 
+DIMENSIONS = ("nodes", "ranks of a node")
 PATIENCE = timedelta(hours=1)  # of nodes for each other: the longest answers of an update
 WEEK = timedelta(days=7)  # of ranks for their leader, which watches itself and its roles
 
@@ -61,11 +62,9 @@ class Ranks:
         return "RANK" in os.environ and os.getppid() != self.parent
 
     def mesh(self, device_type: str):
-        """[nodes, ranks of a node]"""
+        """Where the parameters lie: a copy on every node, sharded over its ranks."""
         groups = [self.across, self.own_node]
-        return DeviceMesh.from_group(
-            groups, device_type, self.numbers, mesh_dim_names=("nodes", "ranks")
-        )
+        return DeviceMesh.from_group(groups, device_type, self.numbers, mesh_dim_names=DIMENSIONS)
 
     def tell(self, value=None):
         """The leader's value, on every rank of its node."""
