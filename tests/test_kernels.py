@@ -397,7 +397,6 @@ def test_peak_memory_grows_with_the_chunk_not_with_the_positions():
     """
     code = r"""
 import re, torch
-from support.config import Config
 from kernels.head import candidate_loss
 from losses import make_loss
 from support.config import Config
