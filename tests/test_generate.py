@@ -1,24 +1,22 @@
-"""Claims about generation: the cache is exact, sampling is exact,
-slots do not disturb each other."""
+"""Claims about generation: the cache is exact, sampling is exact, slots are alone."""
 
-import json
 import math
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, build_model, load, new_generator
+from conftest import CPU, FAMILIES, build_model, load, load_with_slots, new_generator
 from torch.distributions import Chi2
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from assets.task import running_sums
-from attention import Decode
 from channel import LENGTH, STOP, Rollout
-from config import Config, InputError
-from data import Prompt
-from experiments.sample import main
 from generate import Sampler
 from losses import LOSSES, draw, find, make_loss
 from model import flatten_parameters
+from support.config import Config
+from support.data import Prompt
+from support.task import running_sums
 
 
 def prompts(count, seed=0, longest=20, vocab=173):
@@ -31,7 +29,7 @@ def prompts(count, seed=0, longest=20, vocab=173):
 def test_cached_decoding_equals_full_forward_at_every_slot_age_and_after_refills(family, model_dir):
     path = model_dir(family)
     reference = load(path)
-    generator = new_generator(load(path, "kv_slots"), loss="sampled_reverse_kl", num_samples=3)
+    generator = new_generator(load_with_slots(path), loss="sampled_reverse_kl", num_samples=3)
     rollouts = generator.generate([Rollout(ids, ticket=i) for i, ids in enumerate(prompts(19))])
     assert (
         max(len(r.response_ids) for r in rollouts) == 24
@@ -49,7 +47,7 @@ def test_cached_decoding_equals_full_forward_at_every_slot_age_and_after_refills
 def test_greedy_output_equals_model_generate(family, model_dir):
     path = model_dir(family)
     reference = load(path)
-    rollouts = new_generator(load(path, "kv_slots"), slots=3).generate(
+    rollouts = new_generator(load_with_slots(path), slots=3).generate(
         [Rollout(ids) for ids in prompts(11, seed=1)]
     )
     for rollout in rollouts:
@@ -65,7 +63,7 @@ def test_greedy_output_equals_model_generate(family, model_dir):
 
 
 def test_a_rollout_depends_on_its_ticket_and_not_on_its_neighbours(model_dir):
-    model = load(model_dir(), "kv_slots")
+    model = load_with_slots(model_dir())
     alone, crowded = (
         new_generator(model, slots=s, loss="stratified_reverse_kl", top_k=4, num_samples=2)
         for s in (1, 7)
@@ -82,7 +80,7 @@ def test_a_rollout_depends_on_its_ticket_and_not_on_its_neighbours(model_dir):
 def test_the_stop_token_is_the_last_response_token_also_with_several_stops_and_pad_as_stop(
     model_dir,
 ):
-    model = load(model_dir(), "kv_slots")
+    model = load_with_slots(model_dir())
     stops = (0, 1, 5, 9, 60, 61, 62, 63)  # 0 is the pad token
     rollouts = new_generator(model, stops=stops, loss="sampled_reverse_kl").generate(
         [Rollout(ids, ticket=i) for i, ids in enumerate(prompts(40))]
@@ -101,7 +99,7 @@ def test_the_stop_token_is_the_last_response_token_also_with_several_stops_and_p
 
 
 def test_new_weights_in_flight_keep_the_cache_and_each_token_records_its_version(model_dir):
-    model = load(model_dir(), "kv_slots")
+    model = load_with_slots(model_dir())
     flat = flatten_parameters(model)
     generator = new_generator(model, stops=(), loss="sampled_reverse_kl")
     rollout = Rollout(prompts(1)[0])
@@ -123,7 +121,7 @@ def test_new_weights_in_flight_keep_the_cache_and_each_token_records_its_version
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_column_0_is_the_emitted_token_and_columns_are_as_declared(loss, model_dir):
-    model = load(model_dir(), "kv_slots")
+    model = load_with_slots(model_dir())
     generator = new_generator(model, loss=loss, top_k=6, num_samples=3)
     columns = make_loss(Config(loss=loss, top_k=6, num_samples=3))
     # The teacher fills in its own top-K.
@@ -252,8 +250,7 @@ def test_no_entry_of_width_0_is_found_whatever_rounding_does_to_the_target():
 
 
 def test_blocks_are_summed_in_float64():
-    """Ids of 1e-9 between two heavy blocks, below float32's resolution of their sums,
-    are drawn as often as they should be."""
+    """Ids of 1e-9 between two heavy blocks: float32 could not tell their sums apart."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         probs = torch.cat(
@@ -272,9 +269,6 @@ def test_blocks_are_summed_in_float64():
 @pytest.mark.parametrize("loss, passes", [("stratified_reverse_kl", 11), ("sampled_reverse_kl", 5)])
 def test_sampling_passes_over_the_logits_at_most_a_dozen_times(loss, passes):
     """Tensors of their size that operators read and write; torch.topk counts as one."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
     rows, vocab = 6, 4096
 
     class Count(TorchDispatchMode):
@@ -318,7 +312,7 @@ def test_tail_log_mass_is_right_where_one_minus_the_top_mass_would_be_zero():
 
 def test_temperature_scales_the_logits_of_draws_and_log_probabilities(model_dir):
     path = model_dir()
-    generator = new_generator(load(path, "kv_slots"), loss="sampled_reverse_kl", temperature=0.7)
+    generator = new_generator(load_with_slots(path), loss="sampled_reverse_kl", temperature=0.7)
     rollout = generator.generate([Rollout(prompts(1)[0])])[0]
     ids = rollout.prompt_ids + rollout.response_ids
     with torch.no_grad():
@@ -329,78 +323,12 @@ def test_temperature_scales_the_logits_of_draws_and_log_probabilities(model_dir)
 
 def test_only_ids_below_the_shared_vocabulary_are_drawn(model_dir):
     generator = new_generator(
-        load(model_dir(), "kv_slots"), stops=(), loss="sampled_reverse_kl", num_samples=8, vocab=100
+        load_with_slots(model_dir()), stops=(), loss="sampled_reverse_kl", num_samples=8, vocab=100
     )
     rollouts = generator.generate(
         [Rollout(ids, ticket=i) for i, ids in enumerate(prompts(8, vocab=100))]
     )
     assert max(int(r.candidate_ids.max()) for r in rollouts) < 100
-
-
-def test_models_whose_memory_the_slots_do_not_hold_are_refused(tmp_path):
-    from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
-
-    torch.manual_seed(0)
-    common = dict(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    soft_capped = Gemma2ForCausalLM(
-        Gemma2Config(**common, final_logit_softcapping=None, attn_logit_softcapping=50.0)
-    )
-    linear = dict(
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        num_experts=0,
-    )
-    recurrent = Qwen3NextForCausalLM(
-        Qwen3NextConfig(
-            **common,
-            **linear,
-            layer_types=["linear_attention", "full_attention"],
-            mlp_only_layers=[0, 1],
-        )
-    )
-    for model, name, message in (
-        (soft_capped, "gemma2", "softcap"),
-        (recurrent, "qwen3_next", "do not hold all that it remembers"),
-    ):
-        model.save_pretrained(tmp_path / name)
-        load(str(tmp_path / name))
-        with pytest.raises(InputError, match=message):
-            load(str(tmp_path / name), "kv_slots")
-
-
-def test_decoding_does_not_rely_on_the_memory_layout_of_the_attention_kernel(
-    model_dir, monkeypatch
-):
-    """On a GPU the memory-efficient kernel returns [n, q, H, D] transposed;
-    the CPU's returns it contiguous."""
-    import attention
-
-    path = model_dir()
-    expected = new_generator(load(path, "kv_slots")).generate([Rollout(ids) for ids in prompts(5)])
-    plain = attention.F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        attention.F,
-        "scaled_dot_product_attention",
-        lambda *a, **k: plain(*a, **k).transpose(1, 2).contiguous().transpose(1, 2),
-    )
-    for a, b in zip(
-        expected,
-        new_generator(load(path, "kv_slots")).generate([Rollout(ids) for ids in prompts(5)]),
-    ):
-        assert a.response_ids == b.response_ids
 
 
 def test_evaluation_between_rollouts_takes_their_slots_and_changes_none_of_them(
@@ -418,9 +346,7 @@ def test_evaluation_between_rollouts_takes_their_slots_and_changes_none_of_them(
         Prompt(text, tokenizer(text).input_ids, answer)
         for text, answer in running_sums(5, 0, heldout=True)
     ]
-    with_evaluation, without = (
-        Sampler(config, torch.device("cpu"), 8, prompts) for prompts in (held_out, [])
-    )
+    with_evaluation, without = (Sampler(config, CPU, 8, prompts) for prompts in (held_out, []))
     assert with_evaluation.greedy.cache is with_evaluation.generator.cache
     found = []
     for sampler in (with_evaluation, without):
@@ -480,7 +406,7 @@ class RecordedGraph:
 def test_steps_through_graphs_of_a_few_shapes_change_nothing(family, model_dir, monkeypatch):
     """The real `replay`: the first step of a shape, idle slots, lengths rounded up."""
     kwargs = dict(slots=6, loss="stratified_reverse_kl", top_k=4, num_samples=2)
-    model = load(model_dir(family), "kv_slots")
+    model = load_with_slots(model_dir(family))
     rollouts = [[Rollout(ids, ticket=i) for i, ids in enumerate(prompts(13))] for _ in range(2)]
     plain = new_generator(model, **kwargs).generate(rollouts[0])
     padded = new_generator(model, **kwargs)
@@ -504,92 +430,8 @@ def test_steps_through_graphs_of_a_few_shapes_change_nothing(family, model_dir, 
     assert padded.pool == "a pool"
 
 
-def test_a_slot_that_waits_beyond_the_length_of_a_graph_sees_something():
-    """Softmax over nothing would be NaN, and a NaN in an idle slot's cache would stay there."""
-    step = Decode(None, torch.tensor([3, 40]), length=16)
-    for window in (None, 8):
-        assert (step.mask(window, torch.float32) == 0).any(-1).all()
-
-
-def sample(monkeypatch, capsys, *flags):
-    monkeypatch.setattr("sys.argv", ["experiments.sample", *flags])
-    main()
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def test_the_command_line_answers_every_prompt_in_order_and_marks_the_answers(
-    monkeypatch, capsys, tmp_path
-):
-    prompts = [("a47+b58=", "b501"), ("a47+b58+c91=", "b501,c691"), ("a10+b10=", "wrong")]
-    (tmp_path / "p.jsonl").write_text(
-        "".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in prompts)
-    )
-    flags = [
-        f"--model={ROOT}/assets/teacher",
-        f"--prompts={tmp_path}/p.jsonl",
-        "--max-new-tokens=40",
-        "--slots=2",
-    ]
-    greedy = sample(monkeypatch, capsys, *flags, "--temperature=0")
-    assert [(r["prompt"], r["correct"], r["finish"]) for r in greedy] == [
-        (p, a != "wrong", "stop") for p, a in prompts
-    ]
-    assert greedy[1]["response"] == "b501,c691" and greedy[1]["tokens"] == 10
-    first, second, other = (
-        sample(monkeypatch, capsys, *flags, f"--seed={seed}") for seed in (0, 0, 1)
-    )
-    assert first == second and [r["tokens"] for r in first] == [r["tokens"] for r in other] == [
-        r["tokens"] for r in greedy
-    ]
-
-
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "--slots=0",
-        "--max-new-tokens=0",
-        "--temperature=-1",
-        "--temperature=nan",
-        "--seed=4294967296",
-    ],
-)
-def test_the_command_line_refuses_what_could_never_end(flag, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        sample(monkeypatch, capsys, "--model=x", "--prompts=y", flag)
-    assert "at least" in capsys.readouterr().err
-
-
-def test_the_command_line_refuses_what_cannot_fit_into_memory(monkeypatch, capsys, tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a47+b58="}\n')
-    monkeypatch.setattr("experiments.sample.available_memory", lambda: 2**30)
-    flags = ["--model=builtin", f"--prompts={tmp_path}/p.jsonl"]
-    assert len(sample(monkeypatch, capsys, *flags)) == 1
-    with pytest.raises(
-        SystemExit,
-        match=r"GiB are needed, 1.0 are free: lower --slots \(64\) or --max-new-tokens \(9999999\)",
-    ):
-        sample(monkeypatch, capsys, *flags, "--max-new-tokens=9999999")
-
-
-def test_the_command_line_keeps_to_the_length_that_the_model_takes(monkeypatch, capsys, tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a47+b58="}\n')
-    flags = ["--model=builtin", f"--prompts={tmp_path}/p.jsonl"]
-    assert len(sample(monkeypatch, capsys, *flags)) == 1
-    with pytest.raises(
-        SystemExit, match=r"a sequence may have \d+ tokens, the model takes 128: lower"
-    ):
-        sample(monkeypatch, capsys, *flags, "--max-new-tokens=200")
-
-
-def test_the_command_line_names_the_least_temperature(monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        sample(monkeypatch, capsys, "--model=x", "--prompts=y", "--temperature=0.0005")
-    assert "--temperature is 0 (greedy) or at least 0.001" in capsys.readouterr().err
-
-
 def test_flat_parameters_keep_the_dtype_of_the_head_and_every_value():
-    """Also where one parameter has another dtype, as in some mixtures of experts,
-    or is not contiguous."""
+    """Also where a parameter has another dtype (some mixtures of experts) or is not contiguous."""
     model = build_model("llama").bfloat16()
     model.model.norm.weight.data = model.model.norm.weight.data.float()
     weight = model.lm_head.weight

@@ -1,0 +1,84 @@
+"""Claims about the command line that samples from a checkpoint."""
+
+import json
+
+import pytest
+from conftest import ROOT
+
+from experiments.sample import main
+
+
+def sample(monkeypatch, capsys, *flags):
+    monkeypatch.setattr("sys.argv", ["experiments.sample", *flags])
+    main()
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_command_line_answers_every_prompt_in_order_and_marks_the_answers(
+    monkeypatch, capsys, tmp_path
+):
+    prompts = [("a47+b58=", "b501"), ("a47+b58+c91=", "b501,c691"), ("a10+b10=", "wrong")]
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in prompts)
+    )
+    flags = [
+        f"--model={ROOT}/assets/teacher",
+        f"--prompts={tmp_path}/p.jsonl",
+        "--max-new-tokens=40",
+        "--slots=2",
+    ]
+    greedy = sample(monkeypatch, capsys, *flags, "--temperature=0")
+    assert [(r["prompt"], r["correct"], r["finish"]) for r in greedy] == [
+        (p, a != "wrong", "stop") for p, a in prompts
+    ]
+    assert greedy[1]["response"] == "b501,c691" and greedy[1]["tokens"] == 10
+    first, second, other = (
+        sample(monkeypatch, capsys, *flags, f"--seed={seed}") for seed in (0, 0, 1)
+    )
+    assert first == second and [r["tokens"] for r in first] == [r["tokens"] for r in other] == [
+        r["tokens"] for r in greedy
+    ]
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--slots=0",
+        "--max-new-tokens=0",
+        "--temperature=-1",
+        "--temperature=nan",
+        "--seed=4294967296",
+    ],
+)
+def test_the_command_line_refuses_what_could_never_end(flag, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        sample(monkeypatch, capsys, "--model=x", "--prompts=y", flag)
+    assert "at least" in capsys.readouterr().err
+
+
+def test_the_command_line_refuses_what_cannot_fit_into_memory(monkeypatch, capsys, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a47+b58="}\n')
+    monkeypatch.setattr("experiments.sample.available_memory", lambda: 2**30)
+    flags = ["--model=builtin", f"--prompts={tmp_path}/p.jsonl"]
+    assert len(sample(monkeypatch, capsys, *flags)) == 1
+    with pytest.raises(
+        SystemExit,
+        match=r"GiB are needed, 1.0 are free: lower --slots \(64\) or --max-new-tokens \(9999999\)",
+    ):
+        sample(monkeypatch, capsys, *flags, "--max-new-tokens=9999999")
+
+
+def test_the_command_line_keeps_to_the_length_that_the_model_takes(monkeypatch, capsys, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a47+b58="}\n')
+    flags = ["--model=builtin", f"--prompts={tmp_path}/p.jsonl"]
+    assert len(sample(monkeypatch, capsys, *flags)) == 1
+    with pytest.raises(
+        SystemExit, match=r"a sequence may have \d+ tokens, the model takes 128: lower"
+    ):
+        sample(monkeypatch, capsys, *flags, "--max-new-tokens=200")
+
+
+def test_the_command_line_names_the_least_temperature(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        sample(monkeypatch, capsys, "--model=x", "--prompts=y", "--temperature=0.0005")
+    assert "--temperature is 0 (greedy) or at least 0.001" in capsys.readouterr().err
