@@ -8,8 +8,9 @@ with B the batch size, and makes weights of version v + 1. Rollout n may start o
 `max_staleness = 0` is synchronous training: no rollout of an update starts before the update before
 it was made. Nothing else schedules.
 
-Several nodes: node k of n has the tickets with ticket % n == k. Every node keeps the books of all
-nodes, so that any of them knows what was trained.
+Several nodes take turns: of the tickets that this run has left to train, node k of n has every n-th
+from the k-th on. Every node keeps the books of all nodes, so that any of them knows what was
+trained.
 """
 
 import torch
@@ -43,9 +44,11 @@ class Tickets:
         self.prompts = prompts
         self.free_rows = list(range(config.table_rows))
         self.scored = {}  # ticket -> row, in order of arrival
+        self.trained_before = frozenset(trained_ahead)  # by the run that this one resumes
         self.trained_ahead = set(trained_ahead)
-        # Every ticket below `lowest` was trained, and of those from it on only these.
-        self.lowest = version * config.batch_size - len(self.trained_ahead)
+        self.turn = version * config.batch_size  # says whose the next ticket is
+        # Every ticket below `lowest` was trained, and of those from it on only `trained_ahead`.
+        self.lowest = self.turn - len(self.trained_ahead)
         self.next = self.lowest  # the next that may be issued
 
     def issue(self, version: int):
@@ -53,9 +56,10 @@ class Tickets:
         rows = []
         end = self.config.steps * self.config.batch_size
         while self.free_rows and self.next < end and may_start(self.next, version, self.config):
-            is_ours = self.next % self.config.nodes == self.config.node
-            if is_ours and self.next not in self.trained_ahead:
-                rows.append(self.fill_row(self.next))
+            if self.next not in self.trained_before:
+                if self.turn % self.config.nodes == self.config.node:
+                    rows.append(self.fill_row(self.next))
+                self.turn += 1
             self.next += 1
         self.channel.to_generator.put(rows)
 
@@ -92,4 +96,3 @@ class Tickets:
         while self.lowest in self.trained_ahead:
             self.trained_ahead.remove(self.lowest)
             self.lowest += 1
-        self.next = max(self.next, self.lowest)

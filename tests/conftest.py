@@ -1,5 +1,7 @@
-"""Tiny random models, a tiny rollout table in plain tensors, and the built-in tokenizer:
-no network, no GPU."""
+"""Tiny random models, a tiny rollout table in plain tensors, the built-in tokenizer.
+
+Nothing here needs the network or a GPU.
+"""
 
 import os
 import sys
@@ -26,13 +28,15 @@ from transformers import (  # noqa: E402
     Qwen3ForCausalLM,
 )
 
-from assets.task import build_tokenizer  # noqa: E402
+from assets.tokenizer import build_tokenizer  # noqa: E402
 from channel import STOP, write_rollout  # noqa: E402
-from checks import load_model  # noqa: E402
-from config import Config  # noqa: E402
+from experiments.corrections import CORRECTIONS, SIGNALS  # noqa: E402
 from generate import Generator  # noqa: E402
-from losses import CORRECTIONS, Greedy, Proposal, make_loss  # noqa: E402
+from kv_cache import switch_to_slots  # noqa: E402
+from losses import Greedy, Proposal, make_loss  # noqa: E402
 from model import head_weight  # noqa: E402
+from support.config import Config  # noqa: E402
+from support.load import load_model  # noqa: E402
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -40,8 +44,10 @@ FAMILIES = ("qwen3", "llama", "gemma3")
 
 
 def build_model(family: str, seed: int = 0, vocab: int = 173, hidden: int = 32, layers: int = 2):
-    """A random model of a few thousand parameters;
-    gemma3 has a sliding window of 8 in every second layer."""
+    """A random model of a few thousand parameters.
+
+    gemma3 has a sliding window of 8 in every second layer.
+    """
     torch.manual_seed(seed)
     common = dict(
         vocab_size=vocab,
@@ -74,8 +80,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, tokenizer):
-    """model_dir(family, seed, **sizes) -> directory of a saved tiny model with the built-in
-    tokenizer."""
+    """model_dir(family, seed, **sizes) -> a saved tiny model with the built-in tokenizer."""
     made = {}
 
     def get(family="qwen3", seed=0, **sizes):
@@ -95,8 +100,15 @@ def pair(model_dir):
     return [f"--student={model_dir('qwen3', 0)}", f"--teacher={model_dir('qwen3', 1, hidden=40)}"]
 
 
-def load(path: str, attention: str | None = None, dtype: torch.dtype = torch.float32):
-    return load_model(path, dtype, CPU, attention)
+def load(path: str, dtype: torch.dtype = torch.float32):
+    return load_model(path, dtype, CPU)
+
+
+def load_with_slots(path: str, dtype: torch.dtype = torch.float32, length: int = 24):
+    """A generator's model, for sequences of at least `length` tokens."""
+    model = load_model(path, dtype, CPU)
+    switch_to_slots(model, length)
+    return model
 
 
 def new_generator(
@@ -120,8 +132,7 @@ def new_generator(
 
 
 def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
-    """The fields of a Channel that teacher and learner use,
-    filled from finished channel.Rollout objects."""
+    """The fields of a Channel that teacher and learner use, filled from finished Rollouts."""
     rows, total = len(rollouts), max_prompt + max_new
     table = SimpleNamespace(
         tokens=torch.zeros(rows, total, dtype=torch.int32),
@@ -144,23 +155,22 @@ def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
     return table
 
 
+CORRECTED = [f"sampled_{signal}_{correction}" for signal in SIGNALS for correction in CORRECTIONS]
+
+
+def corrected(name: str, **settings):
+    """The settings of a loss of experiments/corrections.py."""
+    return Config(loss=name, plugin="experiments.corrections", **settings)
+
+
 LOSS_CONFIGS = [
     Config(loss="forward_kl", top_k=6),
     Config(loss="sparse_reverse_kl", top_k=6),
-    *[
-        Config(loss="sampled_reverse_kl", num_samples=n, signal=signal, correction=correction)
-        for n in (1, 4)
-        for signal in ("current", "rollout")
-        for correction in CORRECTIONS
-    ],
+    *[Config(loss="sampled_reverse_kl", num_samples=n) for n in (1, 4)],
+    *[corrected(name, num_samples=n) for n in (1, 4) for name in CORRECTED],
     Config(loss="stratified_reverse_kl", top_k=5, num_samples=3),
 ]
 
 
 def label(config: Config) -> str:
-    sampled = config.loss == "sampled_reverse_kl"
-    return (
-        f"{config.loss}-{config.num_samples}-{config.signal}-{config.correction}"
-        if sampled
-        else config.loss
-    )
+    return f"{config.loss}-{config.num_samples}" if "sampled" in config.loss else config.loss

@@ -30,8 +30,7 @@ ROWS = list(range(len(ROLLOUTS)))
 
 
 def response_logp(path, prompt, response, temperature=1.0):
-    """log-probabilities [n,V] at every token of a response,
-    by a plain forward pass and a loop over positions."""
+    """log-probabilities [n,V] at every token of a response, by a plain forward pass."""
     with torch.no_grad():
         logits = load(path)(torch.tensor([prompt + response])).logits[0] / temperature
     return torch.stack([logits[len(prompt) - 1 + r].log_softmax(-1) for r in range(len(response))])
@@ -44,8 +43,7 @@ def full_logp(path, table, row, temperature=1.0):
 
 
 def candidates(logp, response, loss, generator):
-    """What a sampler with log-probabilities logp [n,V] proposes for a response:
-    ids and their logp, [n,C]."""
+    """What a sampler with logp [n,V] proposes for a response: ids and their logp, [n,C]."""
 
     def draw(probs, count):
         if count == 0:

@@ -14,10 +14,10 @@ import yaml
 
 from assets.task import ADDENDS, build_tokenizer, running_sums
 from checks import check_models, check_output, load_model, load_tokenizer, read_progress
-from config import Config, InputError, parse
-from data import Prompt, fingerprint, is_correct, load_prompts, prompt_of, read_jsonl
+from support.config import Config, InputError, parse
+from support.data import Prompt, fingerprint, is_correct, load_prompts, prompt_of, read_jsonl
 from generate import Sampler
-from log import checkpoints, lock_output, start_output, write
+from support.checkpoint import checkpoints, lock_output, start_output, write
 from losses import LOSSES, StratifiedReverseKL
 from model import shared_vocabulary, stop_ids
 

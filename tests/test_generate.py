@@ -11,10 +11,10 @@ from conftest import FAMILIES, ROOT, build_model, load, new_generator
 from torch.distributions import Chi2
 
 from assets.task import running_sums
-from attention import Decode
+from kv_cache import Decode
 from channel import LENGTH, STOP, Rollout
-from config import Config, InputError
-from data import Prompt
+from support.config import Config, InputError
+from support.data import Prompt
 from experiments.sample import main
 from generate import Sampler
 from losses import LOSSES, draw, find, make_loss

@@ -10,8 +10,8 @@ import torch
 from conftest import FAMILIES, LOSS_CONFIGS, ROOT, label, new_generator
 
 from channel import Rollout
-from checks import load_model
-from config import Config
+from support.load import load_model
+from support.config import Config
 from kernels.head import candidate_loss, head_logits, loss_and_gradient
 from losses import make_loss
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import LOSS_CONFIGS, ROOT, label
 
-from config import Config
+from support.config import Config
 from kernels import head, shared
 from kernels.head import candidate_loss, gather
 from losses import make_loss
@@ -360,7 +360,7 @@ def test_peak_memory_grows_with_the_chunk_not_with_the_positions():
     """
     code = r"""
 import re, torch
-from config import Config
+from support.config import Config
 from kernels.head import candidate_loss
 from losses import make_loss
 torch.set_num_threads(1)

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from channel import Channel
 from checks import read_progress
-from config import Config
+from support.config import Config
 from experiments import baselines
 from experiments.baselines import Corrected, second_moment_bound
 from kernels.head import candidate_loss
 from learner import Learner
-from log import checkpoints
+from support.checkpoint import checkpoints
 from losses import make_loss
 from model import flatten_parameters, head_weight
 

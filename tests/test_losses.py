@@ -10,8 +10,8 @@ import torch
 from conftest import LOSS_CONFIGS, ROOT, label
 
 import losses
-from config import Config, InputError
-from data import Prompt
+from support.config import Config, InputError
+from support.data import Prompt
 from experiments.baselines import M2_BUDGET, importance_weight, moves_away, second_moment_bound
 from losses import CORRECTIONS, LOSSES, Greedy, Loss, Proposal, make_loss
 from serial import Serial

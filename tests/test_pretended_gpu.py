@@ -11,7 +11,7 @@ from conftest import FAMILIES, load_model
 from pretended_gpu import CUDA, host_of, pretended_gpu
 
 from channel import Channel, read_rollout, write_rollout
-from config import Config
+from support.config import Config
 from generate import Generator
 from kernels.head import CandidateLoss
 from learner import Learner, Student

@@ -12,8 +12,8 @@ from frozen import full_logp
 from test_train import BASE, finish, metrics, start
 
 from checks import load_tokenizer
-from config import Config, parse
-from data import load_prompts
+from support.config import Config, parse
+from support.data import load_prompts
 from model import flat_parameters
 from serial import Serial
 

@@ -8,7 +8,7 @@ from conftest import LOSS_CONFIGS, label, load, make_table, new_generator
 from frozen import MAX_NEW, ROLLOUTS, ROWS, STOPS, full_logp, unscored_table
 
 from channel import Rollout
-from config import Config
+from support.config import Config
 from losses import make_loss
 from model import head_weight, predicting_positions, row_batches
 from teacher import Teacher, TopKCache, ready_rows
