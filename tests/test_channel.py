@@ -71,7 +71,7 @@ def test_a_reader_never_sees_weights_of_two_versions_mixed():
     writer = mp.get_context("spawn").Process(target=_publish, args=(ours,))
     writer.start()
     flat, seen = torch.empty(P), set()
-    while len(seen) < 300:
+    while len(seen) < 60:
         version = ours.pick_up(flat)
         assert flat.min() == flat.max() == version
         seen.add(version)
@@ -122,3 +122,17 @@ def test_the_pinned_memory_is_the_whole_mailbox(monkeypatch):
     ours.pin()
     weights = ours.weights
     assert calls == [(weights.data_ptr(), weights.nbytes, 0), "code"] and calls[0][0] % 4096 == 0
+
+
+def test_memory_is_what_the_kernel_has_or_what_the_cgroup_leaves(tmp_path, monkeypatch):
+    monkeypatch.setattr(channel, "Path", lambda name: tmp_path / name.lstrip("/"))
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    1000 kB\n")
+    assert channel.available_memory() == 1_024_000
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("300000\n")
+    (group / "memory.stat").write_text("active_file 7\ninactive_file 100000\n")
+    for limit, expected in (("max", 1_024_000), ("500000", 300_000), ("9000000", 1_024_000)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        assert channel.available_memory() == expected

@@ -1,0 +1,135 @@
+"""Claims about the settings: what cannot work is refused, with value, limit and fix."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from support.config import Config, InputError, parse
+
+
+def refused(*argv):
+    with pytest.raises(InputError) as error:
+        parse(list(argv))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--stepz", "3"], "No such option"),
+        (["--step", "3"], "'--steps'"),
+        (["--output-dir", "--resume"], "--output-dir is --resume: its own value is missing"),
+        (["--steps", "0"], "Invalid value for '--steps': 0 is not in the range x>=1."),
+        (["--steps", "many"], "Invalid value for '--steps': 'many' is not a valid integer"),
+        (["--steps", "7.5"], "Invalid value for '--steps': '7.5' is not a valid integer"),
+        (
+            ["--temperature", "0"],
+            "Invalid value for '--temperature': 0.0 is not in the range x>=0.001.",
+        ),
+        (["--lr", "nan"], "--lr is nan: float range is needed"),
+        (["--lr", "inf"], "--lr is inf: float range is needed"),
+        (
+            ["--seed", "4294967296"],
+            "Invalid value for '--seed': 4294967296 is not in the range 0<=x<=4294967295.",
+        ),
+        (
+            ["--eval-size", "1000000"],
+            "Invalid value for '--eval-size': 1000000 is not in the range 1<=x<=10000.",
+        ),
+        (["--resume", "false"], "Got unexpected extra argument (false)"),
+        (["--loss", "kl"], "--loss kl: one of forward_kl, sparse_reverse_kl, "),
+        (
+            ["--order", "random"],
+            "Invalid value for '--order': 'random' is not one of 'batch', 'arrival'.",
+        ),
+        (["--signal", "rollout"], "No such option"),
+        (["--correction", "ppo"], "No such option"),
+        (
+            ["--batch-size", "9000"],
+            "18000 rollouts in flight, the limit is 16384: lower --batch-size",
+        ),
+        (
+            ["--teachers", "3"],
+            "--batch-size is 64, there are 1 nodes with --teachers 3: take a multiple of both",
+        ),
+        (
+            ["--max-new-tokens", "9000"],
+            "--micro-batch-tokens is 8192, one sequence may have 9064: raise it",
+        ),
+        (["--config", "/nowhere.yaml"], "No such file"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_with_its_reason(argv, message):
+    assert message in refused(*argv)
+
+
+def test_settings_made_in_code_are_checked_like_flags():
+    for name, value in (
+        ("steps", 0),
+        ("steps", 7.5),
+        ("steps", "7"),
+        ("lr", float("nan")),
+        ("order", "random"),
+        ("loss", "kl"),
+        ("teacher", None),
+    ):
+        with pytest.raises(InputError, match=f"--{name}"):
+            Config(**{name: value})
+
+
+def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("lr: 3e-4\nsteps: 7\nresume: true\nprompts: a b.jsonl\n")
+    config = parse(["--config", str(path), "--steps", "9", "--no-resume"])
+    assert (config.lr, config.steps, config.resume, config.prompts) == (3e-4, 9, False, "a b.jsonl")
+    path.write_text(config.dump())
+    assert parse(["--config", str(path)]) == config
+    path.write_text(replace(config, resume=True).dump())
+    assert parse(["--config", str(path)]) == config  # the settings of a resumed run start a new one
+    path.write_text("stepz: 7\n")
+    message = f"--config {path}: stepz is no option with one value, see --help"
+    assert message in refused("--config", str(path))
+    path.write_text("prompts:\n")
+    assert parse(["--config", str(path)]).prompts == ""
+    path.write_text("max-staleness: 3\nsteps: 8\n")
+    assert parse(["--config", str(path)]) == Config(max_staleness=3, steps=8)
+    for text in ("steps: many", "steps: 7.5", "steps:"):
+        path.write_text(text)
+        assert "Invalid value for '--steps'" in refused("--config", str(path))
+    for text in ("- steps", "steps", "- [steps, 7]"):
+        path.write_text(text)
+        assert "a mapping of option names is needed" in refused("--config", str(path))
+    path.write_text("output_dir: no\nresume: yes\n")
+    assert parse(["--config", str(path)]) == Config(output_dir="no", resume=True)
+    for text in ("steps: true", "prompts: [a]", "resume: maybe", "seed: {a: 1}"):
+        path.write_text(text)
+        assert text.split(":")[0] in refused("--config", str(path))
+    path.write_text("a: [")
+    assert f"--config {path}: while parsing" in refused("--config", str(path))
+    assert "Is a directory" in refused("--config", "")
+
+
+def test_every_option_has_a_help_text_and_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    for name in yaml.safe_load(Config().dump()):
+        assert "--" + name.replace("_", "-") in text
+
+
+def test_a_batch_that_the_nodes_cannot_share_equally_is_refused(monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    message = "--batch-size is 64, there are 3 nodes with --teachers 1: take a multiple of both"
+    with pytest.raises(InputError, match=message):
+        Config()
+
+
+def test_every_node_has_an_output_directory_of_its_own(monkeypatch):
+    config = Config(output_dir="runs/a")
+    places = []
+    for node in ("0", "1", "12"):
+        monkeypatch.setenv("GROUP_RANK", node)
+        places.append((str(config.output), str(config.trace)))
+    assert [output for output, _ in places] == ["runs/a", "runs/a/node_1", "runs/a/node_12"]
+    assert all(trace == f"{output}/trace.json" for output, trace in places)

@@ -1,0 +1,229 @@
+"""Claims about models and tokenizers: what the project cannot use is refused before it starts."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CPU, build_model, load
+from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from assets.tokenizer import build_tokenizer
+from generate import Sampler
+from losses import LOSSES, StratifiedReverseKL
+from support.config import Config, InputError
+from support.load import check_models, load_model, load_tokenizer, shared_vocabulary, stop_ids
+
+# ---- tokenizers and settings --------------------------------------------------------------------
+
+
+def test_a_missing_model_directory_is_refused_at_once():
+    with pytest.raises(
+        InputError,
+        match=r"--teacher /nowhere: no model there \(config.json is missing in /nowhere\)",
+    ):
+        check_models(Config(teacher="/nowhere"))
+    # Not a hub id: tests is a directory here.
+    with pytest.raises(InputError, match="--teacher tests/nowhere: no model there .*tests/nowhere"):
+        check_models(Config(teacher="tests/nowhere"))
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 100,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model_type": "nothing"}, "config.json cannot be used: .*nothing"),
+        (
+            {"quantization_config": GPTQ},
+            "its weights are quantised: such a model is not supported",
+        ),
+        (
+            {"max_position_embeddings": 103},
+            (
+                "a sequence may have 104 tokens, the model takes 103: "
+                "lower --max-prompt-tokens or --max-new-tokens"
+            ),
+        ),
+        (
+            {"rope_parameters": LONGROPE},
+            "a sequence may have 104 tokens, the model takes 100: lower",
+        ),
+    ],
+)
+def test_a_config_that_the_run_cannot_use_is_refused(settings, message, model_dir, tmp_path):
+    other = shutil.copytree(model_dir(), tmp_path / "other")
+    (other / "config.json").write_text(
+        json.dumps(json.loads((other / "config.json").read_text()) | settings)
+    )
+    with pytest.raises(InputError, match=message):
+        check_models(Config(student=model_dir(), teacher=str(other)))
+    (other / "config.json").write_text("{")
+    with pytest.raises(InputError, match="config.json cannot be used: "):
+        check_models(Config(student=model_dir(), teacher=str(other)))
+
+
+def test_different_tokenizers_are_refused(model_dir, tmp_path, tokenizer):
+    other = build_tokenizer()
+    other.add_tokens(["<new>"])
+    build_model("qwen3", vocab=174).save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError,
+        match=r"different tokenizers \(174 and 173 tokens\): choose two models of one family",
+    ):
+        check_models(Config(student=model_dir(), teacher=str(tmp_path)))
+
+
+def test_heads_padded_to_different_sizes_are_cut_to_the_smaller(model_dir):
+    for sizes in ((190, 180), (180, 190)):
+        config = Config(student=model_dir(vocab=sizes[0]), teacher=model_dir(vocab=sizes[1]))
+        assert check_models(config) == [] and shared_vocabulary(config) == 180
+        tokenizer = load_tokenizer("--student", config.student_path)
+        assert stop_ids(config.student_path, tokenizer) == {1}
+
+
+@pytest.mark.parametrize("loss, limit", [("forward_kl", 173), ("stratified_reverse_kl", 172)])
+def test_a_top_k_above_the_vocabulary_is_refused(loss, limit, model_dir):
+    config = Config(student=model_dir(), teacher=model_dir(), loss=loss, top_k=limit)
+    check_models(config)
+    with pytest.raises(
+        InputError,
+        match=f"--top-k is {limit + 1}, the vocabulary has 173 ids: {limit} is the most for {loss}",
+    ):
+        check_models(replace(config, top_k=limit + 1))
+
+
+def test_a_loss_of_ones_own_with_a_tail_leaves_an_id_for_it(model_dir, monkeypatch):
+    class Mine(StratifiedReverseKL):
+        pass
+
+    monkeypatch.setitem(LOSSES, "mine", Mine)
+    with pytest.raises(
+        InputError, match="--top-k is 173, the vocabulary has 173 ids: 172 is the most for mine"
+    ):
+        check_models(Config(student=model_dir(), teacher=model_dir(), loss="mine", top_k=173))
+
+
+def test_stop_ids_are_those_of_generation_config_and_tokenizer(tmp_path, tokenizer):
+    model = build_model("qwen3")
+    model.generation_config.eos_token_id = [7, 9]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert stop_ids(str(tmp_path), tokenizer) == {1, 7, 9}
+
+
+def test_different_stop_ids_of_teacher_and_student_are_said(tmp_path, tokenizer, model_dir):
+    model = build_model("qwen3")
+    model.generation_config.eos_token_id = [7]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    notes = check_models(Config(student=model_dir(), teacher=str(tmp_path)))
+    assert "student stops at [1], teacher at [1, 7]" in notes[0]
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_missing_or_cut_short_are_refused_in_one_line(model_dir, tmp_path):
+    broken = shutil.copytree(model_dir(), tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(InputError, match=r"broken cannot be loaded: [^\n]*$"):
+        load(str(broken))
+    weights.unlink()
+    with pytest.raises(InputError, match=r"broken cannot be loaded: .*no file named[^\n]*$"):
+        load(str(broken))
+
+
+def test_a_config_with_fewer_layers_than_its_files_is_refused(model_dir, tmp_path):
+    cut = shutil.copytree(model_dir(), tmp_path / "cut")
+    settings = json.loads((cut / "config.json").read_text())
+    settings |= {"num_hidden_layers": 1, "layer_types": settings["layer_types"][:1]}
+    (cut / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        InputError, match=r"cut: \d+ tensors have no place in it, model.layers.1.\S+ for one"
+    ):
+        load(str(cut))
+
+
+def test_a_model_whose_files_lack_a_tensor_is_refused_not_started_at_random(model_dir, tmp_path):
+    partial = shutil.copytree(model_dir(), tmp_path / "partial")
+    tensors = load_file(partial / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match="1 tensors are not in its files, model.norm.weight for one"
+    ):
+        load(str(partial))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_called_so(value, tmp_path):
+    model = build_model("qwen3")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match="is not supported: its logits are not finite: damaged weights?"
+    ):
+        load(str(tmp_path))
+
+
+def test_a_head_that_is_more_than_a_product_is_refused(tmp_path):
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=1.0,
+        initializer_range=0.5,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="a bias, scale or soft-cap follows the head"):
+        load(str(tmp_path))
+
+
+def test_a_model_whose_early_tokens_change_with_the_length_is_refused_at_the_lengths_of_the_run(
+    tmp_path,
+):
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+    )
+    scaling = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    LlamaForCausalLM(
+        LlamaConfig(**sizes, max_position_embeddings=16, rope_parameters=scaling)
+    ).save_pretrained(tmp_path)
+    for kind in (torch.float32, torch.bfloat16):
+        load_model(str(tmp_path), kind, CPU, length=16)
+    # Cannot tell it from rounding.
+    load_model(str(tmp_path), torch.bfloat16, CPU, length=28)
+    build_tokenizer().save_pretrained(tmp_path)
+    sizes = {"student": str(tmp_path), "max_prompt_tokens": 12}
+    Sampler(Config(**sizes, max_new_tokens=4), CPU, 1, [])
+    with pytest.raises(
+        InputError,
+        match=r"or they change with the length of the sequence \(compared: 8 and 28 tokens\)",
+    ):
+        Sampler(Config(**sizes, max_new_tokens=16), CPU, 1, [])
