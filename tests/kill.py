@@ -120,20 +120,12 @@ class Run:
             self.wait(2.0, until=lambda living: not living)
 
     def litter(self):
-        """What it has left in shared memory and among the temporary files."""
-        shared = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")}
-        shared -= {f"/dev/shm/{name}" for name in self.shared_memory}
-        return sorted(shared | {str(path) for path in self.temporary.iterdir()})
+        """What it has left in shared memory and among the temporary files; torch has its own."""
+        files = {name for name in os.listdir(self.temporary) if not name.startswith("torch")}
+        return sorted(files | (set(os.listdir("/dev/shm")) - self.shared_memory))
 
 
 # ---- trials -------------------------------------------------------------------------------------
-
-
-def may_leave(name):
-    """What nobody can clear away if the process of that command line is killed."""
-    if name == "torchrun":
-        return "torchelastic_"  # its logs
-    return "pymp-" if "train.py" in name else None  # the socket of a leader's fork server
 
 
 def trial(seed: int):
@@ -173,17 +165,15 @@ def trial(seed: int):
     is_named = "train.py: error:" in text or "exitcode" in text
     if not is_named and not is_hangup and living[victim] != "torchrun":
         faults.append("nobody says who died")
-    was_trained = re.search(r"^update +[1-9]", text, re.M)
+    was_trained = re.search(r"^update +[1-9]", text, re.MULTILINE)
     if is_hangup and was_trained and not [*run.output.glob("step_*/training_state.pt")]:
         faults.append("nothing was saved")
-    allowed = "torchelastic_" if is_hangup else may_leave(living[victim])
-    litter = [path for path in run.litter() if not (allowed and allowed in path)]
-    if litter:
-        faults.append(f"left behind: {litter}")
+    if run.litter():
+        faults.append(f"left behind: {run.litter()}")
     what = f"seed {seed}: {nodes} nodes, {ranks} ranks, {generators} generators"
     what += f", after {delay:.1f} s {done}"
     if faults:
-        return f"{what}: {'; '.join(faults)}\n{text[-4000:]}"
+        return f"{what}: {'; '.join(faults)}\n{run.place}\n{text[-4000:]}"
     shutil.rmtree(run.place)
     reasons = [line for line in text.splitlines() if "error:" in line]
     print(f"{what}: {reasons[0][:150] if reasons else '-'}", flush=True)
@@ -220,7 +210,7 @@ def main():
     args = parser.parse_args()
     seeds = range(args.first_seed, args.first_seed + args.trials)
     failures = [failure for seed in seeds if (failure := trial(seed))]
-    print("\n".join(failures))
+    print("\n\n".join(failures))
     sys.exit(f"{len(failures)} of {args.trials} failed" if failures else 0)
 
 
