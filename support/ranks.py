@@ -13,7 +13,6 @@ without closing them is noticed after PATIENCE. Who waits for another node hears
 """
 
 import os
-import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -92,8 +91,8 @@ class Ranks:
         return parts
 
 
-def join():
-    """Connect the ranks that torchrun has started, if there are several. Returns Ranks."""
+def join(parent: int):
+    """Connect the ranks that torchrun, process `parent`, has started. Returns Ranks."""
     rank = from_torchrun("RANK", 0)
     world_size = from_torchrun("WORLD_SIZE", 1)
     local_world_size = from_torchrun("LOCAL_WORLD_SIZE", 1)
@@ -102,32 +101,16 @@ def join():
     require(is_even, "the nodes have different --nproc-per-node: make them the same")
     fits = local_world_size <= gpus or gpus == 0
     require(fits, f"{local_world_size} learner ranks, {gpus} GPUs: lower --nproc-per-node")
-    parent = os.getppid()
-    check_torchrun()  # so the parent that we have found is torchrun
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     return Ranks(rank, world_size, local_world_size, parent)
-
-
-def check_torchrun():
-    """Raise RoleDied if torchrun is gone already. It keeps the store where ranks meet."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        socket.create_connection(address, timeout=10).close()
-    except OSError as error:
-        raise RoleDied(f"torchrun died before the start: {error}") from None
 
 
 def broadcast(value=None, group=None):
     """The value of the group's first rank, on every rank of it; of all, without a group."""
     box = [value]
     if dist.is_initialized():
-        try:
-            dist.broadcast_object_list(box, group=group, group_src=0)
-        except RuntimeError:
-            raise RoleDied("a rank or a node died: torchrun says how") from None
+        dist.broadcast_object_list(box, group=group, group_src=0)
     return box[0]
 
 

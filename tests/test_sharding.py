@@ -229,7 +229,10 @@ def assert_same_metrics(found, expected):
         assert found[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
 
 
-several = pytest.mark.parametrize("nodes, local", [(1, 2), (2, 1), (2, 2), (3, 1)])
+several = pytest.mark.parametrize(
+    "nodes, local",
+    [(1, 2), (2, 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((2, 1), (3, 1)))],
+)
 
 
 @several
