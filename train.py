@@ -165,7 +165,7 @@ class Leader:
             "busy": busy,
             "waited": self.ranks.waited,
         }
-        parts = self.ranks.exchange(part)
+        parts = self.ranks.exchange(part, self.check)
         self.ranks.tell(("update", rows, parts))
         with self.timeline.span("update"):
             metrics = self.learner.update(self.channel, rows, parts)

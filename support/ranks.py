@@ -9,7 +9,7 @@ node. Once an update the leaders exchange what they have at hand. Words travel o
 waiting there costs no GPU. Gradients travel on NCCL.
 
 A process that dies closes its sockets, so who waits for it gets an error. A machine that vanishes
-without closing them is noticed after PATIENCE. Who waits for another node hears no interrupt.
+without closing them is noticed after PATIENCE.
 """
 
 import os
@@ -48,6 +48,7 @@ class Ranks:
         self.node, self.local_rank = divmod(self.rank, self.local_world_size)
         self.nodes = self.world_size // self.local_world_size
         self.waited = 0.0  # seconds for other nodes, before the last update
+        self.arrival = None  # of all nodes at the exchange, as long as it is awaited
         if self.world_size > 1:
             numbers = torch.arange(self.world_size).view(self.nodes, -1).tolist()
             same_node = dist.new_subgroups_by_enumeration(numbers, WEEK)
@@ -72,15 +73,24 @@ class Ranks:
             return value
         return broadcast(value, self.own_node)
 
-    def exchange(self, part: dict):
+    def exchange(self, part: dict, check=lambda: None):
         """Leaders: wait for the other nodes; returns the parts of all, in their order.
 
-        A node that leaves says {"leaves": why}. Raises RoleDied then, or if a node is gone.
+        A node that leaves says {"leaves": why}. Raises RoleDied then, or if a node is gone, and
+        what `check` raises meanwhile. The next call goes on to wait.
         """
         parts = [part] * self.nodes
         if self.nodes > 1:
             started = time.monotonic()
             try:
+                if not self.arrival:
+                    zero = torch.zeros(1)
+                    self.arrival = dist.all_reduce(zero, group=self.across, async_op=True)
+                while not self.arrival.is_completed():
+                    check()
+                    time.sleep(0.002)
+                self.arrival.wait()
+                self.arrival = None
                 dist.all_gather_object(parts, part, group=self.across)
             except RuntimeError:
                 raise RoleDied("another node is gone: its torchrun says how") from None
