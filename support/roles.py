@@ -6,12 +6,10 @@ they leave when the leader says so or is gone.
 
 import faulthandler
 import os
-import shutil
 import signal
 import tempfile
 import time
 from multiprocessing import forkserver
-from multiprocessing.util import get_temp_dir
 
 import torch
 import torch.multiprocessing as mp
@@ -41,7 +39,6 @@ class Roles:
             self.context = mp.start_processes(entry, arguments, nprocs=count, **options)
         except (EOFError, ConnectionError):
             raise RoleDied("the fork server died while it started the roles") from None
-        shutil.rmtree(get_temp_dir())  # the server's socket, which nobody needs any more
 
     def check(self):
         """Raise RoleDied if one is gone."""
