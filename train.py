@@ -15,6 +15,9 @@ Left out: starting a role again that died. The run ends and can be resumed.
 """
 
 import os
+
+TORCHRUN = os.getppid()  # asked before the slow imports: it may die during them
+
 import signal
 import sys
 import time
@@ -162,7 +165,7 @@ class Leader:
             "busy": busy,
             "waited": self.ranks.waited,
         }
-        parts = self.ranks.exchange(part)
+        parts = self.ranks.exchange(part, self.check)
         self.ranks.tell(("update", rows, parts))
         with self.timeline.span("update"):
             metrics = self.learner.update(self.channel, rows, parts)
@@ -199,11 +202,9 @@ class Leader:
         except Interrupted:
             self.leave("interrupted")
         except RuntimeError as error:
-            if self.ranks.world_size == 1:
+            if self.ranks.world_size == 1:  # out of step, several cannot save together
                 self.leave(str(error))
-            elif "gloo" in str(error) or isinstance(error, dist.DistError):
-                raise RoleDied("a rank or a node died amid an update: torchrun says how") from None
-            raise  # out of step, the ranks cannot save together
+            raise
         except BaseException as error:
             if isinstance(error, FloatingPointError):
                 self.set_aside()
@@ -219,12 +220,12 @@ class Leader:
         """Save, tell the other nodes why we leave before the end, and send the ranks home."""
         try:
             self.save()
+        finally:
+            self.timeline.flush()
             if reason:
                 with suppress(RoleDied):  # they leave, too
                     self.ranks.exchange({"leaves": reason})
             self.ranks.tell(None)
-        finally:
-            self.timeline.flush()
 
     def save(self):
         """A checkpoint of what was learned since the last. Node 0 writes it."""
@@ -302,12 +303,16 @@ def follow(learner: Learner, channel: Channel):
 def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
     try:
-        ranks = join()
+        ranks = join(TORCHRUN)
         run_rank(ranks)
     except torch.OutOfMemoryError:
         sys.exit(f"train.py: error: learner rank {ranks.rank}: {OUT_OF_MEMORY}")
     except (InputError, MemoryError, FloatingPointError, OSError, RoleDied) as error:
         sys.exit(f"train.py: error: {error}")
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        sys.exit("train.py: error: a rank or a node died: torchrun says how")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted before the first update")
     if dist.is_initialized():

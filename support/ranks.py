@@ -9,11 +9,10 @@ node. Once an update the leaders exchange what they have at hand. Words travel o
 waiting there costs no GPU. Gradients travel on NCCL.
 
 A process that dies closes its sockets, so who waits for it gets an error. A machine that vanishes
-without closing them is noticed after PATIENCE. Who waits for another node hears no interrupt.
+without closing them is noticed after PATIENCE.
 """
 
 import os
-import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,6 +49,7 @@ class Ranks:
         self.node, self.local_rank = divmod(self.rank, self.local_world_size)
         self.nodes = self.world_size // self.local_world_size
         self.waited = 0.0  # seconds for other nodes, before the last update
+        self.arrival = None  # of all nodes at the exchange, as long as it is awaited
         if self.world_size > 1:
             numbers = torch.arange(self.world_size).view(self.nodes, -1).tolist()
             same_node = dist.new_subgroups_by_enumeration(numbers, WEEK)
@@ -72,15 +72,24 @@ class Ranks:
             return value
         return broadcast(value, self.own_node)
 
-    def exchange(self, part: dict):
+    def exchange(self, part: dict, check=lambda: None):
         """Leaders: wait for the other nodes; returns the parts of all, in their order.
 
-        A node that leaves says {"leaves": why}. Raises RoleDied then, or if a node is gone.
+        A node that leaves says {"leaves": why}. Raises RoleDied then, or if a node is gone, and
+        what `check` raises meanwhile. The next call goes on to wait.
         """
         parts = [part] * self.nodes
         if self.nodes > 1:
             started = time.monotonic()
             try:
+                if not self.arrival:
+                    zero = torch.zeros(1)
+                    self.arrival = dist.all_reduce(zero, group=self.across, async_op=True)
+                while not self.arrival.is_completed():
+                    check()
+                    time.sleep(0.002)
+                self.arrival.wait()
+                self.arrival = None
                 dist.all_gather_object(parts, part, group=self.across)
             except RuntimeError:
                 raise RoleDied("another node is gone: its torchrun says how") from None
@@ -91,8 +100,8 @@ class Ranks:
         return parts
 
 
-def join():
-    """Connect the ranks that torchrun has started, if there are several. Returns Ranks."""
+def join(parent: int):
+    """Connect the ranks that torchrun, process `parent`, has started. Returns Ranks."""
     rank = from_torchrun("RANK", 0)
     world_size = from_torchrun("WORLD_SIZE", 1)
     local_world_size = from_torchrun("LOCAL_WORLD_SIZE", 1)
@@ -101,32 +110,16 @@ def join():
     require(is_even, "the nodes have different --nproc-per-node: make them the same")
     fits = local_world_size <= gpus or gpus == 0
     require(fits, f"{local_world_size} learner ranks, {gpus} GPUs: lower --nproc-per-node")
-    parent = os.getppid()
-    check_torchrun()  # so the parent that we have found is torchrun
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     return Ranks(rank, world_size, local_world_size, parent)
-
-
-def check_torchrun():
-    """Raise RoleDied if torchrun is gone already. It keeps the store where ranks meet."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        socket.create_connection(address, timeout=10).close()
-    except OSError as error:
-        raise RoleDied(f"torchrun died before the start: {error}") from None
 
 
 def broadcast(value=None, group=None):
     """The value of the group's first rank, on every rank of it; of all, without a group."""
     box = [value]
     if dist.is_initialized():
-        try:
-            dist.broadcast_object_list(box, group=group, group_src=0)
-        except RuntimeError:
-            raise RoleDied("a rank or a node died: torchrun says how") from None
+        dist.broadcast_object_list(box, group=group, group_src=0)
     return box[0]
 
 

@@ -37,7 +37,7 @@ class Roles:
             count = len(self.names)
             options = {"join": False, "daemon": True, "start_method": "forkserver"}
             self.context = mp.start_processes(entry, arguments, nprocs=count, **options)
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise RoleDied("the fork server died while it started the roles") from None
 
     def check(self):

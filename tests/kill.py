@@ -1,10 +1,9 @@
-"""End a run at a random moment, by killing one of its processes or by closing its terminal;
-nothing may be left.
+"""End runs at random moments, by killing one of their processes or by closing their terminal.
 
-`python tests/kill.py --trials 100` starts the built-in run under torchrun, with 1 or 2 ranks and 1
-or 2 generators. It kills one process of the family, torchrun and the fork server included, 0.3 s
-after the start or later. The run must end within 20 s with an exit code other than 0, leave no
-process behind, and say who died (rank 0 does, or torchrun, if one of them is left to say so). Which
+`python tests/kill.py --trials 100` starts the built-in run under torchrun: 1 or 2 nodes (agents on
+this machine) with 1 or 2 ranks, 1 or 2 generators. It kills one process of the family, torchrun and
+the fork server included. The run must end within LIMIT with an exit code other than 0, say who
+died, and leave nothing behind: no process, nothing in /dev/shm, nothing in its TMPDIR. Which
 process a seed hits, and when, depends on the speed of the machine. The resource tracker of Python
 is spared: nobody needs it.
 
@@ -19,6 +18,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,161 +28,180 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 20.0  # seconds until all is over
+FLAGS = ["--eval-every=0", "--cpu-threads=1"]
+
+
+# ---- processes ----------------------------------------------------------------------------------
+
+
+def stat(pid):
+    """(state, parent) of a process; OSError if there is none."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return fields[0], int(fields[1])
 
 
 def children(pid):
-    """{pid: command line} of all descendants of a process;
-    the roles are children of the fork server."""
-    table = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                table[int(entry.name)] = (
-                    parent,
-                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(),
-                )
-            except OSError:
-                continue
+    """{pid: command line} of all descendants. Roles are children of the fork server."""
+    parents, names = {}, {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            parents[int(entry)] = stat(entry)[1]
+            name = Path(f"/proc/{entry}/cmdline").read_bytes()
+            names[int(entry)] = name.replace(b"\0", b" ").decode()
     found, frontier = {}, {pid}
     while frontier:
-        frontier = {p for p, (parent, _) in table.items() if parent in frontier and p not in found}
-        found |= {p: table[p][1] for p in frontier}
+        frontier = {p for p in names if parents[p] in frontier and p not in found}
+        found |= {p: names[p] for p in frontier}
     return found
 
 
 def alive(pid):
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    with suppress(OSError):
+        return stat(pid)[0] != "Z"
+    return False
 
 
-def rivals(seed: int) -> str:
-    """Two runs in one directory. An empty string if all went well, else what went wrong."""
-    output = Path(tempfile.mkdtemp()) / "run"
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        f"--output-dir={output}",
-        "--steps=3",
-        "--eval-every=0",
-        "--cpu-threads=1",
-    ]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    runs = []
-    for _ in range(2):
-        runs.append(subprocess.Popen(command, **pipes))
-        time.sleep(random.Random(seed).uniform(0.0, 0.5))
-    texts = [process.communicate(timeout=180)[0] for process in runs]
-    codes = sorted(process.returncode for process in runs)
-    steps = [
-        json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()
-    ]
-    refused = [
-        text for text in texts if "another run uses it" in text or "holds another run" in text
-    ]
-    if codes != [0, 1] or steps != [1, 2, 3] or len(refused) != 1:
-        return (
-            f"seed {seed}: two runs in one directory: exit codes {codes}, updates {steps}\n"
-            + "\n".join(texts)
-        )
-    print(f"seed {seed}: two runs in one directory: one was refused", flush=True)
-    shutil.rmtree(output.parent)
-    return ""
+def is_tracker(name):
+    return "resource_tracker" in name
 
 
-def trial(seed: int) -> str:
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+# ---- one run ------------------------------------------------------------------------------------
+
+
+class Run:
+    """The agents of a run, and everybody that was seen among their descendants."""
+
+    def __init__(self, nodes, ranks, flags):
+        self.place = Path(tempfile.mkdtemp())
+        self.output, self.temporary = self.place / "run", self.place / "tmp"
+        self.temporary.mkdir()
+        self.shared_memory = set(os.listdir("/dev/shm"))
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+        script = [str(ROOT / "train.py"), f"--output-dir={self.output}", *FLAGS, *flags]
+        where = [f"--nnodes={nodes}", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+        self.agents = []
+        self.members = {}
+        for node in range(nodes):
+            meet = ["--standalone"] if nodes == 1 else [*where, f"--node-rank={node}"]
+            with open(self.place / f"log_{node}", "w") as log:
+                command = [*launch, *meet, *script]
+                pipes = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+                environment = os.environ | {"TMPDIR": str(self.temporary)}
+                self.agents.append(subprocess.Popen(command, env=environment, **pipes))
+
+    def look(self):
+        """{pid: command line} of those that live. Remembers them: an orphan is no child."""
+        for agent in self.agents:
+            agent.poll()  # no zombie
+            self.members |= {agent.pid: "torchrun"} | children(agent.pid)
+        return {pid: name for pid, name in self.members.items() if alive(pid)}
+
+    def wait(self, seconds, until=lambda living: False):
+        end = time.monotonic() + seconds
+        while not until(living := self.look()) and time.monotonic() < end:
+            time.sleep(0.02)
+        return living
+
+    def text(self):
+        return "\n".join(path.read_text() for path in sorted(self.place.glob("log_*")))
+
+    def end_by_force(self, left):
+        """Those left show where every thread is, then they are killed."""
+        for number, chosen in ((signal.SIGUSR1, "train.py"), (signal.SIGKILL, "")):
+            for pid, name in left.items():
+                if chosen in name and alive(pid):
+                    os.kill(pid, number)
+            self.wait(2.0, until=lambda living: not living)
+
+    def litter(self):
+        """What it has left: (temporary files, names in /dev/shm). Torch's files are its own."""
+        files = {name for name in os.listdir(self.temporary) if not name.startswith("torch")}
+        return sorted(files), sorted(set(os.listdir("/dev/shm")) - self.shared_memory)
+
+
+# ---- trials -------------------------------------------------------------------------------------
+
+
+def trial(seed: int):
     """An empty string if all went well, else what went wrong."""
     if seed % 10 == 9:
         return rivals(seed)
     is_hangup = seed % 10 == 4
     chance = random.Random(seed)
-    ranks, generators, delay = (
-        chance.choice((1, 2)),
-        chance.choice((1, 2)),
-        chance.uniform(0.3, 12.0),
-    )
-    output = tempfile.mkdtemp()
-    command = [
-        str(Path(sys.executable).parent / "torchrun"),
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "--",
-        str(ROOT / "train.py"),
-    ]
-    command += [
-        f"--generators={generators}",
-        f"--output-dir={output}/run",
-        "--steps=100000",
-        "--eval-every=0",
-        "--cpu-threads=1",
-    ]
-    log = open(f"{output}/log", "w")
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + delay
-    torchrun = {process.pid: "torchrun"}
-    members = torchrun
-    while time.monotonic() < deadline:
-        members = members | children(process.pid)
-        time.sleep(0.02)
-    living = torchrun | {pid: name for pid, name in children(process.pid).items() if alive(pid)}
-    members |= living
-    # Nobody needs that one.
-    victim = chance.choice(
-        sorted(pid for pid, name in living.items() if "resource_tracker" not in name)
-    )
-    done = f"killed {victim} ({living[victim][-70:]})"
-    if is_hangup:
-        done = "closed the terminal"
-        victim = process.pid
-    for pid, name in living.items():
-        if pid == victim or is_hangup and "resource_tracker" not in name:
+    nodes = chance.choice((1, 1, 2))
+    ranks = chance.choice((1, 2)) if nodes == 1 else 1
+    generators = chance.choice((1, 2))
+    run = Run(nodes, ranks, [f"--generators={generators}", "--steps=100000"])
+    if nodes > 1:  # an agent waits minutes for one that has never come
+        started = nodes * ranks
+        run.wait(
+            60.0,
+            until=lambda living: sum("train.py" in name for name in living.values()) >= started,
+        )
+    delay = chance.uniform(0.3, 12.0 * nodes)
+    living = run.wait(delay)
+    victim = chance.choice(sorted(pid for pid in living if not is_tracker(living[pid])))
+    done = "closed the terminal" if is_hangup else f"killed {victim} ({living[victim][-70:]})"
+    for pid in living if is_hangup else [victim]:
+        if not is_tracker(living[pid]):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGHUP if is_hangup else signal.SIGKILL)
-    server = (
-        "forkserver" in living[victim]
-        and len([name for name in living.values() if "forkserver" in name]) == 1
-    )
-    what = f"seed {seed}: {ranks} ranks, {generators} generators, after {delay:.1f} s {done}"
-    if server:  # no role was forked yet: it is started again, and the run goes on
-        time.sleep(3.0)
-        process.terminate()
-    end = time.monotonic() + LIMIT
-    left = members
-    while time.monotonic() < end and left:
-        process.poll()
-        members |= children(process.pid)
-        left = {pid: name for pid, name in members.items() if alive(pid)}
-        time.sleep(0.1)
-    # The first prints where every thread is.
-    for number in (signal.SIGUSR1, signal.SIGKILL) if left else ():
-        for pid, name in left.items():
-            if alive(pid) and ("train.py" in name or number == signal.SIGKILL):
-                os.kill(pid, number)
-        time.sleep(1.0)
-    code = process.wait()
-    text = Path(f"{output}/log").read_text()
-    faults = [f"left after {LIMIT:.0f} s: {left}"] * bool(left) + ["exit code 0"] * (code == 0)
-    if (
-        not server
-        and victim != process.pid
-        and "train.py: error:" not in text
-        and "exitcode" not in text
-    ):
-        # Rank 0 names a role or a rank, torchrun names a rank.
+    left = run.wait(LIMIT, until=lambda living: not living)
+    run.end_by_force(left)
+    codes = [agent.wait() for agent in run.agents]
+    text = run.text()
+    faults = []
+    if left:
+        faults.append(f"left after {LIMIT:.0f} s: {left}")
+    if 0 in codes:
+        faults.append(f"exit codes {codes}")
+    # A leader names a role or a node, torchrun a rank. Nobody is left to name the only torchrun.
+    is_named = "train.py: error:" in text or "exitcode" in text
+    if not is_named and not is_hangup and living[victim] != "torchrun":
         faults.append("nobody says who died")
-    if (
-        is_hangup
-        and re.search(r"^update +[1-9]", text, re.M)
-        and not list(Path(output).glob("run/step_*/training_state.pt"))
-    ):
+    was_trained = re.search(r"^update +[1-9]", text, re.MULTILINE)
+    if is_hangup and was_trained and not [*run.output.glob("step_*/training_state.pt")]:
         faults.append("nothing was saved")
+    files, shared = run.litter()
+    # A leader that is killed cannot clear away the socket of its fork server.
+    if shared or len(files) > ("train.py" in living[victim]):
+        faults.append(f"left behind: {files} {shared}")
+    what = f"seed {seed}: {nodes} nodes, {ranks} ranks, {generators} generators"
+    what += f", after {delay:.1f} s {done}"
     if faults:
-        return f"{what}: {'; '.join(faults)}\n{text[-4000:]}"
-    shutil.rmtree(output)
+        return f"{what}: {'; '.join(faults)}\n{run.place}\n{text[-4000:]}"
+    shutil.rmtree(run.place)
     reasons = [line for line in text.splitlines() if "error:" in line]
     print(f"{what}: {reasons[0][:150] if reasons else '-'}", flush=True)
+    return ""
+
+
+def rivals(seed: int):
+    """Two runs in one directory. An empty string if all went well, else what went wrong."""
+    place = Path(tempfile.mkdtemp())
+    output = place / "run"
+    command = [sys.executable, str(ROOT / "train.py"), f"--output-dir={output}", "--steps=3"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    runs = []
+    for _ in range(2):
+        runs.append(subprocess.Popen([*command, *FLAGS], **pipes))
+        time.sleep(random.Random(seed).uniform(0.0, 0.5))
+    texts = [process.communicate(timeout=180)[0] for process in runs]
+    codes = sorted(process.returncode for process in runs)
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    refused = [text for text in texts if re.search("another run uses|holds another run", text)]
+    what = f"seed {seed}: two runs in one directory"
+    if codes != [0, 1] or steps != [1, 2, 3] or len(refused) != 1:
+        return f"{what}: exit codes {codes}, updates {steps}\n" + "\n".join(texts)
+    print(f"{what}: one was refused", flush=True)
+    shutil.rmtree(place)
     return ""
 
 
@@ -191,12 +210,9 @@ def main():
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     args = parser.parse_args()
-    failures = [
-        failure
-        for seed in range(args.first_seed, args.first_seed + args.trials)
-        if (failure := trial(seed))
-    ]
-    print("\n".join(failures))
+    seeds = range(args.first_seed, args.first_seed + args.trials)
+    failures = [failure for seed in seeds if (failure := trial(seed))]
+    print("\n\n".join(failures))
     sys.exit(f"{len(failures)} of {args.trials} failed" if failures else 0)
 
 
