@@ -165,12 +165,12 @@ def run_role(index, config, channel, devices, held_out, next_ticket):
         teacher.run(config, channel, device, index - config.generators, next_ticket)
 
 
-def role_devices(config: Config, learners: int):
+def role_devices(config: Config, learners: int, gpus: int):
     """Learner ranks first, then generators, then teachers. They share where GPUs are few.
 
-    A teacher above one GPU stands here with its first. Raises InputError if it lacks others.
+    `gpus`: of the node. A teacher above one GPU stands here with its first. Raises InputError if it
+    lacks others.
     """
-    gpus = torch.cuda.device_count()
     first = learners + config.generators
     needed = first + config.teachers * config.teacher_gpus
     if config.teacher_gpus > 1 and needed > gpus:
@@ -362,7 +362,7 @@ def run_rank(ranks: Ranks):
     config, checkpoint = inputs.config, inputs.checkpoint
     if ranks.node > 0:
         sys.stdout = open(os.devnull, "w")  # node 0 reports
-    devices = role_devices(config, ranks.local_world_size)
+    devices = role_devices(config, ranks.local_world_size, torch.cuda.device_count())
     device = devices[ranks.local_rank]
     set_up_process(config, device, len(devices))
     dtype = compute_dtype(config, device)
