@@ -262,7 +262,7 @@ def run_rank(ranks: Ranks):
     config, checkpoint = inputs.config, inputs.checkpoint
     if ranks.node > 0:
         sys.stdout = open(os.devnull, "w")  # node 0 reports
-    devices = role_devices(config, ranks.local_world_size)
+    devices = role_devices(config, ranks.local_world_size, torch.cuda.device_count())
     device = devices[ranks.local_rank]
     set_up_process(config, device, len(devices))
     dtype = compute_dtype(config, device)

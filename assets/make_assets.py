@@ -19,7 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-from assets.task import SYNONYMS, build_tokenizer, running_sums  # noqa: E402
+from assets.tokenizer import SYNONYMS, build_tokenizer  # noqa: E402
+from support.task import running_sums  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parent
 PROBE_SEED = 99  # of the held-out prompts that decide when the student stops
@@ -46,8 +47,10 @@ def new_model(tokenizer, hidden, layers, heads, kv_heads, intermediate):
 
 
 class Examples:
-    """Endless supervised batches: ids [B,T] and labels [B,T] (-100 off the response),
-    synonyms drawn anew each time."""
+    """Endless supervised batches: ids and labels [B,L], labels -100 off the response.
+
+    Synonyms are drawn anew each time.
+    """
 
     def __init__(self, tokenizer, count, seed, synonyms):
         self.generator = torch.Generator().manual_seed(seed)

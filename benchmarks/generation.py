@@ -20,9 +20,9 @@ import transformers
 from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from channel import Rollout
-from config import Config
 from generate import Generator
 from losses import Proposal
+from support.config import Config
 
 VOCAB, STOP_ID = 2048, 0
 

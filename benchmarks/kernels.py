@@ -1,13 +1,14 @@
-"""The chunked LM head and its kernels against the alternatives:
-`python -m benchmarks.kernels [--json FILE]`.
+"""The chunked LM head and its kernel against the alternatives.
 
-Forward + backward of one loss over N positions, hidden states bfloat16 on a GPU (float32 without
+    python -m benchmarks.kernels [--json FILE]
+
+Letters of shapes: serial.py. Forward + backward of one loss over T positions, hidden states bfloat16 on a GPU (float32 without
 one), float32 master weight:
 
-  ours         kernels/head.py, with the Triton kernels on a GPU
+  ours         kernels/head.py, with the Triton kernel on a GPU
   products     the three matrix products alone, unchunked, with the true gradient of the logits:
                the reference
-  full logits  plain torch: [N,V] logits, log_softmax, autograd
+  full logits  plain torch: [T,V] logits, log_softmax, autograd
   recompute    plain torch in chunks that are computed again in the backward pass
                (torch.utils.checkpoint)
   liger ...    Liger's fused linear JSD and cross entropy, where liger-kernel is installed:
@@ -33,12 +34,13 @@ import torch
 import triton
 from torch.utils.checkpoint import checkpoint
 
-from config import Config
 from kernels import head
 from kernels.head import candidate_loss
+from kernels.terms import TERMS
 from losses import LOSSES, make_loss
+from support.config import Config
 
-# N, D, V, K
+# T, F, V, C
 SHAPES = [
     (8192, 1024, 151936, 64),
     (8192, 2048, 151936, 64),
@@ -49,18 +51,20 @@ CPU_SHAPES = [(1024, 128, 8192, 32), (2048, 64, 4096, 16)]
 GPU = torch.cuda.is_available()
 
 
-def problem(N: int, D: int, V: int, C: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Hidden states that point at a token with varying decision, so that entropies vary;
-    candidates drawn from a nearby model."""
+def problem(T: int, F: int, V: int, C: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Hidden states and candidates of a nearby model.
+
+    The hidden states point at a token with varying decision, so that entropies vary.
+    """
     torch.manual_seed(0)
     device = "cuda" if GPU else "cpu"
-    weight = torch.randn(V, D, device=device) * (2.5 / D**0.5)
+    weight = torch.randn(V, F, device=device) * (2.5 / F**0.5)
     hidden = (
-        torch.randn(N, D, device=device)
-        + (3 * torch.rand(N, 1, device=device)) * weight[torch.randint(V, (N,), device=device)]
+        torch.randn(T, F, device=device)
+        + (3 * torch.rand(T, 1, device=device)) * weight[torch.randint(V, (T,), device=device)]
     ).to(dtype)
     ids, t, b = (
-        torch.empty(N, C, dtype=kind, device=device)
+        torch.empty(T, C, dtype=kind, device=device)
         for kind in (torch.int64, torch.float32, torch.float32)
     )
     for rows, logits in head.logit_chunks(hidden, weight.to(dtype), 1.0, 512):
@@ -216,11 +220,11 @@ def kernel_alone(config, inputs, chunk: int, repeats: int) -> dict:
 
 
 def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
-    N, D, V, C = shape
+    T, F, V, C = shape
     inputs = problem(*shape, torch.bfloat16 if GPU else torch.float32)
     rows, gradients = [], {}
     for name, variant in VARIANTS.items():
-        row = {"tokens": N, "hidden": D, "vocab": V, "candidates": C, "variant": name}
+        row = {"tokens": T, "hidden": F, "vocab": V, "candidates": C, "variant": name}
         try:
             run = variant(config, chunk)
         except ImportError:
@@ -261,7 +265,7 @@ def measure(shape, config, chunk: int, repeats: int) -> list[dict]:
                 f"{row['peak_mib']:9.0f} MiB"
             )
         print(f"{row['variant']:20s} {figures}", flush=True)
-    if GPU and make_loss(config).triton_terms:
+    if GPU and type(make_loss(config)) in TERMS:
         rows[0] |= kernel_alone(config, inputs, chunk, repeats)
         print(
             f"the kernel alone: {rows[0]['kernel_of_copy_bandwidth']:.0%} of the copy bandwidth, "

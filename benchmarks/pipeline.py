@@ -37,8 +37,8 @@ MODES = {"sync": ["--max-staleness=0"], "async": [], "arrival": ["--order=arriva
 
 def long_tailed(directory: Path) -> list[str]:
     """Flags for the mix `tail`: its student, and the teacher with room for its sequences."""
-    from assets.task import build_tokenizer
-    from checks import load_model
+    from assets.tokenizer import build_tokenizer
+    from support.load import load_model
 
     torch.manual_seed(0)
     student, teacher = (

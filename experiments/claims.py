@@ -174,7 +174,7 @@ STRATIFIED, SPARSE = (
 )
 LAGS = (0, 2, 8, 32)
 NEAR = {"metric": "reverse_kl", "margin": 1 / 1.05, "ratio": True}
-PIPELINES = [*((loss, "batch") for loss in frontier.LOSSES), ("stratified 28+4", "arrival")]
+PIPELINES = [*((loss, "batch") for loss in frontier.METHODS), ("stratified 28+4", "arrival")]
 CLAIMS = [
     # the paper's
     Claim(
@@ -332,7 +332,7 @@ CLAIMS = [
                 0.8,
                 ratio=True,
             )
-            for loss in frontier.LOSSES
+            for loss in frontier.METHODS
         ],
     ),
     Claim(

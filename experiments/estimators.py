@@ -1,9 +1,8 @@
-"""Bias and variance of every reverse-KL estimator's gradient, at snapshots of a real run:
-`python -m experiments.estimators`.
+"""Bias and variance of every reverse-KL estimator's gradient, at snapshots of a real run.
 
-    P  positions of one batch of stale rollouts
-    V  vocabulary
-    G  gradient with respect to the parameters
+    python -m experiments.estimators
+
+Letters of shapes: serial.py. T are the response tokens of one batch of stale rollouts.
 
 At each snapshot the sampler is the student of `lag` updates ago. The target is the dense reverse-KL
 gradient on the same prefixes. The expectation over the candidates is exact: losses.py gives
@@ -14,7 +13,7 @@ c = dL/ds for every id as the only draw, and
 is carried through the model once. The variance over the candidates is that of one draw, divided by
 their number; it comes from `--draws` random vectors through the model (`Spread`). The bias over all
 prefixes does not average out, its scatter over prefixes and the variance of the candidates do: for
-a batch of M positions the squared error is bias^2 + (scatter + variance) / M.
+a batch of n positions the squared error is bias^2 + (scatter + variance) / n.
 """
 
 from __future__ import annotations
@@ -29,15 +28,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checks import load_model
-from config import Config
 from experiments import study
-from experiments.baselines import second_moment_bound
+from experiments.corrections import Corrected, second_moment_bound
 from experiments.lagged import CPU, Lagged
-from experiments.staleness import BASE, LAGS, LOSSES, task
-from kernels.sampled_reverse_kl import BASELINE_DRAWS
-from losses import Loss, make_loss
+from experiments.staleness import BASE, LAGS, METHODS, is_corrected, task
+from losses import BASELINE_DRAWS, LOSSES, Loss, SampledReverseKL, make_loss
 from model import flatten_parameters
+from support.config import Config
+from support.load import load_model
 
 TRAINING = "stratified 28+4"  # the loss of the run whose snapshots are looked at
 GROUPS = [range(first, first + 128) for first in (0, 128, 256, 384)]  # training prompts
@@ -46,11 +44,11 @@ RESULTS = study.RESULTS / "estimators.csv"
 # What one draw does tells what N of them do, where they have no baseline in common.
 ESTIMATORS = [
     name
-    for name, fields in LOSSES.items()
-    if fields["loss"] in ("sparse_reverse_kl", "plain_sampled")
-    or "signal" in fields
+    for name, fields in METHODS.items()
+    if is_corrected(fields)
+    or fields["loss"] == "sparse_reverse_kl"
     or fields["loss"] == "stratified_reverse_kl"
-    and fields["num_samples"] < BASELINE_DRAWS.value
+    and fields["num_samples"] < BASELINE_DRAWS
 ]
 KINDS = {"estimator": str, "seed": int, "update": int, "lag": int, "draws": int}
 COLUMNS = (
@@ -77,7 +75,7 @@ def derivative(loss: Loss, s: Tensor, t: Tensor, b: Tensor) -> Tensor:
 
 
 def each_alone(x: Tensor) -> Tensor:
-    """[P,V] -> [P V, 1]: every id as the only candidate of a position of its own."""
+    """[T,V] -> [T V, 1]: every id as the only candidate of a position of its own."""
     return x.reshape(-1, 1)
 
 
@@ -91,13 +89,13 @@ def in_columns(loss: Loss, columns: slice, x: Tensor) -> Tensor:
 def derivatives(
     config: Config, s: Tensor, t: Tensor, b: Tensor, m2_bound: float = float("inf")
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a loss does to the log-probability of every id, from [P,V]: three tables [P,V].
+    """What a loss does to the log-probability of every id, from [T,V]: three tables [T,V].
 
     c = dL/ds of what is summed exactly (0 outside the top-K); c of every id as the only draw; the
     density it is drawn from.
     """
     nothing = torch.zeros_like(s)
-    if config.loss in ("sampled_reverse_kl", "plain_sampled"):
+    if issubclass(LOSSES[config.loss], SampledReverseKL):
         loss = make_loss(replace(config, num_samples=1))
         loss.m2_bound = m2_bound
         c = derivative(loss, each_alone(s), each_alone(t), each_alone(b))
@@ -120,7 +118,7 @@ def derivatives(
 
 
 def through_softmax(u: Tensor, s: Tensor) -> Tensor:
-    """Logit gradient of sum_y u_y s_y: [P,V] -> [P,V]."""
+    """Logit gradient of sum_y u_y s_y: [T,V] -> [T,V]."""
     return u - s.exp() * u.sum(-1, keepdim=True)
 
 
@@ -128,7 +126,7 @@ def expected_logit_gradient(
     config: Config, s: Tensor, t: Tensor, b: Tensor, m2_bound: float = float("inf")
 ) -> Tensor:
     """Mean of the loss's logit gradient over the candidates that the sampler draws, exactly:
-    log-probabilities [P,V] -> [P,V].
+    log-probabilities [T,V] -> [T,V].
 
     Draws do not interact in any of these losses (M2PO: given its threshold), so N of them have the
     mean of one.
@@ -148,7 +146,7 @@ class Spread:
     """
 
     def __init__(self, s: Tensor, c: Tensor, density: Tensor):
-        """[P,V] each, as from `derivatives`."""
+        """[T,V] each, as from `derivatives`."""
         self.s, self.c = s.double(), c.double()
         self.mean = through_softmax(density.double() * self.c, self.s)
         p = self.s.exp()
@@ -158,10 +156,10 @@ class Spread:
         self.mass = density.double() * (
             squares + (self.mean * self.mean).sum(-1, keepdim=True)
         ).clamp(min=0)
-        self.total = self.mass.sum(-1)  # [P] trace of the covariance
+        self.total = self.mass.sum(-1)  # [T] trace of the covariance
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """A random table [P,V] with this covariance; rows are independent."""
+        """A random table [T,V] with this covariance; rows are independent."""
         y = torch.multinomial(self.mass + self.mass.new_full((), 1e-300), 1, generator=generator)
         v = torch.zeros_like(self.s).scatter(1, y, self.c.gather(1, y))
         v = through_softmax(v, self.s) - self.mean
@@ -172,7 +170,7 @@ class Spread:
 
 
 def dense_logit_gradient(s: Tensor, t: Tensor) -> Tensor:
-    """Of the reverse KL itself, [P,V]."""
+    """Of the reverse KL itself, [T,V]."""
     return through_softmax(s.exp() * (s - t), s)
 
 
@@ -196,7 +194,7 @@ class Snapshot:
         self.exact = self.gradient(dense_logit_gradient(self.s, self.t))
 
     def gradient(self, logit_gradient: Tensor) -> Tensor:
-        """G of the mean over positions, flat, float64."""
+        """Of the mean over positions: [P], float64."""
         parts = torch.autograd.grad(
             self.logits, self.parameters, logit_gradient / len(self.logits), retain_graph=True
         )
@@ -205,14 +203,14 @@ class Snapshot:
     def threshold(self, config: Config, generator: torch.Generator) -> float:
         """M2PO's, of one draw of the sampler at each position."""
         loss = make_loss(config)
-        if not config.correction.startswith("m2po"):
+        if not isinstance(loss, Corrected) or not loss.correction.startswith("m2po"):
             return float("inf")
         ids = torch.multinomial(self.b.exp(), 1, generator=generator)
         squares = loss.squares(*(x.gather(1, ids) for x in (self.s, self.t, self.b)))
-        return second_moment_bound(squares, is_capped=config.correction == "m2po")
+        return second_moment_bound(squares, is_capped=loss.correction == "m2po")
 
     def mean(self, config: Config, threshold: float) -> Tensor:
-        """Expectation of G over the candidates."""
+        """Expectation of the gradient over the candidates: [P]."""
         return self.gradient(expected_logit_gradient(config, self.s, self.t, self.b, threshold))
 
     def variance(self, config: Config, draws: int, generator: torch.Generator) -> float:
@@ -283,7 +281,7 @@ def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
     a run, every estimator at every lag after those updates."""
     seed, updates, draws = job
     torch.set_num_threads(1)
-    config = replace(BASE, seed=seed, lr=3e-4, steps=max(updates), **LOSSES[TRAINING])
+    config = replace(BASE, seed=seed, lr=3e-4, steps=max(updates), **METHODS[TRAINING])
     lagged = Lagged(config, 0, *task(), keep=max(LAGS))
     sampler = load_model(config.student_path, torch.float32, CPU)
     weights, lines = flatten_parameters(sampler), []
@@ -303,7 +301,7 @@ def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
         )
         one_draw: dict[Config, float] = {}
         for name in ESTIMATORS:
-            estimator = replace(config, **LOSSES[name])
+            estimator = replace(config, **METHODS[name])
             alone = replace(estimator, num_samples=1)  # shared by all N
             if alone not in one_draw:
                 one_draw[alone] = variance_of_one_draw(groups, alone, draws, seed)
@@ -320,23 +318,22 @@ def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
 
 def candidates(config: Config) -> int:
     """Ids a position that the teacher scores for the loss."""
-    sizes = {
-        "sampled_reverse_kl": config.num_samples,
-        "plain_sampled": config.num_samples,
-        "sparse_reverse_kl": config.top_k,
-        "stratified_reverse_kl": config.top_k + config.num_samples,
-    }
-    return sizes[config.loss]
+    loss = make_loss(config)
+    has_top = loss.top.start < loss.top.stop  # then the emitted token has no part in it
+    return loss.num_columns - has_top
 
 
 def read(path: Path) -> list[dict]:
-    """Lines of a CSV with numbers, `deviation` (standard, of a batch of 1,000 tokens)
-    and `error_M` of a batch of M tokens."""
+    """Lines of a CSV with numbers.
+
+    Added are `deviation` (standard, of a batch of 1,000 tokens) and `error_n` of a batch of n
+    tokens.
+    """
     lines = study.read(path, COLUMNS, KINDS)
     for line in lines:
         noise = max(line["scatter"], 0.0) + line["variance"]
         line |= {"deviation": (line["variance"] / BATCHES[0]) ** 0.5} | {
-            f"error_{m}": (line["bias"] ** 2 + noise / m) ** 0.5 for m in BATCHES
+            f"error_{n}": (line["bias"] ** 2 + noise / n) ** 0.5 for n in BATCHES
         }
     return lines
 
@@ -380,7 +377,7 @@ def summary(lines: list[dict], lag: int) -> str:
     rows = [
         f"lag {lag}, {drift:.2g} nats".ljust(26)
         + "  candidates   bias  cosine  st.dev. (1,000)  error of"
-        + "".join(f"{m:>11,}" for m in BATCHES)
+        + "".join(f"{n:>11,}" for n in BATCHES)
         + " tokens"
     ]
     for name in dict.fromkeys(line["estimator"] for line in chosen):
@@ -389,7 +386,7 @@ def summary(lines: list[dict], lag: int) -> str:
             for key in chosen[0]
             if key != "estimator"
         }
-        errors = "".join(f"{mean[f'error_{m}']:11.3f}" for m in BATCHES)
+        errors = "".join(f"{mean[f'error_{n}']:11.3f}" for n in BATCHES)
         rows.append(
             f"{name:26s}  {mean['candidates']:10.0f}  {mean['bias']:5.3f}  {mean['cosine']:6.3f}  "
             f"{mean['deviation']:15.3f}          {errors}"

@@ -25,12 +25,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
 
 from channel import Rollout
-from checks import check_config, load_model
-from config import Config, InputError
 from experiments.heal import response_logits
 from generate import Generator
+from kv_cache import switch_to_slots
 from losses import Proposal
 from model import head_weight
+from support.config import Config, InputError
+from support.load import check_config, load_model
 
 CPU = torch.device("cpu")
 VOCAB = 64
@@ -112,10 +113,10 @@ def verdict(kind: str) -> tuple[str, str]:
         except Exception as error:
             return "not tried", " ".join(str(error).split())[:100]
         check_config(config)
-        model = load_model(
-            str(directory), torch.float32, CPU, attention="kv_slots", length=config.max_sequence
-        )
-        return check(model, load_model(str(directory), torch.float32, CPU), config)
+        reference = load_model(str(directory), torch.float32, CPU, length=config.max_sequence)
+        model = load_model(str(directory), torch.float32, CPU, length=config.max_sequence)
+        switch_to_slots(model, config.max_sequence)
+        return check(model, reference, config)
     except InputError as error:
         reason = str(error).replace(str(directory), "").removeprefix(" is not supported: ")
         return "refused", reason.lstrip(": ")

@@ -1,5 +1,6 @@
-"""What staleness buys: the real pipeline at several --max-staleness:
-`python -m experiments.frontier`.
+"""What staleness buys: the real pipeline at several --max-staleness.
+
+    python -m experiments.frontier
 
 Whole runs of `train.py` on the built-in task, one after the other, one thread per role. A line of
 the CSV per run: tokens/s, measured lag, seconds and updates to 90 % accuracy, final accuracy.
@@ -19,9 +20,13 @@ from pathlib import Path
 from experiments import study
 
 RESULTS = study.RESULTS / "frontier.csv"
-LOSSES = {
+METHODS = {  # name -> flags of train.py
     "stratified 28+4": ["--loss=stratified_reverse_kl", "--top-k=28", "--num-samples=4"],
-    "current signal + IS, N=32": ["--loss=plain_sampled", "--num-samples=32"],
+    "current signal + IS, N=32": [
+        "--plugin=experiments.corrections",
+        "--loss=sampled_current_is",
+        "--num-samples=32",
+    ],
     "forward KL 32": ["--loss=forward_kl", "--top-k=32"],
 }
 STALENESS = (0, 1, 2, 4, 8)
@@ -107,7 +112,7 @@ def run(job: tuple[str, str, int, int]) -> list[dict]:
             "--eval-size=128",
             "--save-every=0",
             "--cpu-threads=1",
-            *LOSSES[loss],
+            *METHODS[loss],
         ]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
@@ -180,7 +185,7 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
     parser.add_argument("--seeds", type=study.at_least(1), default=5)
     parser.add_argument("--staleness", type=study.at_least(0), nargs="+", default=STALENESS)
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--losses", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     jobs = grid(args.losses, args.staleness, args.seeds)
     lines = make(args.out, jobs)

@@ -26,14 +26,15 @@ from pathlib import Path
 import torch
 
 from channel import Rollout
-from checks import load_model, load_tokenizer
-from config import Config
-from data import read_jsonl
 from experiments.study import ROOT, RUNS, at_least
 from generate import Generator
 from kernels.head import head_logits
+from kv_cache import switch_to_slots
 from losses import Proposal
-from model import head_weight, last_hidden, predicting_positions, stop_ids
+from model import head_weight, last_hidden, predicting_positions
+from support.config import Config
+from support.data import read_jsonl
+from support.load import load_model, load_tokenizer, stop_ids
 
 DROPPED = (10, 12, 14, 16, 18, 20)  # of 30 layers
 NEW_TOKENS = 48
@@ -131,9 +132,10 @@ def prepare(out: Path):
 
 def respond(student: Path, prompts) -> list[Rollout]:
     """One sampled response of a model to each prompt."""
-    model = load_model(str(student), torch.float32, CPU, attention="kv_slots")
-    stops = stop_ids(str(student), load_tokenizer("--student", str(student)))
     config = Config(max_prompt_tokens=64, max_new_tokens=NEW_TOKENS)
+    model = load_model(str(student), torch.float32, CPU)
+    switch_to_slots(model, config.max_sequence)
+    stops = stop_ids(str(student), load_tokenizer("--student", str(student)))
     generator = Generator(model, Proposal(), config, stops, len(head_weight(model)), slots=12)
     return generator.generate(
         [Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from channel import Rollout
-from config import Config
-from data import Prompt
 from kernels.head import head_logits
 from losses import Proposal
 from model import flat_parameters as flat
 from model import head_weight, response_hidden
 from serial import CPU, Serial
+from support.config import Config
+from support.data import Prompt
 
 __all__ = ["CPU", "Divergence", "Lagged", "flat"]
 

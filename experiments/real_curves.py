@@ -1,4 +1,4 @@
-"""Training curves of six losses on a real model: `python -m experiments.real_curves`.
+"""Training curves of six methods on a real model: `python -m experiments.real_curves`.
 
 The task is that of experiments/heal.py: SmolLM2 without six of its layers learns from the whole
 model. A run makes few and small updates: three seeds took two hours on two cores, with other work
@@ -15,21 +15,17 @@ from pathlib import Path
 
 import torch
 
-from checks import load_tokenizer
-from config import Config
-from data import read_jsonl
+import experiments.corrections  # noqa: F401  it adds to losses.LOSSES
 from experiments import heal, study
 from experiments.lagged import Lagged
+from support.config import Config
+from support.data import read_jsonl
+from support.load import load_tokenizer
 
-LOSSES = {
+METHODS = {  # name -> settings
     "forward KL 32": {"loss": "forward_kl", "top_k": 32},
     "32 draws": {"loss": "sampled_reverse_kl", "num_samples": 32},
-    "32 draws, rollout signal, no ratio": {
-        "loss": "sampled_reverse_kl",
-        "num_samples": 32,
-        "signal": "rollout",
-        "correction": "none",
-    },
+    "32 draws, rollout signal, no ratio": {"loss": "sampled_rollout_none", "num_samples": 32},
     "sparse K=32": {"loss": "sparse_reverse_kl", "top_k": 32},
     "stratified 28+4": {"loss": "stratified_reverse_kl", "top_k": 28, "num_samples": 4},
     "stratified 16+16": {"loss": "stratified_reverse_kl", "top_k": 16, "num_samples": 16},
@@ -68,7 +64,7 @@ def run(job: Job) -> list[dict]:
     """Lines of the CSV for one run."""
     torch.set_num_threads(1)
     paths = {role: str(job.models / role) for role in ("student", "teacher")}
-    config = replace(BASE, **paths, seed=job.seed, **LOSSES[job.loss])
+    config = replace(BASE, **paths, seed=job.seed, **METHODS[job.loss])
     tokenizer = load_tokenizer("--student", config.student)
     prompts, held_out = (
         read_jsonl(str(job.models / name), tokenizer, BASE.max_prompt_tokens)
@@ -175,7 +171,7 @@ def main():
     )
     parser.add_argument("--seeds", type=study.at_least(1), default=3)
     parser.add_argument("--lags", type=study.at_least(0), nargs="+", default=LAGS)
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--losses", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
     parser.add_argument(
         "--workers",

@@ -10,7 +10,7 @@ gradient is known, and each estimator draws candidates through the project's own
 `value`. The gradient is looked at in three spaces:
 
     logits      [V] at a position
-    hidden      [D], the last hidden state at a position
+    hidden      [F], the last hidden state at a position
     parameters  all of them, summed over a response: J^T g, carried through the model and folded by
                 random signs (`Pullback`)
 
@@ -38,10 +38,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+import experiments.corrections  # noqa: F401  it adds to losses.LOSSES
 from channel import Rollout
-from checks import load_model, load_tokenizer
-from config import Config
-from data import read_jsonl
 from experiments import heal, study
 from experiments.heal import CPU, NEW_TOKENS, respond, response_logits
 from experiments.lagged import Lagged
@@ -49,9 +47,12 @@ from experiments.study import RESULTS, RUNS, at_least
 from kernels.head import gather
 from losses import Loss, make_loss
 from model import head_weight
+from support.config import Config
+from support.data import read_jsonl
+from support.load import load_model, load_tokenizer
 
 ESTIMATORS = {
-    "32 draws, no baseline": {"loss": "plain_sampled", "num_samples": 32},
+    "32 draws, no baseline": {"loss": "sampled_current_is", "num_samples": 32},
     "32 draws": {"loss": "sampled_reverse_kl", "num_samples": 32},
     "stratified 28+4": {"loss": "stratified_reverse_kl", "top_k": 28, "num_samples": 4},
     "stratified 24+8": {"loss": "stratified_reverse_kl", "top_k": 24, "num_samples": 8},

@@ -9,14 +9,15 @@ import sys
 
 import torch
 
-from channel import STOP, Rollout
-from checks import check_config, load_model, load_tokenizer, require
-from config import Config, model_path, refusal
-from data import is_correct, read_jsonl
+from channel import STOP, Rollout, available_memory
+from experiments.memory import needed
 from generate import Generator
+from kv_cache import switch_to_slots
 from losses import Greedy, Proposal
-from experiments.memory import available_memory, estimate
-from model import compute_dtype, head_weight, stop_ids, text_config
+from model import compute_dtype, head_weight
+from support.config import Config, model_path, refusal, require
+from support.data import is_correct, read_jsonl
+from support.load import check_config, load_model, load_tokenizer, stop_ids, text_config
 
 
 def parse_args():
@@ -68,8 +69,8 @@ def sample(args):
     dtype = compute_dtype(config, device)
     check_memory(config, device, dtype)
     check_config(config)
-    options = {"attention": "kv_slots", "length": config.max_sequence}
-    model = load_model(path, dtype, device, **options)
+    model = load_model(path, dtype, device, length=config.max_sequence)
+    switch_to_slots(model, config.max_sequence)
     proposal = Proposal() if args.temperature > 0 else Greedy()
     stops, vocab = stop_ids(path, tokenizer), len(head_weight(model))
     slots = min(args.slots, len(prompts))
@@ -82,12 +83,12 @@ def sample(args):
 def check_memory(config, device, dtype):
     """Raise InputError if model and KV slots cannot fit."""
     with refusal(f"{config.student}: its size cannot be estimated"):
-        needed = estimate(config, 1, False, dtype.itemsize)[1]  # of a generator
+        size = needed(config, 1, dtype.itemsize)["generator"]
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
     require(
-        needed < 0.9 * free,
-        f"{needed / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free: lower --slots "
+        size < 0.9 * free,
+        f"{size / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free: lower --slots "
         f"({config.slots}) or --max-new-tokens ({config.max_new_tokens})",
     )
 

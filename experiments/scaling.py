@@ -1,5 +1,6 @@
-"""What the simulation says where we cannot measure: `python -m experiments.simulate --paper`,
-`--scale`, `--plan`.
+"""What the simulation says where we cannot measure.
+
+    python -m experiments.simulate --paper, --scale or --plan
 
 Everything here is simulated, from peaks of an H100 and assumed efficiencies
 (experiments/stages.py). Response lengths are log-normal, cut at the longest (SPREAD: the standard
@@ -29,8 +30,7 @@ STRIDE = 256  # decode steps in one event
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained on one node's GPUs.
-    By default the paper's setting, its mean assumed."""
+    """What is to be trained on a node's GPUs: by default the paper's setting, its mean assumed."""
 
     student: str = "1.7B"
     teacher: str = "30B-A3B"
@@ -103,6 +103,7 @@ def config_of(job: Job, split: Split, nodes=1):
         teachers=split.teachers,
         teacher_gpus=split.teacher_gpus,
         max_staleness=job.staleness,
+        checkpoint_activations=split.recompute,
         order=job.order,
         steps=job.updates,
     )
@@ -137,8 +138,8 @@ def fitting(job: Job, teacher_gpus: int):
         if generators < 1 or job.batch % teachers:
             continue
         split = Split(ranks, generators, teachers, slots, tokens, recompute, teacher_gpus)
-        needed = memory.estimate(config_of(job, split), ranks, recompute, 2)
-        if max(needed) <= memory.USABLE * MEMORY:
+        needed = memory.needed(config_of(job, split), ranks, 2)
+        if max(needed.values()) <= memory.USABLE * MEMORY:
             yield split
 
 
@@ -314,12 +315,12 @@ def plan(pairs: list[str], gpus: int, batch: int, staleness: int):
             print("| " + " | ".join([*cells, "none fits"]) + " |")
             continue
         split, result = found
-        sizes = memory.estimate(config_of(job, split), split.ranks, split.recompute, 2)
+        sizes = memory.needed(config_of(job, split), split.ranks, 2)
         busy = [result.busy[role] for role in ("learner", "generator", "teacher")]
         cells += [
             str(split),
             f"{split.slots}, {split.micro_batch_tokens:,}",
-            ", ".join(f"{size / 2**30:.0f}" for size in sizes),
+            ", ".join(f"{size / 2**30:.0f}" for size in sizes.values()),
             f"{result.seconds:.1f}",
             f"{result.tokens_per_second:,.0f}",
             ", ".join(f"{100 * value:.0f}" for value in busy) + " %",

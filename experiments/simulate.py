@@ -32,12 +32,12 @@ from types import SimpleNamespace
 
 import torch
 
-from channel import Tickets, may_start
-from config import Config, InputError
 from experiments.stages import Stages
 from generate import Generator, take_rows
 from model import row_batches
+from support.config import Config, InputError
 from teacher import ready_rows
+from tickets import Tickets, may_start, teacher_of
 
 Process = Iterator[float | None]
 MOVES = 0.15  # seconds, see Cores
@@ -228,7 +228,7 @@ def config_on(node: int, nodes: int):
 
 
 class Node:
-    """The roles of one node: generate.run, teacher.run, train.Run without what they compute."""
+    """The roles of one node: generate.run, teacher.run, train.Leader without what they compute."""
 
     def __init__(self, simulation, number: int):
         self.simulation = simulation
@@ -289,8 +289,8 @@ class Node:
                 me.active.remove(response)
                 self.responses[response.row] = response
                 channel.length[response.row] = response.length
-                turn = response.ticket // config.nodes
-                channel.to_teachers[turn % config.teachers].put([response.row])
+                teacher, _ = teacher_of(response.ticket, config)
+                channel.to_teachers[teacher].put([response.row])
 
     def teacher(self, index: int) -> Process:
         config, channel = self.config, self.channel
@@ -298,7 +298,7 @@ class Node:
         while True:
             finished = channel.to_teachers[index].get_all()
             for row in finished:
-                turn = int(channel.ticket[row]) // (config.nodes * config.teachers)
+                _, turn = teacher_of(int(channel.ticket[row]), config)
                 waiting[turn] = row
             rows = ready_rows(waiting, next_turn, config) if finished or rows else []
             if not rows:
@@ -328,13 +328,13 @@ class Node:
                     yield None
             yield stages.accumulate(self.passes(rows))
             ready = self.simulation.machine.now
-            self.simulation.arrive(version)
+            self.simulation.arrive(version, channel.ticket[rows].tolist())
             while not self.simulation.have_met(version):
                 yield None
             self.waited.append(self.simulation.machine.now - ready)
             yield stages.apply(self.simulation.nodes)
             responses = [self.responses.pop(row) for row in rows]
-            tickets.trained(rows)
+            tickets.trained(self.simulation.tickets_of(version))
             yield stages.publish()
             channel.version = version + 1
             tickets.issue(version + 1)
@@ -370,7 +370,7 @@ class Simulation:
         self.machine = Machine()
         if self.cores:
             self.machine = Cores(self.cores, *self.stages.crowding)
-        self.arrived: dict[int, int] = {}
+        self.arrived: dict[int, list] = {}  # version -> tickets of each node that has come to it
         self.updates: dict[int, list] = {}  # version -> [when, tokens, sum of their lags, nodes]
         self.marks: list[dict] = []  # busy seconds at the end of each update
         self.at: list[Node] = []
@@ -383,17 +383,21 @@ class Simulation:
         scored = [len(one.tickets.scored) for one in self.at]
         if version in self.arrived or sum(scored) >= self.config.batch_size and min(scored) > 0:
             self.machine.changed.update(range(self.nodes))
-            self.arrived.setdefault(version, 0)
+            self.arrived.setdefault(version, [])
             return list(node.tickets.scored.values())
         return None
 
-    def arrive(self, version: int):
-        self.arrived[version] = self.arrived.get(version, 0) + 1
+    def arrive(self, version: int, tickets: list[int]):
+        self.arrived.setdefault(version, []).append(tickets)
         if self.have_met(version):
             self.machine.changed.update(range(self.nodes))
 
     def have_met(self, version: int):
-        return self.arrived[version] == self.nodes
+        return len(self.arrived[version]) == self.nodes
+
+    def tickets_of(self, version: int):
+        """Of all nodes."""
+        return [ticket for node in self.arrived[version] for ticket in node]
 
     def count(self, version: int, responses: list[Response]):
         update = self.updates.setdefault(version, [0.0, 0, 0, 0])

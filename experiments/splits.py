@@ -1,14 +1,10 @@
 """Shapes of the models that `python -m experiments.simulate --plan` knows."""
 
-from functools import cache
 from pathlib import Path
 
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from config import InputError
-from experiments import memory
-
-memory.model_size = cache(memory.model_size)  # of each model once
+from support.config import InputError
 
 VOCAB = 151_936
 # The models' own config.json: hidden, layers, MLP, query heads, key-value heads, head size, tied.

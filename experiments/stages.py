@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from checks import load_tokenizer
-from config import Config
-from data import load_prompts
 from serial import Serial
+from support.config import Config
+from support.data import load_prompts
+from support.load import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""How stale can on-policy distillation be? Accuracy and divergence against exact lag:
-`python -m experiments.staleness`.
+"""How stale can on-policy distillation be? Accuracy and divergence against exact lag.
+
+    python -m experiments.staleness
 
 Every run is a `Lagged` run on the built-in task: rollouts come from the weights exactly `lag`
-updates ago. The grid is starts x losses x lags x seeds; one line of the CSV per evaluation. Runs
+updates ago. The grid is starts x methods x lags x seeds; one line of the CSV per evaluation. Runs
 are independent, one process each, one thread each; a CSV that exists is continued. --quick is one
-start, four losses, two lags, one seed, in a CSV of its own.
+start, four methods, two lags, one seed, in a CSV of its own.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from pathlib import Path
 
 import torch
 
-from assets.task import running_sums
-from checks import load_tokenizer
-from config import Config
-from data import Prompt
 from experiments import study
+from experiments.corrections import Corrected
 from experiments.lagged import Lagged
+from losses import LOSSES
+from support.config import Config
+from support.data import Prompt
+from support.load import load_tokenizer
+from support.task import running_sums
 
 VOCAB = 173
 # Of the built-in prompts: the initial student gets about a third of these right.
@@ -51,21 +54,14 @@ def task() -> tuple[list[Prompt], list[Prompt]]:
 
 def sampled(signal: str, correction: str, samples: int) -> dict:
     """Sampled reverse KL without a baseline."""
-    if (signal, correction) == ("current", "is"):
-        return {"loss": "plain_sampled", "num_samples": samples}
-    return {
-        "loss": "sampled_reverse_kl",
-        "signal": signal,
-        "correction": correction,
-        "num_samples": samples,
-    }
+    return {"loss": f"sampled_{signal}_{correction}", "num_samples": samples}
 
 
 def stratified(top_k: int, samples: int, loss: str = "stratified_reverse_kl") -> dict:
     return {"loss": loss, "top_k": top_k, "num_samples": samples}
 
 
-LOSSES = {
+METHODS = {  # name -> settings
     "forward KL 16": {"loss": "forward_kl", "top_k": 16},
     # Every id: exact, only the prefixes are stale.
     "dense reverse KL": {"loss": "sparse_reverse_kl", "top_k": VOCAB},
@@ -114,37 +110,34 @@ QUICK = ("forward KL 16", "rollout signal", "current signal + IS, N=16", "strati
 
 
 def canonical(loss: str, lag: int) -> str:
-    """The loss whose run stands for this one:
-    without lag b = s up to rounding, so signal and correction make no difference."""
-    if (
-        lag
-        or loss not in LOSSES
-        or not ("signal" in LOSSES[loss] or LOSSES[loss]["loss"] == "plain_sampled")
-    ):
+    """The method whose run stands for this one.
+
+    Without lag b = s up to rounding, so signal and correction make no difference.
+    """
+    if lag or loss not in METHODS or not is_corrected(METHODS[loss]):
         return loss
-    return next(
-        (
-            name
-            for name, fields in LOSSES.items()
-            if fields == sampled("current", "is", LOSSES[loss]["num_samples"])
-        ),
-        loss,
-    )
+    stand_in = sampled("current", "is", METHODS[loss]["num_samples"])
+    return next((name for name, fields in METHODS.items() if fields == stand_in), loss)
+
+
+def is_corrected(fields: dict) -> bool:
+    """Has the method a signal and a correction?"""
+    return issubclass(LOSSES[fields["loss"]], Corrected)
 
 
 @dataclass(frozen=True)
 class Job:
     start: str  # "weak" or "strong"
-    loss: str
+    loss: str  # a name in METHODS
     lag: int
     seed: int
 
 
 def names(job: Job) -> list[str]:
-    """The losses that a run gives lines of: its own and, without lag, those it stands for."""
+    """The methods that a run gives lines of: its own and, without lag, those it stands for."""
     return [
         name
-        for name in (LOSSES if job.start == "weak" else STRONG)
+        for name in (METHODS if job.start == "weak" else STRONG)
         if canonical(name, job.lag) == job.loss
     ] or [job.loss]
 
@@ -179,7 +172,7 @@ def run(arguments: tuple[Job, int, int, float]) -> list[dict]:
         steps=steps,
         lr=lr,
         max_grad_norm=max_grad_norm,
-        **LOSSES[job.loss],
+        **METHODS[job.loss],
     )
     lagged, lines, since = Lagged(config, job.lag, *task()), [], []
     for step in range(1, steps + 1):
@@ -213,7 +206,7 @@ def strong_student(target: float = 0.9) -> str:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (directory / "config.json").exists():
             lagged = Lagged(
-                replace(BASE, lr=1e-3, seed=1000, steps=400, **LOSSES["forward KL 16"]), 0, *task()
+                replace(BASE, lr=1e-3, seed=1000, steps=400, **METHODS["forward KL 16"]), 0, *task()
             )
             while lagged.accuracy() < target:
                 for _ in range(5):
@@ -226,7 +219,7 @@ def strong_student(target: float = 0.9) -> str:
 def grid(starts, losses, lags, seeds) -> list[Job]:
     """Jobs, seed by seed, so that a study that is stopped early has whole seeds; none twice.
 
-    From the strong student only the losses in STRONG, without the smallest lag.
+    From the strong student only the methods in STRONG, without the smallest lag.
     """
     cells = [
         (start, loss, lag)
@@ -325,7 +318,7 @@ def main():
         "--every", type=study.at_least(1), default=20, help="updates between evaluations"
     )
     parser.add_argument("--lags", type=study.at_least(0), nargs="+", default=LAGS)
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--losses", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
         "--starts", nargs="+", choices=("weak", "strong"), default=["weak", "strong"]
     )

@@ -1,13 +1,12 @@
-"""Does the simulation tell the truth? It predicts whole runs that its calibration has not seen,
-then they are made.
+"""Does the simulation tell the truth? It predicts whole runs, then they are made.
 
     python -m experiments.simulate --validate
 
-The calibration sees the stages alone, on one thread, what two processes lose on two cores and on
-one, and one synchronous run. The runs that it predicts have other staleness, order, batch size,
-slots, generators, refresh, length mix and number of nodes. Their
-learning rate is 1e-9, so that the student keeps its lengths: the same tickets have the same lengths
-in the simulation. Goals: tokens/s within 10 %, lag within 0.2 updates.
+The calibration has not seen them. It sees the stages alone, on one thread, what two processes lose
+on two cores and on one, and one synchronous run. The runs that it predicts have other staleness,
+order, batch size, slots, generators, refresh, length mix and number of nodes. Their learning rate
+is 1e-9, so that the student keeps its lengths: the same tickets have the same lengths in the
+simulation. Goals: tokens/s within 10 %, lag within 0.2 updates.
 
 The machine's own speed drifts by more than that within minutes. So a probe, a few updates of
 serial.Serial, runs before and after every run, and the costs are scaled by what it takes.
@@ -31,14 +30,15 @@ import torch.distributed as dist
 
 from benchmarks.pipeline import ROOT, long_tailed
 from channel import Rollout
-from checks import load_tokenizer
-from config import Config, parse
-from data import load_prompts, prompt_of
 from experiments.simulate import Result, Simulation, write
 from experiments.stages import Stages, measured
 from generate import Sampler
-from nodes import Nodes
+from learner import Learner
 from serial import Serial
+from support.config import Config, parse
+from support.data import load_prompts, prompt_of
+from support.load import load_model, load_tokenizer
+from support.ranks import Ranks
 
 SPEED = 0.10  # the goals: a part of tokens/s
 LAG = 0.2  # and updates
@@ -99,27 +99,47 @@ def fitted(stages: Stages, config: Config, run: Result, nodes=1, cores=CORES) ->
     return stages
 
 
-def exchange_seconds(parameters: int) -> float:
-    """What two nodes on this machine need to meet and to add up a gradient."""
+def exchange_seconds(config: Config) -> float:
+    """How much longer an update takes two nodes on this machine than each of them alone."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        found = [pool.submit(exchange, node, store.port, parameters) for node in range(2)]
+        found = [pool.submit(exchange, node, store.port, config) for node in range(2)]
         return statistics.mean(one.result() for one in found)
 
 
-def exchange(node: int, port: int, parameters: int):
+def exchange(node: int, port: int, config: Config):
+    """In the process of one node: the same rows again and again, alone and together."""
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    serial = serial_run(config)
+    serial.update()
+    rows = list(range(serial.config.table_rows))
     store = dist.TCPStore("127.0.0.1", port)
     dist.init_process_group("gloo", store=store, rank=node, world_size=2)
-    nodes, gradient, seconds = Nodes(0, 1, node, 2), torch.zeros(parameters), []
-    for update in range(40):
-        began = time.perf_counter()
-        nodes.meet(update, {}, lambda: None)
-        nodes.add_up(gradient)
-        seconds.append(time.perf_counter() - began)
+    model = load_model(config.student_path, torch.float32, torch.device("cpu"))
+    ranks = Ranks(rank=node, world_size=2)
+    together = Learner(model, config, serial.learner.vocab, torch.float32, ranks)
+    seconds = [
+        (
+            update_seconds(serial.learner, serial.channel, rows, ranks),
+            update_seconds(together, serial.channel, rows, ranks),
+        )
+        for _ in range(20)
+    ]
     dist.destroy_process_group()
-    return statistics.median(seconds)
+    return statistics.median(together - alone for alone, together in seconds)
+
+
+def update_seconds(learner: Learner, channel, rows: list[int], ranks: Ranks):
+    """Of one update, which both nodes begin at once."""
+    ranks.exchange({})
+    began = time.perf_counter()
+    learner.update(channel, rows, learner.ranks.exchange(learner.describe(channel, rows)))
+    return time.perf_counter() - began
+
+
+def serial_run(config: Config):
+    prompts, _ = load_prompts(config, load_tokenizer("--student", config.student_path))
+    return Serial(replace(config, batch_size=32, steps=10_000), 0, prompts, [])
 
 
 class Probe:
@@ -127,8 +147,7 @@ class Probe:
 
     def __init__(self, config: Config):
         torch.set_num_threads(1)
-        prompts, _ = load_prompts(config, load_tokenizer("--student", config.student_path))
-        self.serial = Serial(replace(config, batch_size=32, steps=10_000), 0, prompts, [])
+        self.serial = serial_run(config)
         self.serial.update()
         self.first = 1.0
         self.first = self.slowness()
@@ -227,9 +246,8 @@ def main():
         _, then = probe.around(make_run, flags_of(ALONE), 1, place / "alone")
         stages = measured([alone, parse(flags_of([TAIL]))])
         stages = fitted(stages, alone, result_of(place / "alone"))
-        parameters = sum(p.numel() for p in probe.serial.learner.parameters)
-        exchange = exchange_seconds(parameters), 0.0
-        stages = replace(stages, exchange=exchange, crowding=crowding(alone, probe))
+        both = exchange_seconds(alone), 0.0
+        stages = replace(stages, exchange=both, crowding=crowding(alone, probe))
         print(f"{stages}\n", flush=True)
         rows = []
         for number, (name, (nodes, flags)) in enumerate(RUNS.items()):

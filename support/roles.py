@@ -91,12 +91,12 @@ def on_interrupt(handler):
             signal.signal(number, handler)
 
 
-def role_devices(config: Config, learners: int):
+def role_devices(config: Config, learners: int, gpus: int):
     """Learner ranks first, then generators, then teachers. They share where GPUs are few.
 
-    A teacher above one GPU stands here with its first. Raises InputError if it lacks others.
+    `gpus`: of the node. A teacher above one GPU stands here with its first. Raises InputError if it
+    lacks others.
     """
-    gpus = torch.cuda.device_count()
     first = learners + config.generators
     needed = first + config.teachers * config.teacher_gpus
     require(

@@ -1,5 +1,7 @@
-"""Claims about the staleness study: its expectations are exact, its lags are exact,
-one seed gives one result."""
+"""Claims about the staleness study: its expectations and its lags are exact.
+
+One seed gives one result.
+"""
 
 import fcntl
 import json
@@ -16,7 +18,6 @@ import torch
 from conftest import ROOT
 
 from channel import Rollout
-from checks import load_model
 from experiments import claims, frontier, heal, real_curves, real_model, staleness
 from experiments.estimators import (
     ESTIMATORS,
@@ -32,7 +33,7 @@ from experiments.lagged import CPU, Lagged, flat
 from experiments.staleness import (
     BASE,
     LAGS,
-    LOSSES,
+    METHODS,
     STRONG,
     Job,
     canonical,
@@ -45,10 +46,11 @@ from experiments.staleness import (
 from experiments.study import results
 from kernels.head import unfused_loss
 from losses import make_loss
+from support.load import load_model
 
 
 def policies(lag, positions=5, vocab=40):
-    """log-probabilities of student, teacher and a stale sampler, float64 [P,V]."""
+    """log-probabilities of student, teacher and a stale sampler, float64 [T,V]."""
     generator = torch.Generator().manual_seed(0)
     z = 1.5 * torch.randn(positions, vocab, dtype=torch.float64, generator=generator)
     t, b = (
@@ -64,7 +66,7 @@ BIASED = [name for name in ESTIMATORS if name not in UNBIASED]
 
 def small(name):
     """The study's settings with a support that fits 40 ids."""
-    fields = LOSSES[name]
+    fields = METHODS[name]
     return replace(BASE, **{**fields, "top_k": min(fields.get("top_k", 8), 8)})
 
 
@@ -137,13 +139,13 @@ def test_the_random_vectors_have_the_covariance_of_one_draw_through_any_linear_m
     generator = torch.Generator().manual_seed(0)
     positions, vocab = s.shape
     map_ = torch.randn(6, positions, vocab, dtype=torch.float64, generator=generator)
-    v = c[..., None] * (torch.eye(vocab, dtype=s.dtype) - s.exp()[:, None])  # [P, id drawn, V]
+    v = c[..., None] * (torch.eye(vocab, dtype=s.dtype) - s.exp()[:, None])  # [T, id drawn, V]
     v = v - (density[..., None] * v).sum(1, keepdim=True)
-    image = torch.einsum("dpv,pyv->dpy", map_, v)
-    exact = torch.einsum("py,dpy,epy->de", density, image, image)
+    image = torch.einsum("ptv,tyv->pty", map_, v)
+    exact = torch.einsum("ty,pty,qty->pq", density, image, image)
     spread = Spread(s, c, density)
     drawn = torch.stack(
-        [torch.einsum("dpv,pv->d", map_, spread.sample(generator)) for _ in range(5_000)]
+        [torch.einsum("ptv,tv->p", map_, spread.sample(generator)) for _ in range(5_000)]
     )
     torch.testing.assert_close(
         drawn.T @ drawn / len(drawn), exact, rtol=0, atol=0.06 * float(exact.diag().max())
@@ -151,11 +153,11 @@ def test_the_random_vectors_have_the_covariance_of_one_draw_through_any_linear_m
 
 
 def linear_snapshot(seed, parameters=6):
-    """A snapshot whose logits are linear in six parameters, and the map from them: [D,P,V]."""
+    """A snapshot whose logits are linear in six parameters, and the map from them: [P,T,V]."""
     snapshot, (s, t, b) = object.__new__(Snapshot), (x.float() for x in policies(1.0))
     map_ = torch.randn(parameters, *s.shape, generator=torch.Generator().manual_seed(seed))
     theta = torch.zeros(parameters, requires_grad=True)
-    snapshot.parameters, snapshot.logits = [theta], s + torch.einsum("dpv,d->pv", map_, theta)
+    snapshot.parameters, snapshot.logits = [theta], s + torch.einsum("ptv,p->tv", map_, theta)
     snapshot.s, snapshot.t, snapshot.b = s, t, b
     snapshot.exact = snapshot.gradient(dense_logit_gradient(s, t))
     return snapshot, map_
@@ -168,7 +170,7 @@ def test_the_variance_is_that_of_one_draw_at_one_position(name):
     _, c, density = derivatives(config, s, snapshot.t, snapshot.b)
     v = c[..., None] * (torch.eye(s.shape[1]) - s.exp()[:, None])
     v = v - (density[..., None] * v).sum(1, keepdim=True)
-    exact = (density[None] * torch.einsum("dpv,pyv->dpy", map_, v).square()).sum() / len(s)
+    exact = (density[None] * torch.einsum("ptv,tyv->pty", map_, v).square()).sum() / len(s)
     variance = snapshot.variance(config, 3000, torch.Generator().manual_seed(0))
     assert variance == pytest.approx(float(exact), rel=0.05)
 
@@ -186,7 +188,9 @@ def test_bias_scatter_and_variance_are_in_units_of_the_exact_gradient_and_of_one
 
 @pytest.mark.parametrize("lag", [0, 2])
 def test_every_token_is_sampled_by_the_weights_of_exactly_lag_updates_ago(lag):
-    lagged = Lagged(replace(BASE, batch_size=4, steps=5, **LOSSES["stratified 12+4"]), lag, *task())
+    lagged = Lagged(
+        replace(BASE, batch_size=4, steps=5, **METHODS["stratified 12+4"]), lag, *task()
+    )
     versions = [flat(lagged.learner.model)]
     for update in range(5):
         metrics = lagged.update()
@@ -210,10 +214,10 @@ def test_one_seed_gives_one_result_and_another_seed_another():
     )
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if canonical(name, 0) != name])
+@pytest.mark.parametrize("name", [name for name in METHODS if canonical(name, 0) != name])
 def test_without_lag_signal_and_correction_make_no_difference(name):
     def moved(loss):
-        lagged = Lagged(replace(BASE, batch_size=4, steps=2, **LOSSES[loss]), 0, *task())
+        lagged = Lagged(replace(BASE, batch_size=4, steps=2, **METHODS[loss]), 0, *task())
         start = flat(lagged.learner.model)
         for _ in range(2):
             lagged.update()
@@ -228,7 +232,7 @@ def test_a_run_without_lag_gives_the_lines_of_all_that_it_stands_for():
     lines = short_run("current signal + IS", 0, 0)
     assert (
         {line["loss"] for line in lines}
-        == {name for name in LOSSES if canonical(name, 0) == "current signal + IS"}
+        == {name for name in METHODS if canonical(name, 0) == "current signal + IS"}
         >= {"M2PO", "decoupled"}
     )
     assert [{**line, "loss": ""} for line in lines] == len(lines) * [{**lines[0], "loss": ""}]
@@ -247,10 +251,10 @@ def test_the_population_bias_has_no_noise_of_the_groups():
 
 
 def test_no_run_is_made_twice_and_none_is_missing():
-    jobs = grid(("weak", "strong"), list(LOSSES), LAGS, 2)
+    jobs = grid(("weak", "strong"), list(METHODS), LAGS, 2)
     assert len(set(jobs)) == len(jobs)
     for seed in (0, 1):
-        for name in LOSSES:
+        for name in METHODS:
             assert all(Job("weak", canonical(name, lag), lag, seed) in jobs for lag in LAGS)
             assert name not in STRONG or all(
                 Job("strong", canonical(name, lag), lag, seed) in jobs for lag in (0, 8, 32)
@@ -324,8 +328,8 @@ def test_margins_ratios_and_metrics_of_which_less_is_better():
 
 
 def test_every_claim_can_be_rerun_and_its_cells_are_those_of_the_study():
-    study = set(claims.staleness.grid(("weak", "strong"), list(LOSSES), LAGS, 5))
-    pipeline = set(frontier.grid(list(frontier.LOSSES), frontier.STALENESS, 5))
+    study = set(claims.staleness.grid(("weak", "strong"), list(METHODS), LAGS, 5))
+    pipeline = set(frontier.grid(list(frontier.METHODS), frontier.STALENESS, 5))
     for claim in claims.CLAIMS:
         for c in claim.comparisons:
             if c.study == "staleness":
@@ -334,8 +338,8 @@ def test_every_claim_can_be_rerun_and_its_cells_are_those_of_the_study():
                 assert set(frontier.jobs_for([c.a, c.b], range(5))) <= pipeline
             elif c.study == "real_curves":
                 assert (
-                    c.a[0] in real_curves.LOSSES
-                    and c.b[0] in real_curves.LOSSES
+                    c.a[0] in real_curves.METHODS
+                    and c.b[0] in real_curves.METHODS
                     and c.a[1] in real_curves.LAGS
                 )
                 assert (
@@ -343,7 +347,17 @@ def test_every_claim_can_be_rerun_and_its_cells_are_those_of_the_study():
                     and c.a[2] == real_curves.STEPS
                 )
             else:
-                assert c.a[0] in LOSSES and c.b[0] in LOSSES and {c.a[1], c.b[1]} <= set(LAGS)
+                assert c.a[0] in METHODS and c.b[0] in METHODS and {c.a[1], c.b[1]} <= set(LAGS)
+
+
+def test_the_flags_of_a_method_start_a_run_in_a_new_process():
+    """There nothing but --plugin imports the losses of the studies."""
+    code = "import sys; from support.config import parse; print(parse(sys.argv[1:]).num_candidates)"
+    for flags in frontier.METHODS.values():
+        run = subprocess.run(
+            [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+        )
+        assert run.stdout.strip() in ("32", "33"), run.stderr
 
 
 def test_evaluations_are_taken_off_the_clock_of_the_frontier():
@@ -456,11 +470,11 @@ def test_a_loss_that_is_new_adds_its_lines_and_removes_none(
 ):
     job, new = (
         Job("weak", "current signal + IS, N=4", 0, 0),
-        {"mine": {**LOSSES["rollout signal + PPO clip"], "num_samples": 4}},
+        {"mine": {**METHODS["rollout signal + PPO clip"], "num_samples": 4}},
     )
     make(tmp_path / "s.csv", [job], steps=1, every=1, workers=1)
     before = (tmp_path / "s.csv").read_text()
-    monkeypatch.setattr(staleness, "LOSSES", LOSSES | new)
+    monkeypatch.setattr(staleness, "METHODS", METHODS | new)
     lines = make(tmp_path / "s.csv", [job], steps=1, every=1, workers=1)
     assert (tmp_path / "s.csv").read_text().startswith(before) and [
         line["loss"] for line in lines
@@ -537,7 +551,7 @@ def measured(name, fields, monkeypatch, draws=400):
 
 
 def test_each_space_has_the_squares_of_its_own_image(monkeypatch):
-    fields = {**LOSSES["stratified 12+4"], "top_k": 8}
+    fields = {**METHODS["stratified 12+4"], "top_k": 8}
     found, rows = measured("stratified 8+4", fields, monkeypatch, draws=1)
     loss, generator = make_loss(replace(BASE, **fields)), torch.Generator().manual_seed(0)
     errors = [real_model.logit_gradient(loss, r, generator) - r.exact() for r in found]
@@ -565,7 +579,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
 
 @pytest.mark.parametrize("name", ["current signal + IS, N=4", "stratified 12+4"])
 def test_the_measured_variance_of_a_logit_gradient_is_the_closed_form(name, monkeypatch):
-    fields = {**LOSSES[name], "top_k": 8}
+    fields = {**METHODS[name], "top_k": 8}
     found, rows = measured(name, fields, monkeypatch)
     config, claimed = replace(BASE, **fields), 0.0
     for r in found:

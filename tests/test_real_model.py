@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load, new_generator
+from conftest import load, load_with_slots, new_generator
 from test_train import command, metrics
 
 from channel import Rollout
-from checks import load_tokenizer
-from data import read_jsonl
-from model import stop_ids
+from support.data import read_jsonl
+from support.load import load_tokenizer, stop_ids
 
 pytestmark = pytest.mark.slow
 QUESTIONS = [
@@ -67,7 +66,11 @@ def test_greedy_output_equals_model_generate_token_for_token(smollm, prompt_file
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     prompts = read_jsonl(prompt_file, tokenizer, limit=512)
     generator = new_generator(
-        load(smollm, "kv_slots"), stop_ids(smollm, tokenizer), slots=3, max_prompt=64, max_new=48
+        load_with_slots(smollm, length=112),
+        stop_ids(smollm, tokenizer),
+        slots=3,
+        max_prompt=64,
+        max_new=48,
     )
     rollouts = generator.generate([Rollout(prompt.ids) for prompt in prompts])
     reference = load(smollm)

@@ -10,8 +10,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from config import parse
 from experiments import gsm8k, heal
+from support.config import parse
 
 TEXT = (ROOT / "docs" / "recipes.md").read_text()
 

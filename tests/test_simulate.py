@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from channel import may_start
-from config import Config
 from experiments import scaling, validate
 from experiments.simulate import RESULTS, Cores, Machine, Queue, Result, Simulation
 from experiments.stages import H100, Model, Stages
+from support.config import Config
+from tickets import may_start
 
 PROMPTS = [SimpleNamespace(ids=[0] * 10)]
 FREE = Stages((0.0, 0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 0.0, 0.0, 0.0)
