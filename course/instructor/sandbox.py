@@ -130,6 +130,7 @@ def receive(connection: socket.socket, deadline: float | None = None):
 
 def serve(connection: socket.socket, tree: Path, gpu: bool, sandboxed: bool):
     """Be a worker: answer calls of functions of probes.py until the judge is gone."""
+    os.setpgid(0, 0)
     for fd in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     os.closerange(3, connection.fileno())
@@ -202,7 +203,9 @@ def nursery(control: socket.socket):
         except ConnectionError:
             data = b""
         if worker is not None:
-            os.kill(worker, signal.SIGKILL)
+            for kill in (os.kill, os.killpg):  # with what it started
+                with suppress(OSError):
+                    kill(worker, signal.SIGKILL)
             os.waitpid(worker, 0)
             worker = None
         if not data:  # the judge is gone
