@@ -202,7 +202,8 @@ def grade_into(connection, submission: Path, exercises: dict, limit: float, sand
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # the sandbox goes back to it
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
     try:
         with Sandbox(sandboxed) as sandbox:
             connection.send(grade(submission, exercises, sandbox, limit))
