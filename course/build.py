@@ -21,7 +21,7 @@ from course import syntax
 COURSE = Path(__file__).resolve().parent
 ROOT = COURSE.parent
 ASSETS = ("*.json", "*.jinja", "*.safetensors")
-GRADER = ("grade_all.py", "guards.py", "reports.py", "sandbox.py", "submission.py")
+GRADER = ("grade_all.py", "reports.py", "sandbox.py", "submission.py")
 
 
 @dataclass

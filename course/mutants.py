@@ -49,7 +49,6 @@ def graded(exercise: build.Exercise, wrongs):
     others = {one.number for one in build.load_exercises()} - {exercise.number}
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        place.chmod(0o755)
         build.build(place, others)
         sys.path.insert(0, str(place / "instructor"))
         for path in build.GRADER:
@@ -60,8 +59,8 @@ def graded(exercise: build.Exercise, wrongs):
 
         solution = build.solution_files()
         exercises = grade_all.chosen([])
-        with grade_all.Nursery() as nursery:
-            right = grade_all.grade(place / "instructor" / "solution", exercises, nursery)["tests"]
+        with grade_all.Sandbox(sandboxed=False) as sandbox:  # the code is ours
+            right = grade_all.grade(place / "instructor" / "solution", exercises, sandbox)["tests"]
             failed = [one["test"] for one in right if one["status"] not in ("passed", "blocked")]
             if failed:
                 raise ValueError(f"{exercise.slug}: the right solution fails {', '.join(failed)}")
@@ -71,7 +70,7 @@ def graded(exercise: build.Exercise, wrongs):
                 build.copy_tree(place / "instructor" / "solution", tree)
                 path, text = mutated(solution, wrong)
                 (tree / path).write_text(text)
-                tests = grade_all.grade(tree, exercises, nursery)["tests"]
+                tests = grade_all.grade(tree, exercises, sandbox)["tests"]
                 failed = [one for one in tests if one["status"] not in ("passed", "blocked")]
                 yield wrong, [(one["kind"], one["test"], one["message"]) for one in failed]
         sys.path = [entry for entry in sys.path if not entry.startswith(directory)]

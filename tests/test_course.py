@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -20,36 +21,43 @@ from safetensors.torch import load_file
 
 from course import build, mutants, syntax
 from course.fixture.make import frozen
-from course.instructor import guards
 from course.instructor import reports as instructor_reports
+from course.instructor import sandbox
 
 EXERCISES = build.load_exercises()
 NUMBERS = [one.number for one in EXERCISES]
 COMMON = 12  # characters; shorter lines say nothing about a solution
+
+try:
+    sandbox.check_bubblewrap()
+    NO_SANDBOX = ""
+except sandbox.SandboxError as error:
+    NO_SANDBOX = str(error)
+needs_sandbox = pytest.mark.skipif(NO_SANDBOX != "", reason=NO_SANDBOX)
+# What is about grading itself runs without bubblewrap, too.
+ANYWAY = ["--unsandboxed"] * (NO_SANDBOX != "")
 
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
     """Where the assignment was built."""
     out = tmp_path_factory.mktemp("assignment")
-    os.chmod(out, 0o755)
     build.build(out)
     return out
+
+
+def grader(trees, *arguments):
+    """The command line of grade_all.py."""
+    command = [sys.executable, trees / "instructor" / "grade_all.py", *arguments, *ANYWAY]
+    return [str(word) for word in command]
 
 
 def grade(trees, submissions, *flags):
     """What grade_all.py writes: name -> report, name -> grades."""
     out = trees / "grades"
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        trees / "instructor" / "grade_all.py",
-        *submissions,
-        "--out",
-        out,
-        *flags,
-    ]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=trees)
+    command = grader(trees, *submissions, "--out", out, *flags)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=trees)
     assert result.returncode == 0, result.stdout + result.stderr
     return tuple(json.loads((out / name).read_text()) for name in ("report.json", "grades.json"))
 
@@ -68,7 +76,7 @@ def submission(place: Path, files: dict):
     return place
 
 
-# ---- what students get --------------------------------------------------------------------------------
+# ---- what students get ------------------------------------------------------------------------
 
 
 def test_every_exercise_has_its_handout_tests_and_ten_points():
@@ -116,11 +124,13 @@ def solution_lines():
 
 
 def test_no_line_of_a_solution_stands_anywhere_in_what_students_get(trees):
-    """What also stands elsewhere in the source is listed: each was looked at, and gives nothing away."""
+    """What also stands elsewhere in the source is listed: each was looked at, and gives nothing."""
     harmless = {
-        "self.version.fill_(version)", "for part in parts:", "logp = logits.log_softmax(-1)",
+        "self.version.fill_(version)",
+        "for part in parts:",
+        "logp = logits.log_softmax(-1)",
         "return value.detach(), s.detach(), gradient",
-    }  # fmt: skip
+    }
     lines = {
         line: names
         for line, names in solution_lines().items()
@@ -205,7 +215,7 @@ def test_the_frozen_rollouts_are_those_that_the_program_makes():
         )
 
 
-# ---- grading ------------------------------------------------------------------------------------------
+# ---- grading ----------------------------------------------------------------------------------
 
 QUICK = (4, 7)  # exercises without a model
 
@@ -278,7 +288,7 @@ def test_every_wrong_solution_fails(exercise):
         assert not mutants.problem(wrong, failed), wrong.name
 
 
-# ---- attacks on the grader ----------------------------------------------------------------------------
+# ---- attacks on the grader --------------------------------------------------------------------
 
 READ_HIDDEN = """
 found = []
@@ -292,54 +302,85 @@ for way in (lambda p: open(p).read(), lambda p: __import__("pathlib").Path(p).re
         pass
 raise RuntimeError("SECRET " + " ".join(found) if found else "nothing found")
 """
-# Takes the audit hook's code away, as any Python may; then tries what the kernel must refuse. Harmless where it does not.
-UNHOOKED = """
-import ctypes, gc, resource, socket
-for hook in [one for one in gc.get_objects() if type(one).__name__ == "function" and one.__qualname__ == "refuse.<locals>.hook"]:
-    free = hook.__code__.co_freevars
-    names = {}
-    exec(f"def make():\\n  {' = '.join(free)} = 0\\n  def hook(event, arguments):\\n    if 0: {', '.join(free)}\\n  return hook", names)
-    hook.__code__ = names["make"]().__code__
-judge = os.getppid()
-libc = ctypes.CDLL(None, use_errno=True)
+# Tries what the sandbox must refuse. Harmless where it does not, but to a `sleep` of the test's.
+REACHES_OUT = """
+import ctypes, glob, signal, socket
+libc = ctypes.CDLL(None)
+
+def see_processes():
+    return [one for one in glob.glob("/proc/*/cmdline") if VICTIM in open(one).read()][0]
+
+IRQ = "/proc/irq/default_smp_affinity"
 done = []
 for name, way in {
-    "fork": lambda: os.fork() or os._exit(0), "thread group": lambda: libc.fork() >= 0 or 1 / 0, "socket": socket.socket,
-    "a classmate's file": lambda: os.truncate(CLASSMATE, 0), "its mode": lambda: os.chmod(CLASSMATE, 0), "hidden": lambda: open(PATH).read(),
-    "a limit": lambda: resource.prlimit(judge, resource.RLIMIT_CPU), "a signal": lambda: os.kill(judge, 0),
-    "the environment": lambda: open(f"/proc/{judge}/environ").read(), "memory": lambda: open(f"/proc/{judge}/mem", "rb").read(1),
-    "ptrace": lambda: libc.ptrace(16, judge, 0, 0) == 0 or 1 / 0, "a file": lambda: open("/tmp/left_behind", "w"),
-    "affinity": lambda: os.sched_setaffinity(judge, {0}), "all signals": lambda: os.kill(-1, 0),
+    "read a classmate's file": lambda: open(CLASSMATE).read(),
+    "empty it": lambda: os.truncate(CLASSMATE, 0),
+    "change Python": lambda: open(os.__file__, "a"),
+    "change its own file": lambda: open(HERE + "/losses.py", "a"),
+    "read the hidden tests": lambda: open(PATH).read(),
+    "read the points": lambda: open(os.path.dirname(SOLUTION) + "/points.toml").read(),
+    "read the users": lambda: open("/etc/passwd").read(),
+    "read the environment": lambda: os.environ["TESTS_SECRET"],
+    "see a process": see_processes,
+    "mount": lambda: libc.mount(b"none", b"/tmp", b"tmpfs", 0, None) == 0 or 1 / 0,
+    "change the root": lambda: os.chroot("/tmp"),
+    "set the kernel": lambda: os.open("/proc/sys/kernel/core_pattern", os.O_WRONLY),
+    "restart the machine": lambda: os.open("/proc/sysrq-trigger", os.O_WRONLY),
+    "choose who handles interrupts": lambda: os.open(IRQ, os.O_WRONLY),
+    "connect": lambda: socket.create_connection(("127.0.0.1", PORT), timeout=1),
+    "connect inside": lambda: socket.socket(socket.AF_UNIX).connect(VICTIM_SOCKET),
 }.items():
     try:
         way()
         done.append(name)
     except BaseException:
         pass
-raise RuntimeError("SECRET " + " ".join(done) if done else "nothing found")
+raise RuntimeError("SECRET " + ", ".join(done) if done else "nothing found")
 """
-ATTACKS = {  # name -> what stands at the end of losses.py, or in the body of SampledReverseKL.value
+# name -> what stands at the end of losses.py, or in the body of SampledReverseKL.value
+ATTACKS = {
     "prints": 'print("7 of 7 points", flush=True)\nos.write(1, b"passed " * 100)',
     "sleeps": ("value", "import time; time.sleep(1000)"),
     "spins": ("value", "while True: pass"),
     "forks": "os.fork()",
-    "forks_below_the_hook": """
-import _posixsubprocess, ctypes
-r, w = os.pipe()
-_posixsubprocess.fork_exec([b"sleep", b"987654"], (b"/usr/bin/sleep", b"/bin/sleep"), True, (w,), None, None, -1, -1, -1, -1, -1, -1, r, w,
-                           True, True, -1, None, None, None, -1, None, False)
+    "leaves_a_process": """
+import subprocess
+subprocess.Popen(["sleep", "987654"], start_new_session=True)
 """,
-    "starts_a_shell": 'import subprocess; subprocess.run("echo passed", shell=True)\nos.system("true")',
+    "leaves_a_file": 'open("/tmp/left_behind_987654", "w")',
+    "starts_a_shell": """
+import subprocess
+subprocess.run("echo passed", shell=True)
+os.system("true")
+""",
     "edits_the_tests": 'open(HERE + "/tests/claims.py", "w").write("def check(*_): pass")',
-    "edits_the_probes": 'import probes\nprobes.loss_and_gradient = lambda *_: (torch.zeros(6), torch.zeros(6, 1))',
+    "edits_the_probes": """
+import probes
+probes.loss_and_gradient = lambda *_: (torch.zeros(6), torch.zeros(6, 1))
+""",
     "exits_early": "sys.exit(0)",
     "exits_hard": "os._exit(0)",
     "exits_in_the_test": ("value", "import os; os._exit(0)"),
-    "patches_pytest": 'import pytest\npytest.main = lambda *_, **__: 0\nsys.modules["grading"] = sys.modules["claims"] = pytest',
-    "patches_torch": "torch.autograd.grad = lambda *_, **__: (torch.zeros(6, 1),)\ntorch.allclose = lambda *_, **__: True",
-    "kills_the_grader": 'import signal\nfor pid in (os.getppid(), os.getpgid(0), 1): os.kill(pid, signal.SIGKILL)',
+    "patches_pytest": """
+import pytest
+pytest.main = lambda *_, **__: 0
+sys.modules["grading"] = sys.modules["claims"] = pytest
+""",
+    "patches_torch": """
+torch.autograd.grad = lambda *_, **__: (torch.zeros(6, 1),)
+torch.allclose = lambda *_, **__: True
+""",
+    "kills_the_grader": """
+import signal
+for pid in (VICTIM_PID, os.getppid(), os.getpgid(0), 1):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except OSError:
+        pass
+""",
     "kills_everything": "os.kill(-1, 9)",
-    "kills_by_number": 'import ctypes; ctypes.CDLL(None).kill(os.getppid(), 9)',
+    "kills_by_number": "import ctypes; ctypes.CDLL(None).kill(os.getppid(), 9)",
+    "kills_by_handle": "import signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
     "answers_for_itself": """
 for fd in range(3, 64):
     try:
@@ -351,50 +392,62 @@ for fd in range(3, 64):
 import pickle
 class Bomb:
     def __reduce__(self):
-        return os.system, ("touch " + HERE + "/../bomb",)
+        return os.system, ("touch " + BOMB,)
 torch.save = lambda value, file: file.write(pickle.dumps(("value", Bomb())))
 """,
-    "kills_past_the_hook": "import signal; signal.pidfd_send_signal(os.pidfd_open(os.getppid()), 9)",
-    "answers_nothing": "save = torch.save\ntorch.save = lambda value, file: save(('value', []), file)",
+    "answers_nothing": """
+save = torch.save
+torch.save = lambda value, file: save(('value', []), file)
+""",
     "takes_all_memory": ("value", "import torch; return torch.ones(2**38)"),
     "recurses": ("value", "return self.value(s, t, b)"),
     "reads_the_hidden_tests": READ_HIDDEN,
-    "imports_the_solution": 'sys.path.insert(0, SOLUTION)\nfor name in [*sys.modules]:\n'
-                            '    if name == "losses": del sys.modules[name]\nfrom losses import *',
-    "truncates_a_classmate": "os.truncate(CLASSMATE, 0)",
-    "takes_the_hook_away": UNHOOKED,
+    "imports_the_solution": """
+sys.path.insert(0, SOLUTION)
+for name in [*sys.modules]:
+    if name == "losses":
+        del sys.modules[name]
+from losses import *
+""",
+    "reaches_out": REACHES_OUT,
     "sends_an_endless_message": """
 nested = "x" * 1000
 for _ in range(30): nested = [nested] * 30
 save = torch.save
 torch.save = lambda value, file: save(("error", nested), file)
 """,
-    "sends_a_long_message": "save = torch.save\ntorch.save = lambda value, file: save(('error', 'x' * 2**26), file)",
-    "answers_with_a_huge_tensor": ("value", "import torch; torch.autograd.grad = lambda *_: (torch.zeros(1).expand(2**40),); return s.sum(-1)"),
-    "asks_the_network": 'import socket; socket.create_connection(("127.0.0.1", 9), timeout=1)',
+    "sends_a_long_message": """
+save = torch.save
+torch.save = lambda value, file: save(('error', 'x' * 2**26), file)
+""",
+    "answers_with_a_huge_tensor": (
+        "value",
+        "import torch; torch.autograd.grad = lambda *_: (torch.zeros(1).expand(2**40),); "
+        "return s.sum(-1)",
+    ),
+    "asks_the_network": 'import socket; socket.create_connection(("127.0.0.1", PORT), timeout=1)',
     "raises_everything": "raise BaseException('no')",
     "is_no_python": "def (:",
     "says_what_is_no_text": "raise RuntimeError(chr(0xdc80) + chr(27))",
-}  # fmt: skip
+}
 
 
-def attack_files(trees, attack, classmate="/nowhere"):
-    """losses.py of an attacker who has not solved the exercise."""
+def attack_files(trees, attack, **names):
+    """losses.py of an attacker who has not solved the exercise. `names`: what it knows."""
     text = (trees / "student" / "losses.py").read_text()
     if isinstance(attack, tuple):
         (exercise,) = (one for one in EXERCISES if one.number == 7)
         message = f'raise NotImplementedError("exercise 7: {exercise.title}")'
         before, after = text.split("class SampledReverseKL")
-        return {
-            "losses.py": before + "class SampledReverseKL" + after.replace(message, attack[1], 1)
-        }
-    names = {
-        "PATH": trees / "instructor" / "hidden" / "test_07_score_function.py",
-        "SOLUTION": trees / "instructor" / "solution",
-        "CLASSMATE": classmate,
+        after = after.replace(message, attack[1], 1)
+        return {"losses.py": f"{before}class SampledReverseKL{after}"}
+    names |= {
+        "PATH": str(trees / "instructor" / "hidden" / "test_07_score_function.py"),
+        "SOLUTION": str(trees / "instructor" / "solution"),
     }
-    header = "import os, sys\nimport numpy as np\nimport torch\nHERE = os.path.dirname(os.path.abspath(__file__))\n"
-    header += "".join(f"{name} = {str(path)!r}\n" for name, path in names.items())
+    header = "import os, sys\nimport numpy as np\nimport torch\n"
+    header += "HERE = os.path.dirname(os.path.abspath(__file__))\n"
+    header += "".join(f"{name} = {value!r}\n" for name, value in names.items())
     return {"losses.py": text + "\n" + header + attack}
 
 
@@ -409,63 +462,82 @@ def processes():
 
 
 QUICK_ATTACKS = (  # one of each kind
-    "spins", "forks_below_the_hook", "edits_the_probes", "exits_in_the_test", "patches_torch", "answers_for_itself", "sends_code", "reads_the_hidden_tests",
-    "imports_the_solution", "takes_the_hook_away", "truncates_a_classmate", "sends_an_endless_message", "answers_with_a_huge_tensor", "is_no_python",
-    "says_what_is_no_text", "asks_the_network",
-)  # fmt: skip
+    "spins",
+    "leaves_a_process",
+    "exits_in_the_test",
+    "patches_torch",
+    "kills_the_grader",
+    "sends_code",
+    "reaches_out",
+    "sends_an_endless_message",
+    "is_no_python",
+)
 
 
+@pytest.fixture
+def outside():
+    """What an attack may look for: a process, two sockets that listen. Nothing happens to them."""
+    address = f"\0course{os.getpid()}"
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as local:
+        local.bind(address)
+        local.listen()
+        victim = subprocess.Popen(["sleep", "987653"])
+        yield {
+            "VICTIM": "987653",
+            "VICTIM_PID": victim.pid,
+            "PORT": tcp.getsockname()[1],
+            "VICTIM_SOCKET": address,
+        }
+        assert victim.poll() is None
+        assert not select.select([tcp, local], [], [], 0)[0]
+        victim.kill()
+        victim.wait()
+
+
+@needs_sandbox
 @pytest.mark.parametrize(
     "names",
     [QUICK_ATTACKS, pytest.param(tuple(ATTACKS), marks=pytest.mark.slow)],
     ids=["one of each kind", "all"],
 )
-def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(names, trees, tmp_path):
-    """What can be seen of it is in the report, and the honest submission that comes last has its points."""
+def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(
+    names, trees, tmp_path, outside, monkeypatch
+):
+    """What can be seen of it is in the report. The honest submission, the last, has its points."""
+    monkeypatch.setenv("TESTS_SECRET", "not for a submission")
     attacks = {name: ATTACKS[name] for name in names}
-    if guards.landlock_version() < 3 or not guards.has_seccomp():
-        attacks.pop("takes_the_hook_away")  # docs/teaching.md says so: then the hook alone guards
-    classmate = tmp_path / "zz_honest" / "losses.py"
+    outside |= {
+        "CLASSMATE": str(tmp_path / "zz_honest" / "losses.py"),
+        "BOMB": str(tmp_path / "bomb"),
+    }
     places = [
-        submission(tmp_path / name, attack_files(trees, attack, classmate))
+        submission(tmp_path / name, attack_files(trees, attack, **outside))
         for name, attack in attacks.items()
     ]
     for place in places:
         submission(
             place, {"tests/claims.py": "def check(*_): pass", "tests/test_07_score_function.py": ""}
         )
-    linked = submission(tmp_path / "links_to_the_solution", {})
-    (linked / "losses.py").symlink_to(trees / "instructor" / "solution" / "losses.py")
-    around = submission(tmp_path / "goes_around", {})
-    (around / "kernels").symlink_to(trees / "instructor" / "solution" / "kernels")
-    deeper = submission(tmp_path / "links_one_deeper", {})
-    (deeper / "mine").symlink_to(trees / "instructor" / "solution")
-    large = submission(tmp_path / "is_too_large", {"losses.py": "#" * 2**21})
-    circle = submission(tmp_path / "goes_in_circles", {})
-    (circle / "losses.py").symlink_to(circle / "losses.py")
-    honest = submission(tmp_path / "zz_honest", alone(7))
-    submissions = [*places, linked, around, deeper, large, circle, honest]
+    submissions = [*places, submission(tmp_path / "zz_honest", alone(7))]
     reports, grades = grade(
-        trees, submissions, "--exercises", "7", "--public", "--limit", "2", "--jobs", "2"
+        trees, submissions, "--exercises", "7", "--public", "--limit", "3", "--jobs", "2"
     )
     assert {name: one["points"] for name, one in grades.items()} == {
         name: 5 * (name == "zz_honest") for name in grades
     }
     for name in {"sleeps", "spins"} & set(attacks):
         assert {one["status"] for one in reports[name]["tests"]} >= {"timeout"}, name
-    assert "is no regular file" in notes(reports["links_to_the_solution"])[0]
-    assert "more than" in notes(reports["is_too_large"])[0]
-    assert "losses.py is no Python" in notes(reports["is_no_python"])[-1]
-    for name in ("goes_around", "links_one_deeper"):
-        assert notes(reports[name]) == ["none of the files is there: graded as not written"]
-    for name in {"reads_the_hidden_tests", "takes_the_hook_away"} & set(attacks):
+    if "is_no_python" in attacks:
+        assert "losses.py is no Python" in notes(reports["is_no_python"])[-1]
+    for name in {"reads_the_hidden_tests", "reaches_out"} & set(attacks):
         messages = [one["message"] for one in reports[name]["tests"]]
         assert all("nothing found" in message for message in messages), messages
     assert all(len(one["message"]) <= 500 for report in reports.values() for one in report["tests"])
-    assert notes(reports["asks_the_network"]) == ["losses.py uses socket, sys: read it"]
+    assert "losses.py uses ctypes, socket, sys: read it" in notes(reports["reaches_out"])
     assert notes(reports["zz_honest"]) == []
     assert not any(b"987654" in command for command in processes())
-    assert not list(tmp_path.rglob("bomb"))
+    assert not (tmp_path / "bomb").exists()
+    assert not Path("/tmp/left_behind_987654").exists()
 
 
 @pytest.mark.slow
@@ -480,7 +552,12 @@ def test_an_empty_answer_scores_nothing_in_any_exercise(trees, tmp_path):
         "zero": "torch.zeros(())",
         "tuples": "[()] * 50",
     }.items():
-        attack = f"\nimport torch\nsave = torch.save\nif 'lambda' not in save.__name__:\n    torch.save = lambda value, file: save(('value', {answer}), file)\n"
+        attack = f"""
+import torch
+save = torch.save
+if 'lambda' not in save.__name__:
+    torch.save = lambda value, file: save(('value', {answer}), file)
+"""
         submission(
             tmp_path / name,
             {path: (trees / "student" / path).read_text() + attack for path in files},
@@ -493,7 +570,8 @@ def test_an_empty_answer_scores_nothing_in_any_exercise(trees, tmp_path):
 
 @pytest.mark.slow
 def test_functions_that_do_next_to_nothing_score_next_to_nothing(trees, tmp_path):
-    """What is true of them: a response of four tokens has four positions, what came first is trained first, a class has its columns."""
+    """Of them it is true that four tokens have four positions, that what came first is trained
+    first, and that a class has its columns."""
     functions = {
         "model.py": """
 def predicting_positions(prompt_len, length): return slice(0, length - prompt_len)
@@ -515,7 +593,9 @@ def forward(ctx, hidden, weight, ids, t, b, loss, scale, chunk):
     ctx.save_for_backward(hidden, weight)
     return hidden.double().sum() * 0, torch.zeros(ids.shape)
 CandidateLoss.forward = staticmethod(forward)
-CandidateLoss.backward = staticmethod(lambda ctx, *_: (*map(torch.zeros_like, ctx.saved_tensors), *[None] * 6))
+def backward(ctx, *_):
+    return (*map(torch.zeros_like, ctx.saved_tensors), *[None] * 6)
+CandidateLoss.backward = staticmethod(backward)
 """,
         "channel.py": """
 def may_start(ticket, weight_version, config): return True
@@ -528,7 +608,9 @@ Channel.pick_up = lambda self, flat: flat.copy_(self.weights[0]) is None
 """,
         "attention.py": """
 def may_see(now, length, window): return torch.ones(len(now), length, dtype=torch.bool)
-Decode.mask = lambda self, window, dtype: torch.zeros(len(self.position), 1, 1, self.length, dtype=dtype)
+def mask(self, window, dtype):
+    return torch.zeros(len(self.position), 1, 1, self.length, dtype=dtype)
+Decode.mask = mask
 Prefill.attend = Decode.attend = lambda self, layer, q, *_: q.transpose(1, 2)
 """,
         "losses.py": """
@@ -537,7 +619,10 @@ def zero(self, s, t, b): return (0 * s).sum(-1)
 for one in (ForwardKL, SparseReverseKL, SampledReverseKL, StratifiedReverseKL): one.value = zero
 Loss.reverse_kl = StratifiedReverseKL.reverse_kl = zero
 """,
-        "estimator.py": "\nMine.__init__ = lambda self, config: Loss.__init__(self)\nMine.value = lambda self, s, t, b: (0 * s).sum(-1)\n",
+        "estimator.py": """
+Mine.__init__ = lambda self, config: Loss.__init__(self)
+Mine.value = lambda self, s, t, b: (0 * s).sum(-1)
+""",
     }
     files = {
         path: (trees / "student" / path).read_text() + "\n\n" + text
@@ -550,43 +635,37 @@ Loss.reverse_kl = StratifiedReverseKL.reverse_kl = zero
     assert points == {"01_shift": 2, "04_staleness": 2, "11_estimator": 2}
 
 
-@pytest.mark.skipif(not guards.has_seccomp(), reason="the filter has the numbers of x86-64")
-def test_the_filter_of_system_calls_refuses_what_reaches_other_processes_and_allows_the_rest():
-    code = """
-import fcntl, os, resource, subprocess, sys, threading
-import guards, ctypes
-parent, libc = os.getppid(), ctypes.CDLL(None)
-reader, writer = os.pipe()
-guards.seccomp()
-refused = {
-    "limit": lambda: resource.prlimit(parent, resource.RLIMIT_CPU), "fork": os.fork, "signal": lambda: os.kill(parent, 0),
-    "owner": lambda: fcntl.fcntl(reader, 8, parent), "which signal": lambda: fcntl.fcntl(reader, 10, 9), "owner_ex": lambda: fcntl.fcntl(reader, 15, bytes(8)),
-    "mode": lambda: os.chmod("/nowhere", 0), "shell": lambda: subprocess.run("true"),
-}
-for name, way in refused.items():
-    try:
-        way()
-    except PermissionError:
-        continue
-    sys.exit(f"{name} is not refused")
-assert libc.prctl(guards.PR_SET_PDEATHSIG, 0, 0, 0, 0) == -1
-assert libc.prctl(15, b"a name", 0, 0, 0) == 0
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-fcntl.fcntl(reader, fcntl.F_GETFL)
-thread = threading.Thread(target=os.write, args=(writer, b"1"))
-thread.start()
-thread.join()
-assert os.read(reader, 1) == b"1"
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=build.COURSE / "instructor")
+@pytest.mark.parametrize(
+    "bwrap, message",
+    [
+        (None, "bubblewrap is missing.* apt-get install bubblewrap.* --unsandboxed"),
+        ("echo 'bwrap: No permissions' >&2; exit 1", "refuses it: bwrap: No permissions"),
+    ],
+    ids=["missing", "forbidden"],
+)
+def test_without_bubblewrap_the_grader_refuses_and_says_what_to_do(
+    bwrap, message, trees, tmp_path, monkeypatch
+):
+    if bwrap is not None:
+        (tmp_path / "bwrap").write_text(f"#!/bin/sh\n{bwrap}\n")
+        (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = [sys.executable, trees / "instructor" / "grade_all.py", trees / "student"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.search(message, result.stderr), result.stderr
+
+
+def test_unsandboxed_a_submission_has_its_points(trees, tmp_path):
+    place = submission(tmp_path / "mine", alone(7))
+    _, grades = grade(trees, [place], "--exercises", "7", "--public", "--unsandboxed")
+    assert grades["mine"]["points"] == 5
 
 
 def test_a_submission_that_stops_reading_runs_into_the_limit(monkeypatch):
     """What the judge sends may be more than a socket holds."""
-    for place in ("instructor", "tests"):
-        monkeypatch.syspath_prepend(build.COURSE / place)
+    monkeypatch.syspath_prepend(build.COURSE / "tests")
     import grading
-    import sandbox
 
     ours, its = socket.socketpair()
     with pytest.raises(grading.Timeout):
@@ -629,29 +708,23 @@ def test_once_all_is_solved_the_student_trains(tmp_path):
 
 @pytest.mark.slow
 def test_a_grader_that_is_killed_leaves_no_process(trees, tmp_path):
-    """Its submission spins; the nursery notices that the judge is gone, and sweeps."""
+    """Its submission spins, and ends with the judge."""
     place = submission(tmp_path / "spins", attack_files(trees, ATTACKS["spins"]))
-    command = [
-        sys.executable,
-        trees / "instructor" / "grade_all.py",
-        place,
-        "--exercises",
-        "7",
-        "--limit",
-        "300",
-    ]
-    grader = subprocess.Popen(
-        list(map(str, command)), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    command = grader(trees, place, "--exercises", "7", "--limit", "300")
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    sandbox = str(trees / "instructor" / "sandbox.py").encode()
+    # the nursery and a worker; bubblewrap outside and inside
+    wait_until(lambda: sandboxes(trees) == (2 if ANYWAY else 4))
+    process.kill()
+    process.wait()
+    wait_until(lambda: sandboxes(trees) == 0)
 
-    def running():
-        return sum(sandbox in command for command in processes())
 
-    wait_until(lambda: running() == 2)  # the nursery and a worker
-    grader.kill()
-    grader.wait()
-    wait_until(lambda: running() == 0)
+def sandboxes(trees):
+    """Processes of sandboxes that run."""
+    name = str(trees / "instructor" / "sandbox.py").encode()
+    return sum(name in command for command in processes())
 
 
 def wait_until(condition, seconds=60.0):
@@ -659,15 +732,6 @@ def wait_until(condition, seconds=60.0):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_a_file_that_stands_outside_of_the_submission_is_not_graded(trees, tmp_path):
-    around = submission(tmp_path / "around", {})
-    (around / "kernels").symlink_to(trees / "instructor" / "solution" / "kernels")
-    reports, grades = grade(trees, [around], "--exercises", "10", "--public")
-    assert grades["around"]["points"] == 0
-    assert any("lies outside" in note for note in notes(reports["around"]))
 
 
 @pytest.mark.slow
@@ -696,7 +760,7 @@ def test_a_blank_in_sampling_attention_or_tickets_fails_no_test_of_the_learner_o
     assert result.returncode == 0, result.stdout[-2000:]
 
 
-# ---- the graders' formats -----------------------------------------------------------------------------
+# ---- the graders' formats ---------------------------------------------------------------------
 
 
 def test_zip_files_and_one_directory_too_many_are_graded_and_a_broken_one_stops_nobody(
@@ -722,13 +786,42 @@ def test_zip_files_and_one_directory_too_many_are_graded_and_a_broken_one_stops_
             archive.writestr("__MACOSX/my work/._losses.py", "")
     taken_from = "the files are taken from my work/"
     for name, right, note in [
-        ("plain", b"1", None), ("deeper", b"1", taken_from), ("linked", None, None), ("broken.zip", None, "it cannot be read: File is not a zip file"),
-        ("zipped.zip", b"1", None), ("zipped deeper.zip", b"1", taken_from), ("windows.zip", b"1", taken_from),
-    ]:  # fmt: skip
+        ("plain", b"1", None),
+        ("deeper", b"1", taken_from),
+        ("linked", None, None),
+        ("broken.zip", None, "it cannot be read: File is not a zip file"),
+        ("zipped.zip", b"1", None),
+        ("zipped deeper.zip", b"1", taken_from),
+        ("windows.zip", b"1", taken_from),
+    ]:
         with handed_in.opened(tmp_path / name, files) as (place, notes):
             assert handed_in.read_file(place / "losses.py")[0] == right, name
             assert notes == [note] * (note is not None), name
             assert not (place / "channel.py").exists(), name
+
+
+def test_links_and_large_files_are_graded_as_not_written(trees, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(trees / "instructor")
+    import submission as handed_in
+
+    solution = trees / "instructor" / "solution"
+    none = "none of the files is there: graded as not written"
+    for name, path, target, note in [
+        ("link", "losses.py", solution / "losses.py", "losses.py is no regular file"),
+        ("circle", "losses.py", tmp_path / "circle" / "losses.py", "losses.py is no regular file"),
+        ("around", "kernels", solution / "kernels", "kernels/head.py lies outside"),
+        ("deeper", "mine", solution, none),
+        ("large", None, None, "losses.py has more than"),
+    ]:
+        place = submission(tmp_path / name, {} if path else {"losses.py": "#" * 2**21})
+        if path:
+            (place / path).symlink_to(target)
+        files = ["kernels/head.py"] if path == "kernels" else ["losses.py"]
+        with handed_in.opened(place, files) as (root, _):
+            found, about = handed_in.clean_tree(root, tmp_path / "tree", files)
+        assert not found and about[files[0]][0].startswith(note), (name, about)
+        clean = (trees / "student" / files[0]).read_text()
+        assert (tmp_path / "tree" / files[0]).read_text() == clean, name
 
 
 def test_what_was_graded_before_stays_unless_it_is_graded_again(tmp_path):
@@ -788,47 +881,28 @@ def test_a_class_that_is_interrupted_keeps_what_was_graded(trees, tmp_path):
     def listen():  # also where the tests were started in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    command = [
-        sys.executable,
-        trees / "instructor" / "grade_all.py",
-        *places,
-        "--exercises",
-        "7",
-        "--limit",
-        "300",
-        "--out",
-        out,
-    ]
-    grader = subprocess.Popen(
-        list(map(str, command)),
+    command = grader(trees, *places, "--exercises", "7", "--limit", "300", "--out", out)
+    process = subprocess.Popen(
+        command,
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         preexec_fn=listen,
     )
     wait_until((out / "grades.json").exists)
-    grader.send_signal(signal.SIGINT)
-    assert grader.wait(30) != 0
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) != 0
     grades = json.loads((out / "grades.json").read_text())
     assert grades["a"]["points"] == 10 and "b" not in grades
-    sandbox = str(trees / "instructor" / "sandbox.py").encode()
-    wait_until(lambda: not any(sandbox in command for command in processes()))
+    wait_until(lambda: sandboxes(trees) == 0)
 
 
 @pytest.mark.slow
 def test_gradescope_gets_a_score_for_every_test(trees, tmp_path):
     place = submission(tmp_path / "submission", alone(7))
     out = tmp_path / "results.json"
-    command = [
-        sys.executable,
-        trees / "instructor" / "grade_all.py",
-        place,
-        "--gradescope",
-        out,
-        "--exercises",
-        "7",
-    ]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    command = grader(trees, place, "--gradescope", out, "--exercises", "7")
+    subprocess.run(command, check=True, capture_output=True)
     result = json.loads(out.read_text())
     assert (
         sum(one["score"] for one in result["tests"])
@@ -868,11 +942,17 @@ def test_classroom_50_gets_its_result_from_public_tests_alone(trees, tmp_path):
     )
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["nowhere"], "nowhere is no directory and no zip file"), ([".", "--jobs", "0"], "give more than 0"), ([".", "--limit", "nan"], "give more than 0"),
-    ([".", "--out", "student/README.md/grades"], "--out student/README.md/grades: "), ([".", "."], "two submissions have the name"),
-    ([".", "--exercises", "99"], r"--exercises \[99\]: there are"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["nowhere"], "nowhere is no directory and no zip file"),
+        ([".", "--jobs", "0"], "give more than 0"),
+        ([".", "--limit", "nan"], "give more than 0"),
+        ([".", "--out", "student/README.md/grades"], "--out student/README.md/grades: "),
+        ([".", "."], "two submissions have the name"),
+        ([".", "--exercises", "99"], r"--exercises \[99\]: there are"),
+    ],
+)
 def test_what_the_grader_cannot_use_is_one_line(flags, message, trees):
     command = [sys.executable, trees / "instructor" / "grade_all.py", *flags]
     result = subprocess.run(command, cwd=trees, capture_output=True, text=True)

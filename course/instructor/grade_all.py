@@ -6,7 +6,8 @@
     python grade_all.py DIR --gradescope results.json   one submission, for Gradescope
 
 Of a submission only the files that a student may edit count. They go into a clean tree. Every test
-runs with a process of its own for the submission (sandbox.py). points.toml says what it is worth.
+runs with a process of its own for the submission, in bubblewrap (sandbox.py). points.toml says what
+a test is worth.
 The name of a student is that of the directory, or of the zip file without its ending.
 
 Files in --out, written after every submission. What is there already stays, except what is graded
@@ -34,10 +35,9 @@ import time
 import tomllib
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from queue import SimpleQueue
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "clean" / "tests")]
@@ -46,13 +46,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import reports  # noqa: E402
 from grading import claim_of, judge, tests_of  # noqa: E402
-from guards import PR_SET_PDEATHSIG  # noqa: E402
-from sandbox import LONGEST, Nursery  # noqa: E402
+from sandbox import LONGEST, Sandbox, SandboxError, check_bubblewrap  # noqa: E402
 from submission import clean_tree, hash_of, name_of, opened, printable  # noqa: E402
 
 LIMIT = 60.0  # seconds a test
 JUDGING = 30.0  # seconds that a test may take beside the submission
 MEMORY = 4 * 2**30  # bytes of address space that judging may add
+PR_SET_PDEATHSIG = 1  # of Linux
 KINDS = {"public": HERE / "clean" / "tests", "hidden": HERE / "hidden"}
 
 
@@ -88,16 +88,16 @@ def alarm(seconds: float):
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def run_test(nursery, tree: Path, test, limit: float):
+def run_test(sandbox: Sandbox, test, limit: float):
     """(status, message, seconds) of one test."""
     if test.gpu and not has_gpu():
         return "blocked", "it needs a GPU", 0.0
     began = time.monotonic()
     try:
-        place = nursery.compiling() if test.compiled else nursery
-        with place.worker(tree, limit, test.gpu) as student, alarm(limit + JUDGING):
+        worker = sandbox.worker(limit, test.gpu, interprets=not test.compiled)
+        with worker as student, alarm(limit + JUDGING):
             status, message = judge(test, student)
-    except (RuntimeError, TimeoutError) as error:
+    except (SandboxError, TimeoutError) as error:
         status, message = "failed", str(error)
     return status, printable(message[:LONGEST]), time.monotonic() - began
 
@@ -117,27 +117,38 @@ def entry(slug, kind, name, worth, test, status, message, seconds):
     }
 
 
-def grade(submission: Path, exercises: dict, nursery, limit: float = LIMIT):
+def grade(submission: Path, exercises: dict, sandbox: Sandbox, limit: float = LIMIT):
     """The report of one submission. `exercises`: slug -> its table of points.toml."""
     files = sorted({name for one in exercises.values() for name in one["files"]})
     report = []
-    with opened(submission, files) as (root, notes), tempfile.TemporaryDirectory() as place:
-        os.chmod(place, 0o755)
-        tree = Path(place).resolve() / "tree"
-        found, more = clean_tree(root, tree, files)
-        for slug, exercise in exercises.items():
-            for kind, where in KINDS.items():
-                tests = tests_of(where / f"test_{slug}.py") if exercise[kind] else {}
-                for name, worth in exercise[kind].items():
-                    status, message, seconds = run_test(nursery, tree, tests[name], limit)
-                    result = status, message, round(seconds, 2)
-                    report.append(entry(slug, kind, name, worth["points"], tests[name], *result))
+    with opened(submission, files) as (root, notes):
+        found, more = clean_tree(root, sandbox.tree, files)
+    for slug, kind, name, points, test in all_tests(exercises):
+        status, message, seconds = run_test(sandbox, test, limit)
+        report.append(entry(slug, kind, name, points, test, status, message, round(seconds, 2)))
     hashes = {slug: hash_of(found, one["files"]) for slug, one in exercises.items()}
     about = {
         slug: notes + [note for name in one["files"] for note in more.get(name, ())]
         for slug, one in exercises.items()
     }
     return {"sha256": hashes, "notes": about, "tests": report}
+
+
+def all_tests(exercises: dict):
+    """(slug, kind, name, points, function) of every test."""
+    for slug, exercise in exercises.items():
+        for kind, where in KINDS.items():
+            tests = tests_of(where / f"test_{slug}.py") if exercise[kind] else {}
+            for name, worth in exercise[kind].items():
+                yield slug, kind, name, worth["points"], tests[name]
+
+
+def not_graded(exercises: dict):
+    """The report of a submission whose judge came to an end."""
+    result = "failed", "the judge came to an end", 0.0
+    report = [entry(*one, *result) for one in all_tests(exercises)]
+    note = "the judge came to an end while it was graded: look at what it answers"
+    return {"sha256": {}, "notes": {slug: [note] for slug in exercises}, "tests": report}
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -186,103 +197,72 @@ def check_out(out: Path):
         raise UsageError(f"{out / 'report.json'} is damaged: move it away") from None
 
 
-def grade_into(connection, *arguments):
+def grade_into(connection, submission: Path, exercises: dict, limit: float, sandboxed: bool):
     """In a child: grade a submission and send its report. A killed grader takes it along."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
-    connection.send(grade(*arguments))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # the sandbox goes back to it
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
+    try:
+        with Sandbox(sandboxed) as sandbox:
+            connection.send(grade(submission, exercises, sandbox, limit))
+    except SandboxError as error:
+        connection.send(error)
 
 
-def grade_apart(submission: Path, exercises: dict, nursery, limit: float):
+def grade_apart(submission: Path, exercises: dict, limit: float, sandboxed: bool):
     """The report of a submission, judged in a process of its own: what it answers may be too much.
 
-    If something was killed, it is graded a second time: it may have been the machine's fault.
+    Raises SandboxError if no sandbox starts.
     """
-    for _ in range(2):
-        report = grade_in_child(submission, exercises, nursery, limit)
-        if report is not None and not nursery.is_dead():
-            return report
-        nursery.revive()
-    return report or not_graded(exercises)
-
-
-def grade_in_child(submission: Path, exercises: dict, nursery, limit: float):
-    """The report, or None if the child came to an end."""
     ours, its = multiprocessing.Pipe(duplex=False)
     fork = multiprocessing.get_context("fork")
-    arguments = (its, submission, exercises, nursery, limit)
-    child = fork.Process(target=grade_into, args=arguments)
+    child = fork.Process(target=grade_into, args=(its, submission, exercises, limit, sandboxed))
     child.start()
     its.close()
     try:
-        return ours.recv()
+        report = ours.recv()
     except EOFError:
-        return None
+        return not_graded(exercises)
     finally:
         ours.close()
+        child.join(10)  # its sandbox ends first
         child.kill()
         child.join()
-
-
-def not_graded(exercises: dict):
-    """The report of a submission whose judge came to an end."""
-    report = []
-    for slug, exercise in exercises.items():
-        for kind, where in KINDS.items():
-            tests = tests_of(where / f"test_{slug}.py") if exercise[kind] else {}
-            for name, worth in exercise[kind].items():
-                result = "failed", "the judge came to an end", 0.0
-                report.append(entry(slug, kind, name, worth["points"], tests[name], *result))
-    note = "the judge came to an end twice while it was graded: look at what it answers"
-    return {"sha256": {}, "notes": {slug: [note] for slug in exercises}, "tests": report}
+    if isinstance(report, SandboxError):
+        raise report
+    return report
 
 
 @contextmanager
 def one_temporary_directory():
     """Everything temporary lies in it, so a judge that is killed leaves nothing."""
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         os.environ["TMPDIR"] = tempfile.tempdir = directory
         yield
 
 
-def grade_class(paths, exercises, jobs, limit, done):
+def grade_class(paths, exercises, jobs, limit, done, sandboxed=True):
     """Grade all, `jobs` at a time, and call done(name, report) as soon as one is."""
-    if os.geteuid() == 0:
-        try:
-            HERE.chmod(0o700)  # closed to the user that submissions run as
-        except OSError as error:
-            print(f"warning: other users can read {HERE}: {error.strerror}", file=sys.stderr)
-    free = SimpleQueue()
-
-    def one(path):
-        nursery = free.get()
-        try:
-            return grade_apart(path, exercises, nursery, limit)
-        finally:
-            free.put(nursery)
+    if sandboxed:
+        check_bubblewrap()
 
     import torch  # here, so that a wrong command line is refused at once
 
     torch.set_num_threads(1)
     has_gpu()
     warnings.simplefilter("ignore")  # about what a submission answers
-    kinds = [test for one in exercises.values() for kind in KINDS for test in one[kind].values()]
-    compiles = any("compiled" in test or "gpu" in test for test in kinds)
-    with ThreadPoolExecutor(jobs) as pool, ExitStack() as stack:
-        stack.enter_context(one_temporary_directory())
-        for _ in range(jobs):
-            nursery = stack.enter_context(Nursery())
-            if compiles:
-                nursery.compiling()
-            free.put(nursery)
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # Ctrl-C
-        print(f"submissions are guarded by: {nursery.guards}", file=sys.stderr)
-        futures = {pool.submit(one, path): path for path in paths}
-        for future in as_completed(futures):
-            done(name_of(futures[future]), future.result())
+    with one_temporary_directory(), ThreadPoolExecutor(jobs) as pool:
+        arguments = exercises, limit, sandboxed
+        futures = {pool.submit(grade_apart, path, *arguments): path for path in paths}
+        try:
+            for future in as_completed(futures):
+                done(name_of(futures[future]), future.result())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C
+            for child in multiprocessing.active_children():
+                child.kill()
 
 
 def main(argv=None):
@@ -296,6 +276,9 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=1, help="submissions at a time")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds a test")
     parser.add_argument("--gradescope", type=Path, help="write Gradescope's results.json here")
+    parser.add_argument(
+        "--unsandboxed", action="store_true", help="without bubblewrap: submissions run as you"
+    )
     args = parser.parse_args(argv)
     try:
         exercises = chosen(args.exercises, args.public)
@@ -320,9 +303,12 @@ def main(argv=None):
         graded = reports.in_words(reports.grades_of(report))
         print(f"{len(found)}/{len(args.submissions)} {name}: {graded}", file=sys.stderr)
 
+    if args.unsandboxed:
+        print("unsandboxed: submissions can read and change your files", file=sys.stderr)
+    arguments = exercises, args.jobs, args.limit, done, not args.unsandboxed
     try:
-        grade_class(args.submissions, exercises, args.jobs, args.limit, done)
-    except RuntimeError as error:  # of the nursery
+        grade_class(args.submissions, *arguments)
+    except SandboxError as error:
         sys.exit(f"grade_all.py: error: {error}")
     except KeyboardInterrupt:
         print("stopped: what is listed below was graded", file=sys.stderr)

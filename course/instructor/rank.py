@@ -5,9 +5,8 @@ lag and seed, in the solution's tree. What counts is the reverse KL after each o
 updates, summed over the vocabulary at all positions of the update's rollouts. Writes ranking.csv
 and ranking.png, and prints the table, best first.
 
-This runs the submissions' code without the sandbox of grade_all.py: in a process of its own, with
-an empty environment and a time limit, but as you. Read the files first, or use a container. A
-submission could print a result of its own: the place is no grade.
+Every run has a process of its own in bubblewrap, as in grade_all.py, and a time limit. A submission
+could print a result of its own: the place is no grade.
 Submissions that do not pass the tests of exercise 11 are left out, unless you say --all.
 """
 
@@ -20,6 +19,8 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from sandbox import KEPT, SETTINGS, SandboxError, bubblewrap, check_bubblewrap
 
 HERE = Path(__file__).resolve().parent
 LAST = 10  # updates that count
@@ -61,12 +62,13 @@ def train(tree: str, loss: str, lag: str, updates: str, seed: str):
     print(f"\n{sum(found) / len(found)}")
 
 
-def result(*arguments):
+def result(tree: Path, *arguments, sandboxed: bool):
     """Start `train`: (reverse KL, ""), or (inf, why there is none)."""
-    kept = {"PATH", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV"} & os.environ.keys()
-    environment = {name: os.environ[name] for name in kept} | {"HOME": str(arguments[0])}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, __file__, "--train", *map(str, arguments)]
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment |= dict.fromkeys(SETTINGS, "1")
+    files = [tree, HERE / "rank.py", HERE / "sandbox.py"]
+    command = [*bubblewrap(files)] * sandboxed
+    command += [sys.executable, str(HERE / "rank.py"), "--train", str(tree), *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as out:
         try:
             code = subprocess.run(command, env=environment, stdout=out, stderr=out, timeout=LIMIT)
@@ -82,7 +84,7 @@ def result(*arguments):
     return (value, "") if is_possible else (float("inf"), f"{last} is no reverse KL")
 
 
-def admitted(paths, wants_all: bool):
+def admitted(paths, wants_all: bool, sandboxed: bool):
     """name -> estimator.py, in bytes, of the submissions that have all points of exercise 11."""
     import grade_all
     import submission
@@ -93,7 +95,8 @@ def admitted(paths, wants_all: bool):
         grades[name] = grade_all.reports.grades_of(report)
 
     if not wants_all:
-        grade_all.grade_class(paths, grade_all.chosen([11]), 1, grade_all.LIMIT, done)
+        exercise = grade_all.chosen([11])
+        grade_all.grade_class(paths, exercise, 1, grade_all.LIMIT, done, sandboxed)
     found = {}
     for path in paths:
         name = submission.name_of(path)
@@ -108,14 +111,15 @@ def admitted(paths, wants_all: bool):
     return found
 
 
-def run(name: str, estimator: bytes | None, lag: int, seed: int, updates: int):
+def run(name: str, estimator: bytes | None, lag: int, seed: int, args):
     """Reverse KL of one run. Without an estimator: of the default loss."""
     with tempfile.TemporaryDirectory() as place:
         shutil.copytree(HERE / "solution", Path(place, "tree"))
         if estimator is not None:
             Path(place, "tree", "estimator.py").write_bytes(estimator)
         loss = "stratified_reverse_kl" if estimator is None else "mine"
-        value, why = result(Path(place, "tree"), loss, lag, updates, seed)
+        tree, sandboxed = Path(place, "tree").resolve(), not args.unsandboxed
+        value, why = result(tree, loss, lag, args.updates, seed, sandboxed=sandboxed)
     print(f"{name}, lag {lag}, seed {seed}: {why or f'{value:.4f}'}", flush=True)
     return value
 
@@ -125,7 +129,7 @@ def run_all(named: dict, args):
     runs = {name: {lag: [] for lag in args.lags} for name in named}
     todo = [(name, lag, seed) for name in named for lag in args.lags for seed in range(args.seeds)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        values = pool.map(lambda one: run(one[0], named[one[0]], *one[1:], args.updates), todo)
+        values = pool.map(lambda one: run(one[0], named[one[0]], *one[1:], args), todo)
         for (name, lag, _), value in zip(todo, values):
             runs[name][lag].append(value)
     return runs
@@ -153,8 +157,16 @@ def main():
     parser.add_argument("--seeds", type=int, default=2, help="runs at every lag")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--all", action="store_true", help="rank what fails the tests, too")
+    parser.add_argument(
+        "--unsandboxed", action="store_true", help="without bubblewrap: submissions run as you"
+    )
     args = parser.parse_args()
-    named = {DEFAULT: None} | admitted(args.submissions, args.all)
+    try:
+        if not args.unsandboxed:
+            check_bubblewrap()
+    except SandboxError as error:
+        sys.exit(f"rank.py: error: {error}")
+    named = {DEFAULT: None} | admitted(args.submissions, args.all, not args.unsandboxed)
     runs = run_all(named, args)
     with open("ranking.csv", "w", newline="") as file:
         lines = [(name, lag, *values) for name, of in runs.items() for lag, values in of.items()]

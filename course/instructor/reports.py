@@ -1,7 +1,7 @@
 """What grade_all.py writes: JSON, CSV, the class's table, a page for every student, Gradescope.
 
-A report is {"sha256": exercise -> hash of the files that it was graded on, "notes": exercise -> list,
-"tests"}. Every test of it is a dict: exercise, kind (public or hidden), test, claim, status,
+A report is {"sha256": exercise -> hash of the files that it was graded on, "notes": exercise ->
+list, "tests"}. Every test of it is a dict: exercise, kind (public or hidden), test, claim, status,
 message, points, worth, seconds. The grades are computed from it.
 """
 

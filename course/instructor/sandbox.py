@@ -1,23 +1,23 @@
 """Processes that run a submission's code, and nothing else: the judge never imports it.
 
-    with Nursery() as nursery:
-        with nursery.worker(tree, seconds=60) as student:
-            student.loss("forward_kl", {"top_k": 4}, s, t, b)
+    with Sandbox() as sandbox:
+        ...  # the submission's files go to sandbox.tree
+        with sandbox.worker(seconds=60) as student:
+            student.loss_and_gradient("forward_kl", {"top_k": 4}, s, t, b)
 
-The nursery is a process that has imported torch and transformers, but no test and no solution. It
-forks a worker for every test. The worker imports tests/probes.py of `tree` and, through it, the
-submission. It answers calls over a socket, in tensors and plain values. The judge computes what is
-right by itself. So whatever a submission does to its own process, to pytest or to its output, only
-right answers score.
+A sandbox is for one submission. In it runs a process that has imported torch and transformers, the
+nursery. It forks a worker for every test. The worker imports tests/probes.py of the tree and,
+through it, the submission. It answers calls over a socket, in tensors and plain values. The judge
+computes what is right by itself. So whatever a submission does to its own process, to pytest or to
+its output, only right answers score.
 
-A worker cannot read the hidden tests or the solutions, start processes, write files or outlive its
-test: guards.py. `Nursery.guards` names the guards that hold on this machine.
+`bubblewrap` is the command line around the nursery: what the submission sees of this machine.
 """
 
-import ctypes
 import io
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -30,17 +30,62 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-if __name__ == "__main__":  # started with -P, so that no submission's file is taken for a library
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-from guards import confine, names  # noqa: E402
-
-if __name__ == "__main__":
-    del sys.path[0]
-
 LARGEST = 128 * 2**20  # bytes of one answer
 LONGEST = 500  # characters of a message
-PR_SET_CHILD_SUBREAPER = 36
-SETTINGS = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TQDM_DISABLE")
+MEMORY = 8 * 2**30  # bytes of address space that a worker may add
+PROCESSES = 256  # threads included
+STARTING = 300.0  # seconds
+SETTINGS = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE", "TQDM_DISABLE")
+KEPT = ("PATH", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+# Besides Python's own files: what it, its libraries and a compiler read.
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/sys")
+SYSTEM += ("/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime")
+
+
+class SandboxError(Exception):
+    """There is no sandbox. The message says why."""
+
+
+# ---- bubblewrap -------------------------------------------------------------------------------
+
+
+def bubblewrap(readable, gpu: bool = False):
+    """The command line before a command that runs a submission's code.
+
+    The command sees `readable` (paths), Python, the system's libraries, and nothing else of ours.
+    """
+    command = ["bwrap"]
+    command += ["--unshare-all"]  # sees no process of ours, has no network
+    command += ["--die-with-parent"]  # also if the judge is killed; takes all it started along
+    command += ["--new-session"]  # cannot type into our terminal
+    command += ["--cap-drop", "ALL"]  # as root, too
+    command += ["--proc", "/proc"]  # of its own processes
+    command += ["--remount-ro", "/proc"]  # else root could set the kernel's options there
+    command += ["--dev", "/dev"]  # null, zero, random and the like
+    command += ["--tmpfs", "/tmp"]  # empty; the only place it needs to write to
+    # All else is what is listed here, read-only. A path that this machine lacks is left out.
+    for path in (*SYSTEM, sys.base_prefix, sys.prefix, *readable):
+        command += ["--ro-bind-try", str(path), str(path)]
+    for path in (*Path("/dev").glob("nvidia*"), Path("/dev/dxg")) if gpu else ():
+        command += ["--dev-bind-try", str(path), str(path)]
+    return command
+
+
+def check_bubblewrap():
+    """Raise SandboxError if it does not work here."""
+    if shutil.which("bwrap") is None:
+        raise SandboxError(
+            "bubblewrap is missing, which keeps submissions away from your files. "
+            "Install it: apt-get install bubblewrap. "
+            "Or give --unsandboxed, if you trust the submissions"
+        )
+    result = subprocess.run([*bubblewrap([]), "true"], capture_output=True, text=True)
+    if result.returncode:
+        raise SandboxError(
+            f"bubblewrap is here, and the system refuses it: {result.stderr.strip()}. "
+            "It needs user namespaces, which many containers forbid (docs/teaching.md). "
+            "Or give --unsandboxed, if you trust the submissions"
+        )
 
 
 # ---- messages ---------------------------------------------------------------------------------
@@ -83,22 +128,16 @@ def receive(connection: socket.socket, deadline: float | None = None):
 # ---- the worker -------------------------------------------------------------------------------
 
 
-def serve(connection: socket.socket, tree: Path, scratch: str, seconds: float, gpu: bool):
+def serve(connection: socket.socket, tree: Path, gpu: bool, sandboxed: bool):
     """Be a worker: answer calls of functions of probes.py until the judge is gone."""
-    import torch
-
-    os.setsid()
+    os.setpgid(0, 0)
     for fd in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
     os.closerange(3, connection.fileno())
     os.closerange(connection.fileno() + 1, 4096)
     os.chdir(tree)
     sys.path[:0] = [str(tree), str(tree / "tests")]
-    sys.dont_write_bytecode = True
-    torch.set_num_threads(1)
-    tempfile.tempdir = os.environ["TMPDIR"] = os.environ["HOME"] = scratch
-    os.environ["TRITON_CACHE_DIR"] = scratch
-    confine(tree, scratch, seconds, gpu)
+    limit(gpu, sandboxed)
     import probes
 
     while True:
@@ -111,6 +150,16 @@ def serve(connection: socket.socket, tree: Path, scratch: str, seconds: float, g
             send(connection, answer)
         except Exception as error:
             send(connection, ("error", f"{name} returned what cannot be sent: {error}"))
+
+
+def limit(gpu: bool, sandboxed: bool):
+    """What the process may use."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sandboxed:  # else all of the user's processes would count; root's are never counted
+        resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES,) * 2)
+    if not gpu:  # CUDA maps far more than it uses
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
 
 
 def describe(error: BaseException, tree: Path):
@@ -131,88 +180,46 @@ def describe(error: BaseException, tree: Path):
 # ---- the nursery ------------------------------------------------------------------------------
 
 
-def children_of(pid: int):
-    """All processes below `pid`."""
-    parents = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with suppress(OSError):
-                stat = Path(entry.path, "stat").read_text()
-                parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    found, new = set(), {pid}
-    while new:
-        new = {child for child, parent in parents.items() if parent in new} - found
-        found |= new
-    return found
-
-
-def sweep():
-    """Kill everything that was started from here, until nothing is left."""
-    while below := children_of(os.getpid()):
-        for pid in below:
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-
-
 def nursery(control: socket.socket):
-    """The process that workers are forked from. Orphans become its children, and it sweeps them."""
-    import torch  # noqa: F401
+    """The process that workers are forked from, one at a time."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # not the judge's
+    import torch
     import transformers.modeling_layers  # noqa: F401
     import triton  # noqa: F401
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-    from transformers import Gemma3ForCausalLM, GenerationConfig, LlamaForCausalLM  # noqa: F401
-    from transformers import Qwen3ForCausalLM  # noqa: F401
     from torch import distributed, multiprocessing  # noqa: F401
     from torch.distributed import fsdp  # noqa: F401
     from torch.distributed.checkpoint import state_dict  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers import Gemma3ForCausalLM, GenerationConfig, LlamaForCausalLM  # noqa: F401
+    from transformers import Qwen3ForCausalLM  # noqa: F401
 
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     torch.set_num_threads(1)
-    control.send(check_guards().encode())
+    control.send(b"ready")
+    worker = None
     while True:
         try:
             data, fds, *_ = socket.recv_fds(control, 65536, 1)
         except ConnectionError:
             data = b""
+        if worker is not None:
+            for kill in (os.kill, os.killpg):  # with what it started
+                with suppress(OSError):
+                    kill(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
+            worker = None
         if not data:  # the judge is gone
-            sweep()
             return
-        if not fds:
-            sweep()
-            control.send(b"swept")
-            continue
-        request = json.loads(data)
-        connection = socket.socket(fileno=fds[0])
-        if os.fork() == 0:
-            try:
-                request["tree"] = Path(request["tree"])
-                serve(connection, **request)
-            finally:
-                os._exit(1)
-        connection.close()
-        control.send(b"forked")
-
-
-def check_guards():
-    """ "ready" and the guards, once a child has come under them; or why it could not."""
-    reader, writer = os.pipe()
-    with tempfile.TemporaryDirectory() as scratch:
-        os.chmod(scratch, 0o777)
-        if os.fork() == 0:
-            try:
-                confine(Path(scratch), os.path.realpath(scratch), 60.0, gpu=False)
-                os.write(writer, b"ready")
-            except BaseException as error:
-                os.write(writer, str(error).encode())
-            os._exit(0)
-        os.close(writer)
-        answer = os.read(reader, 4096).decode()
-        os.close(reader)
-        os.wait()
-    return f"ready {', '.join(names())}" if answer == "ready" else f"no {answer}"
+        if fds:
+            connection = socket.socket(fileno=fds[0])
+            worker = os.fork()
+            if worker == 0:
+                try:
+                    request = json.loads(data)
+                    serve(connection, Path(request.pop("tree")), **request)
+                finally:
+                    os._exit(1)
+            connection.close()
 
 
 class Worker:
@@ -245,92 +252,87 @@ class Worker:
         return call
 
 
-class Nursery:
-    """Starts workers. Use it in a `with`. `interprets`: Triton is in its interpreter."""
+class Sandbox:
+    """Starts workers. Use it in a `with`. Without `sandboxed` they run as you, with your files."""
 
-    def __init__(self, interprets: bool = True):
-        self.interprets = interprets
-        self.other = None
-
-    def compiling(self):
-        """Another nursery, in which Triton compiles. It starts when it is first wanted."""
-        if self.other is None:
-            self.other = Nursery(interprets=False).__enter__()
-        return self.other
+    def __init__(self, sandboxed: bool = True):
+        self.sandboxed = sandboxed
+        self.nurseries = {}  # Triton is in its interpreter -> (process, control socket)
 
     def __enter__(self):
-        self.is_open = True
-        self.start()
+        self.directory = tempfile.TemporaryDirectory()
+        self.place = Path(self.directory.name).resolve()
+        self.tree = self.place / "tree"
+        self.start(interprets=True)
         return self
 
     def __exit__(self, *_):
-        if self.other is not None:
-            self.other.__exit__()
-        self.is_open = False
-        for pid in children_of(self.process.pid):
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        self.control.close()
-        self.process.kill()
-        self.process.wait()
+        for interprets in list(self.nurseries):
+            self.stop(interprets)
+        self.directory.cleanup()
 
-    def start(self):
-        self.control, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {name: "1" for name in SETTINGS}
-        environment["TRITON_INTERPRET"] = str(int(self.interprets))
-        kept = ("PATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
-        environment |= {name: os.environ[name] for name in kept if name in os.environ}
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(its.fileno())],  # -P: not its own directory
+    def start(self, interprets: bool):
+        control, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # -P: no submission's file is taken for a library
+        command = [sys.executable, "-P", __file__, str(its.fileno())]
+        scratch = tempfile.mkdtemp(dir=self.place)
+        if self.sandboxed:
+            scratch = "/tmp"
+            command = [*bubblewrap([self.place, __file__], gpu=not interprets), *command]
+        environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+        environment |= dict.fromkeys(SETTINGS, "1") | {"TRITON_INTERPRET": str(int(interprets))}
+        environment |= dict.fromkeys(("HOME", "TMPDIR", "TRITON_CACHE_DIR"), scratch)
+        process = subprocess.Popen(
+            command,
             pass_fds=[its.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             cwd="/",
-            start_new_session=True,
+            start_new_session=True,  # a Ctrl-C is the judge's
         )
         its.close()
-        word, _, self.guards = self.control.recv(4096).decode().partition(" ")
-        if word == "no":
-            raise RuntimeError(f"submissions cannot be guarded on this machine: {self.guards}")
-        if word != "ready":
-            raise RuntimeError("the nursery did not start: is the environment installed?")
+        self.nurseries[interprets] = process, control
+        control.settimeout(STARTING)
+        with suppress(OSError):
+            if control.recv(16) == b"ready":
+                return
+        process.kill()
+        said = process.communicate()[1].decode(errors="replace").strip().splitlines()
+        raise SandboxError(f"the sandbox does not start: {said[-1] if said else 'nothing is said'}")
+
+    def stop(self, interprets: bool):
+        process, control = self.nurseries.pop(interprets)
+        control.close()  # a nursery that is well kills its worker and ends
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stderr.close()
 
     @contextmanager
-    def worker(self, tree: Path, seconds: float, gpu: bool = False):
-        """A worker on a clean tree. Whatever it started is dead when the `with` ends."""
+    def worker(self, seconds: float, gpu: bool = False, interprets: bool = True):
+        """A worker on the tree. It is killed when the `with` ends."""
+        if interprets not in self.nurseries:
+            self.start(interprets)
+        request = {"tree": str(self.tree), "gpu": gpu, "sandboxed": self.sandboxed}
         ours, its = socket.socketpair()
-        scratch = os.path.realpath(tempfile.mkdtemp())
-        os.chmod(scratch, 0o777)
-        request = {"tree": str(tree), "scratch": scratch, "seconds": seconds, "gpu": gpu}
+        message = [json.dumps(request).encode()], [its.fileno()]
         try:
-            socket.send_fds(self.control, [json.dumps(request).encode()], [its.fileno()])
-            answer = self.control.recv(16)
-        except OSError:
-            answer = b""
+            socket.send_fds(self.nurseries[interprets][1], *message)
+        except OSError:  # the last test has killed it
+            self.stop(interprets)
+            self.start(interprets)
+            socket.send_fds(self.nurseries[interprets][1], *message)
         its.close()
         try:
-            if not answer:
-                raise RuntimeError("the nursery died")
             yield Worker(ours, seconds)
         finally:
             ours.close()
             with suppress(OSError):
-                self.control.send(b"sweep")
-                self.control.recv(16)
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    def is_dead(self):
-        return self.process.poll() is not None or self.other is not None and self.other.is_dead()
-
-    def revive(self):
-        """Begin anew, after something was killed."""
-        if self.other is not None:
-            self.other.revive()
-        if self.is_open:
-            self.process.kill()
-            self.process.wait()
-            self.control.close()
-            self.start()
+                self.nurseries[interprets][1].send(b"end")
 
 
 if __name__ == "__main__":

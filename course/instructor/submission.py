@@ -17,9 +17,9 @@ CLEAN = Path(__file__).resolve().parent / "clean"  # what the students were give
 LARGEST = 2**20  # bytes of a file that a student may hand in
 # Names that no exercise needs, and that code against the grader may.
 UNUSUAL = set(
-    "sys gc inspect ctypes ctypeslib socket subprocess mmap pickle builtins importlib exec globals vars "
-    "getattr currentframe _getframe tb_frame f_back f_globals f_locals __code__ __dict__ __import__ "
-    "__subclasses__ __array_interface__ from_dlpack probes claims grading "
+    "sys gc inspect ctypes ctypeslib socket subprocess mmap pickle builtins importlib exec "
+    "globals vars getattr currentframe _getframe tb_frame f_back f_globals f_locals __code__ "
+    "__dict__ __import__ __subclasses__ __array_interface__ from_dlpack probes claims grading "
     "TorchFunctionMode TorchDispatchMode DisableTorchFunction DisableTorchFunctionSubclass".split()
 )
 
@@ -112,6 +112,7 @@ def clean_tree(submission: Path, tree: Path, files):
     from safetensors.torch import load_file, save_file
 
     left_out = shutil.ignore_patterns("__pycache__", "test_*.py")
+    shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(CLEAN, tree, ignore=left_out)
     rollouts = load_file(tree / "tests" / "rollouts.safetensors")
     rollouts["teacher_logp"].zero_()
@@ -129,8 +130,6 @@ def clean_tree(submission: Path, tree: Path, files):
         (tree / name).write_bytes(data)
     if not any(os.path.lexists(submission / name) for name in files):
         notes = dict.fromkeys(files, ["none of the files is there: graded as not written"])
-    for path in (tree, *tree.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
     return found, notes
 
 

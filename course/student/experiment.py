@@ -1,11 +1,12 @@
 """Train the built-in student in one process and add its curve to a picture.
 
     python experiment.py "lag 0" --loss sampled_reverse_kl --num-samples 32 --lr 3e-4
-    python experiment.py "lag 8" --loss sampled_reverse_kl --num-samples 32 --lr 3e-4 --max-staleness 8
+    python experiment.py "lag 8" --loss sampled_reverse_kl --num-samples 32 --lr 3e-4 \\
+        --max-staleness 8
 
-The label comes first, then options of serial.py. Without --max-staleness the lag is 0 here, and a run
-has 100 updates. `--loss mine` is the class of estimator.py. The
-curves are kept in curves.csv: delete it to begin again. The picture, curves.png, needs matplotlib:
+The label comes first, then options of serial.py. Without --max-staleness the lag is 0 here, and a
+run has 100 updates. `--loss mine` is the class of estimator.py. The curves are kept in curves.csv:
+delete it to begin again. The picture, curves.png, needs matplotlib:
 .venv/bin/python -m pip install matplotlib.
 """
 

@@ -60,7 +60,7 @@ def check_pick_up(student, states, schedules, unit: str = "version"):
 
 @worth(1)
 def test_a_version_lies_in_the_mailbox_after_publish(student):
-    """After publish the mailbox has the new version: its number, and its parts, taken one by one."""
+    """After publish the mailbox has the new version: its number and parts, taken one by one."""
     for new in (2, 3):
         moments = student.published(holding(new - 2, new - 1), new - 1, [(new, parts_of(new))])
         version, weights = moments[-1]

