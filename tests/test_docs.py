@@ -1,20 +1,25 @@
-"""Claims that README and docs make about the tree, and the budget that keeps it readable."""
+"""Claims that README and docs make about the tree, and the size that keeps it readable."""
 
 import ast
 import io
 import re
 import subprocess
+import sys
 import textwrap
 import tokenize
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from torch.distributed.run import get_args_parser
 
-TOKENS, CODE_LINES = 21_500, 2_300  # of the whole system, without comments and docstrings
-WIDTH, TOKENS_PER_LINE, LONGEST_FILE = 100, 9.5, 400
-OUTSIDE = ("tests/", "benchmarks/", "experiments/", "assets/", "docs/", "course/")
+from support.config import Config, new_option
+
+CODE_LINES, WIDTH, LONGEST_FILE = 2_300, 100, 400
+MEDIAN, NINE_IN_TEN, LONGEST = 9, 22, 45  # lines of a function
+OUTSIDE = {"experiments", "benchmarks", "tests", "course", "assets"}
 LAYOUT = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -23,114 +28,149 @@ LAYOUT = {
     tokenize.DEDENT,
     tokenize.ENDMARKER,
 }
-FSTRING_START = getattr(
-    tokenize, "FSTRING_START", None
-)  # Python 3.12: an f-string is many tokens; they count as one
-FSTRING_END = getattr(tokenize, "FSTRING_END", None)
+LOADED = """
+import sys, train, serial
+files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+print(*filter(None, files), sep="\\n")
+"""
 
-BUDGETED = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
-
-
-def lines(path):
-    return len(path.read_text().splitlines())
-
-
-def test_the_readme_lists_every_file_with_its_line_count():
-    table = dict(
-        re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
-    )
-    actual = {
-        str(path.relative_to(ROOT)): str(lines(path))
-        for path in BUDGETED
-        if path.name != "__init__.py"
-    }
-    assert table == actual
-
-
-# ---- the budget -------------------------------------------------------------------------------
+# ---- the size ---------------------------------------------------------------------------------
 
 
 @cache
-def system():
-    """Every tracked Python file of the system -> its source."""
-    listed = subprocess.run(
-        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    paths = [ROOT / name for name in listed if not name.startswith(OUTSIDE)]
-    return {
-        path: path.read_text() for path in paths if path.exists()
-    }  # one may be renamed just now
+def tracked():
+    """Python files of the project -> their sources."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = [path for path in listed.stdout.splitlines() if (ROOT / path).is_file()]
+    return {path: (ROOT / path).read_text() for path in paths}
+
+
+@cache
+def core():
+    """What train.py and serial.py load, and what these files import inside of functions."""
+    command = [sys.executable, "-c", LOADED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    files = {Path(line).resolve() for line in done.stdout.splitlines()}
+    found = [path for path in tracked() if (ROOT / path).resolve() in files]
+    for path in found:  # grows
+        found += [other for other in imports_of(path) if other not in found]
+    return {path: tracked()[path] for path in found}
+
+
+def names_imported(source: str):
+    """Every dotted name that an import statement, wherever it stands, may have loaded."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "an import relative to its package"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imports_of(path: str):
+    """The project's files that a file imports."""
+    places = [name.replace(".", "/") for name in names_imported(tracked()[path])]
+    files = {file for place in places for file in (f"{place}.py", f"{place}/__init__.py")}
+    return sorted(files & tracked().keys() - {path})
 
 
 def docstring_lines(tree):
     found = set()
     for node in ast.walk(tree):
-        if (
-            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-            and ast.get_docstring(node) is not None
-        ):
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
             found |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return found
 
 
-def measure(source: str):
-    """(tokens, code lines) without blanks, comments and docstrings."""
-    docs, code, tokens, depth = docstring_lines(ast.parse(source)), set(), 0, 0
+def code_lines(source: str):
+    """Lines that hold code: no blanks, comments or docstrings."""
+    docs, code = docstring_lines(ast.parse(source)), set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in LAYOUT or token.start[0] in docs:
-            continue
-        code |= set(range(token.start[0], token.end[0] + 1))
-        tokens += depth == 0
-        depth += (token.type == FSTRING_START) - (token.type == FSTRING_END)
-    return tokens, len(code)
+        if token.type not in LAYOUT and token.start[0] not in docs:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return len(code)
 
 
-def test_an_f_string_is_one_token_and_docstrings_are_none():
-    source = (
-        '"""Doc."""\n\n\ndef f(x):\n    """Doc."""\n    return f"{x} and {f\'{x}\'!r}"  # why\n'
-    )
-    assert measure(source) == (8, 2)
+def test_a_line_of_code_is_none_of_blanks_comments_and_docstrings():
+    source = '"""Doc."""\n\n\ndef f(x):\n    """Doc.\n\n    More.\n    """\n    # why\n'
+    assert code_lines(source) == 1 and code_lines(source + '    return """a\n\nb"""\n') == 4
 
 
-def test_the_token_and_line_budget_is_kept():
-    tokens, lines = (sum(counts) for counts in zip(*map(measure, system().values())))
-    assert tokens <= TOKENS and lines <= CODE_LINES and tokens <= TOKENS_PER_LINE * lines, (
-        tokens,
-        lines,
-        tokens / lines,
-    )
+def test_the_core_is_what_the_two_programs_load():
+    expected = {"serial.py", "train.py", "losses.py", "kernels/terms.py", "support/ranks.py"}
+    assert core().keys() > expected and not core().keys() & {"tests/conftest.py", "course/build.py"}
 
 
-def test_no_file_is_long_and_no_line_is_wide():
-    for path, source in system().items():
-        widths = [len(line) for line in source.splitlines()]
-        assert len(widths) <= LONGEST_FILE and max(widths, default=0) <= WIDTH, path
+def test_the_core_has_no_more_code_than_its_budget():
+    total = sum(map(code_lines, core().values()))
+    assert total <= CODE_LINES, f"{total} lines of code"
 
 
-def test_functions_are_short():
-    nodes = [node for source in system().values() for node in ast.walk(ast.parse(source))]
+def test_no_file_of_the_core_is_long():
+    lengths = {path: len(source.splitlines()) for path, source in core().items()}
+    assert {path: length for path, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_functions_of_the_core_are_short():
+    nodes = [node for source in core().values() for node in ast.walk(ast.parse(source))]
     lengths = sorted(n.end_lineno - n.lineno + 1 for n in nodes if isinstance(n, ast.FunctionDef))
-    assert (
-        lengths[len(lengths) // 2] <= 9
-        and lengths[int(0.9 * len(lengths))] <= 22
-        and lengths[-1] <= 45
-    )
+    found = lengths[len(lengths) // 2], lengths[int(0.9 * len(lengths))], lengths[-1]
+    assert all(map(int.__le__, found, (MEDIAN, NINE_IN_TEN, LONGEST))), found
+
+
+def test_no_line_of_any_file_is_wide():
+    lines = [(path, line) for path, source in tracked().items() for line in source.splitlines()]
+    assert [(path, line) for path, line in lines if len(line) > WIDTH] == []
+
+
+# ---- who imports whom -------------------------------------------------------------------------
+
+
+def test_the_core_imports_nothing_from_outside_of_it():
+    strays = {(path, other) for path in core() for other in imports_of(path)}
+    assert {(path, other) for path, other in strays if other.split("/")[0] in OUTSIDE} == set()
+
+
+def test_no_files_of_the_core_import_each_other_in_a_circle():
+    left = {path: set(imports_of(path)) for path in core()}
+    while free := {path for path, others in left.items() if not others & left.keys()}:
+        left = {path: others for path, others in left.items() if path not in free}
+    assert left == {}
+
+
+def test_the_losses_need_nothing_but_torch_and_the_standard_library():
+    roots = {name.split(".")[0] for name in names_imported(tracked()["losses.py"])}
+    assert roots - sys.stdlib_module_names == {"torch"}
 
 
 # ---- what the pages say -----------------------------------------------------------------------
 
 
+def test_the_readme_lists_every_file_of_the_core_with_its_line_count():
+    text = (ROOT / "README.md").read_text()
+    (table,) = re.findall(r"<!-- files -->\n(.*?)<!-- /files -->", text, re.S)
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", table, re.M)
+    actual = {path: len(source.splitlines()) for path, source in core().items()}
+    actual = {path: count for path, count in actual.items() if not path.endswith("__init__.py")}
+    assert {path: int(count) for path, count in rows} == actual
+    assert len(rows) == len(actual)  # none twice
+
+
 def find_excerpt(run: list[str], source: list[str], start: int):
-    """Where the lines of `run` stand in `source` from line `start` on, whatever their indentation, or -1."""
+    """Where `run` stands in `source` from line `start` on, whatever its indentation, or -1."""
     wanted = textwrap.dedent("\n".join(run))
-    places = range(start, len(source) - len(run) + 1)
-    return next(
-        (i for i in places if textwrap.dedent("\n".join(source[i : i + len(run)])) == wanted), -1
-    )
+    for i in range(start, len(source) - len(run) + 1):
+        if textwrap.dedent("\n".join(source[i : i + len(run)])) == wanted:
+            return i
+    return -1
 
 
 def check_excerpt(block: str):
-    """Its first line names a file; each run of lines between `# ...` stands in that file, one after the other."""
+    """Its first line names a file. Each run of lines between `# ...` stands there, in order."""
     first, *body = block.splitlines()
     named = re.fullmatch(r"# ([\w/]+\.py)", first)
     assert named, f"an excerpt without a file name: {first}"
@@ -139,68 +179,56 @@ def check_excerpt(block: str):
     for run in re.split(r"^\s*# \.\.\.$", "\n".join(body), flags=re.M):
         run = run.strip("\n").split("\n")
         start = find_excerpt(run, source, end)
-        assert any(run) and start >= 0, f"not in {named[1]}, or not in this order:\n" + "\n".join(
-            run
-        )
+        where = f"not in {named[1]}, or not in this order:\n"
+        assert any(run) and start >= 0, where + "\n".join(run)
         end = start + len(run)
 
 
 def test_every_excerpt_in_the_walkthrough_stands_in_the_source():
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "docs" / "walkthrough.md").read_text(), re.M | re.S
-    )
+    text = (ROOT / "docs" / "walkthrough.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
     assert blocks
     for block in blocks:
         check_excerpt(block)
 
 
 def test_an_excerpt_that_is_changed_out_of_order_or_without_a_file_is_found():
-    good = "# channel.py\nversion = int(self.version)\n# ...\nif int(self.version) == version:\n    return version\n"
+    first = "version = int(self.version)\n"
+    then = "if int(self.version) == version:\n    return version\n"
+    good = f"# channel.py\n{first}# ...\n{then}"
     check_excerpt(good)
-    swapped = "# channel.py\nif int(self.version) == version:\n# ...\nversion = int(self.version)\n"
+    swapped = f"# channel.py\n{then}# ...\n{first}"
     for bad in (good.replace("version)", "versions)"), swapped, good.partition("\n")[2]):
         with pytest.raises(AssertionError):
             check_excerpt(bad)
 
 
-def test_torchrun_leaves_our_flags_to_us():
-    """It takes abbreviations of its own options, --signal for one, unless -- comes first."""
-    for name in ("README.md", "Makefile", "config.py", "train.py", "docs/gpu-checklist.md"):
-        text = (ROOT / name).read_text()
-        assert re.findall(r"torchrun .*(?:-- )train\.py", text) == re.findall(
-            r"torchrun .*[ /]train\.py", text
-        ), name
+# ---- flags ------------------------------------------------------------------------------------
+
+
+def flags():
+    """Every flag of train.py, those that switch something off included."""
+    options = [new_option(item) for item in fields(Config)]
+    return [flag for option in options for flag in (*option.opts, *option.secondary_opts)]
+
+
+@pytest.mark.parametrize("flag", [*flags(), "--config"])
+def test_torchrun_leaves_our_flags_to_us(flag):
+    """It takes abbreviations of its own options, so none of ours may be one."""
+    found = get_args_parser().parse_args(["--standalone", "train.py", flag, "x"])
+    assert found.training_script == "train.py" and found.training_script_args == [flag, "x"]
+
+
+OF_OTHERS = set(
+    """--config --help --standalone --nproc-per-node --shutdown-timeout --nnodes --node-rank
+    --master-addr --master-port --plan --model --json --seeds --threads --quick --starts --losses
+    --out --run --lags""".split()
+)  # torchrun, experiments, benchmarks
 
 
 def test_every_flag_in_the_readme_exists():
-    from config import Config, new_option
-
-    known = {new_option(item).opts[0] for item in fields(Config)} | {
-        "--config",
-        "--help",
-        "--standalone",
-        "--nproc-per-node",
-        "--shutdown-timeout",
-        "--nnodes",
-        "--node-rank",
-        "--master-addr",
-        "--master-port",
-        "--plan",
-    }
-    known |= {
-        "--model",
-        "--json",
-        "--seeds",
-        "--threads",
-        "--quick",
-        "--starts",
-        "--losses",
-        "--out",
-        "--run",
-        "--lags",
-    }  # generate.py, benchmarks
-    # not an arrow of the picture, --row#-->
-    assert (
-        set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)(?!#)\b", (ROOT / "README.md").read_text()))
-        <= known
-    )
+    text = (ROOT / "README.md").read_text()
+    named = re.findall(
+        r"(?<![\w-])(--[a-z][a-z-]+)(?!#)\b", text
+    )  # no arrow --row#--> of a picture
+    assert {*named} - {*flags()} - OF_OTHERS == set()

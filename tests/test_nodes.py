@@ -56,66 +56,6 @@ def close(channel):
     os.close(channel.watched)
 
 
-# ---- tickets -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", ["batch", "arrival"])
-@pytest.mark.parametrize("count", [2, 3])
-def test_the_nodes_together_issue_and_train_the_tickets_of_one(count, order, monkeypatch):
-    """Every ticket once, in batch order in its own update,
-    and never before the inequality admits it."""
-    prompts = [Prompt(str(i), [i + 1]) for i in range(7)]
-    config = Config(
-        batch_size=12, max_staleness=1, steps=4, order=order, max_prompt_tokens=8, max_new_tokens=8
-    )
-    updates = []
-    for node in range(count):
-        place(monkeypatch, node, count)
-        channel = make(config, 4)
-        books = Tickets(config, channel, prompts)
-        for version in range(config.steps):
-            books.issue(version)
-            rows = channel.to_generator.get_all()
-            issued = channel.ticket[rows].tolist()
-            assert all(may_start(ticket, version, config) for ticket in issued) and {
-                ticket % count for ticket in issued
-            } <= {node}
-            books.receive(rows)
-            batch = books.batch(version)
-            updates.append((version, channel.ticket[batch].tolist()))
-            books.trained(batch)
-        close(channel)
-        assert not books.trained_ahead or order == "arrival"
-    for version in range(config.steps):
-        tickets = sorted(ticket for at, some in updates if at == version for ticket in some)
-        assert order == "arrival" or tickets == list(range(12 * version, 12 * version + 12))
-    assert sorted(ticket for _, some in updates for ticket in some) == list(range(48))
-
-
-def test_a_nodes_table_and_its_teachers_share_are_of_its_part_of_the_batch(monkeypatch):
-    place(monkeypatch, 1, 2)
-    config = Config(batch_size=16, teachers=2, max_staleness=0, steps=2)
-    assert config.table_rows == 8
-    assert ready_rows({0: "a", 1: "b"}, 0, config) == ["a"]  # a quarter of the share of 4 rows
-
-
-def test_a_batch_that_the_nodes_cannot_share_equally_is_refused(monkeypatch):
-    place(monkeypatch, 0, 3)
-    with pytest.raises(
-        InputError, match="--batch-size is 64, there are 3 nodes with --teachers 1: take a multiple"
-    ):
-        Config()
-
-
-def test_tickets_trained_ahead_are_forgotten_with_several_nodes(monkeypatch):
-    place(monkeypatch, 1, 2)
-    config = Config(batch_size=4, order="arrival", max_prompt_tokens=8, max_new_tokens=8)
-    channel = make(config, 4)
-    books = Tickets(config, channel, [Prompt("x", [1])], version=3, trained_ahead=[13, 14])
-    close(channel)
-    assert books.next == 13 and not books.trained_ahead
-
-
 # ---- meeting -------------------------------------------------------------------------------------
 
 
