@@ -27,7 +27,6 @@ from model import layers_of
 from support.config import Config
 from support.load import load_model
 from support.ranks import Ranks
-from support.roles import PRELOAD
 
 # 28 padded tokens hold one or two rollouts: the ranks have different numbers of micro-batches.
 SIZES = dict(max_prompt_tokens=16, max_new_tokens=MAX_NEW, micro_batch_tokens=28, max_grad_norm=1e9)
@@ -213,7 +212,7 @@ def of_several(paths, tables, of_one, tmp_path_factory):
             mailbox = Channel.create(small, count, torch.bfloat16)
             fields = [vars(table) for table in tables]
             arguments = (nodes, local, place, paths, fields, mailbox, checkpoint)
-            mp.set_forkserver_preload(PRELOAD)
+            mp.set_forkserver_preload(["test_sharding"])  # imported once for all
             world = nodes * local
             mp.start_processes(rank_main, arguments, nprocs=world, start_method="forkserver")
             results = [torch.load(place / f"rank_{rank}") for rank in range(world)]
