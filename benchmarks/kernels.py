@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels [--json FILE]
 
-Letters of shapes: serial.py. Forward + backward of one loss over T positions, hidden states bfloat16 on a GPU (float32 without
-one), float32 master weight:
+Letters of shapes: serial.py. Forward + backward of one loss over T positions, hidden states
+bfloat16 on a GPU (float32 without one), float32 master weight:
 
   ours         kernels/head.py, with the Triton kernel on a GPU
   products     the three matrix products alone, unchunked, with the true gradient of the logits:
