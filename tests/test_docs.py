@@ -151,13 +151,20 @@ def test_the_losses_need_nothing_but_torch_and_the_standard_library():
 
 
 def test_the_readme_lists_every_file_of_the_core_with_its_line_count():
+    """A row is a file, or a folder with the names of its files."""
     text = (ROOT / "README.md").read_text()
     (table,) = re.findall(r"<!-- files -->\n(.*?)<!-- /files -->", text, re.S)
-    rows = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", table, re.M)
-    actual = {path: len(source.splitlines()) for path, source in core().items()}
-    actual = {path: count for path, count in actual.items() if not path.endswith("__init__.py")}
-    assert {path: int(count) for path, count in rows} == actual
-    assert len(rows) == len(actual)  # none twice
+    rows = re.findall(r"^\| `([\w/.]+)` \| ([\d,]+) \| (.*) \|$", table, re.M)
+    lengths = {path: len(source.splitlines()) for path, source in core().items()}
+    lengths = {path: length for path, length in lengths.items() if "__init__" not in path}
+    listed = []
+    for name, count, what in rows:
+        files = [name]
+        if name.endswith("/"):
+            files = [name + file for file in re.findall(r"`(\w+\.py)`", what)]
+        assert f"{sum(lengths[file] for file in files):,}" == count, name
+        listed += files
+    assert sorted(listed) == sorted(lengths)
 
 
 def find_excerpt(run: list[str], source: list[str], start: int):
@@ -228,7 +235,6 @@ OF_OTHERS = set(
 
 def test_every_flag_in_the_readme_exists():
     text = (ROOT / "README.md").read_text()
-    named = re.findall(
-        r"(?<![\w-])(--[a-z][a-z-]+)(?!#)\b", text
-    )  # no arrow --row#--> of a picture
+    # No arrow of the picture, --row#-->.
+    named = re.findall(r"(?<![\w-])(--[a-z][a-z-]+)(?!#)\b", text)
     assert {*named} - {*flags()} - OF_OTHERS == set()

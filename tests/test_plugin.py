@@ -1,4 +1,4 @@
-"""Claims about a loss in a file of the student's own: --plugin finds it, and refuses a wrong one."""
+"""Claims about a loss in a file of one's own: --plugin finds it, and refuses a wrong one."""
 
 import json
 import re
@@ -237,3 +237,8 @@ def test_the_example_of_the_readme_trains(example, model_dir, tokenizer):
     assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-3) and norm > 0
     moved = zip(run.learner.parameters, reference.parameters())
     assert any(not torch.equal(ours, before) for ours, before in moved)
+
+
+def test_the_example_of_the_readme_is_the_file_that_it_names():
+    text = (ROOT / "README.md").read_text()
+    assert (ROOT / "experiments" / "jeffreys_kl.py").read_text() in text

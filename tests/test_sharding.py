@@ -1,4 +1,4 @@
-"""Claims about several learner ranks, on one node or several: they train, publish and save like one.
+"""Claims about learner ranks, on one node or several: they train, publish and save like one.
 
 The ranks are processes on gloo. A rank trains its node's part of the rows of a frozen table.
 """
