@@ -1,14 +1,15 @@
-"""End runs at random moments, by killing one of their processes or by closing their terminal.
+"""End runs at random moments, by killing one of their processes or by a signal to all.
 
 `python tests/kill.py --trials 100` starts the built-in run under torchrun: 1 or 2 nodes (agents on
 this machine) with 1 or 2 ranks, 1 or 2 generators. It kills one process of the family, torchrun and
-the fork server included. The run must end within LIMIT with an exit code other than 0, say who
-died, and leave nothing behind: no process, nothing in /dev/shm, nothing in its TMPDIR. Which
-process a seed hits, and when, depends on the speed of the machine. The resource tracker of Python
-is spared: nobody needs it.
+the fork server included, a while after one of PHASES. The run must end within LIMIT with an exit
+code other than 0, say who died, and leave nothing behind: no process, nothing in /dev/shm, nothing
+in its TMPDIR. Which process a seed hits depends on the speed of the machine. The resource tracker
+of Python is spared: nobody needs it.
 
-Of ten trials, one closes the terminal (SIGHUP to all): what was learned must be saved. One starts
-two runs in one directory at the same time: one must train to its end, the other must be refused.
+Of ten trials, one interrupts all, as a terminal does that is closed: what was learned must be
+saved. One starts two runs in one directory at the same time: one must train to its end, the other
+must be refused.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 60.0  # seconds until all is over: a leader that starts, or has no rows, sees less
+LIMIT = 60.0  # seconds until all is over; a leader that still starts its roles hears nothing
 FLAGS = ["--eval-every=0", "--cpu-threads=1"]
+PHASES = ("the start", "the ranks", "the fork server", "an update")
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -85,6 +87,7 @@ class Run:
         launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
         script = [str(ROOT / "train.py"), f"--output-dir={self.output}", *FLAGS, *flags]
         where = [f"--nnodes={nodes}", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+        self.world = nodes * ranks
         self.agents = []
         self.members = {}
         for node in range(nodes):
@@ -101,6 +104,16 @@ class Run:
             agent.poll()  # no zombie
             self.members |= {agent.pid: "torchrun"} | children(agent.pid)
         return {pid: name for pid, name in self.members.items() if alive(pid)}
+
+    def has_reached(self, phase):
+        """Is the run at least there? The words are those of PHASES."""
+        learners = [name for name in self.members.values() if "train.py" in name]
+        return {
+            "the start": True,
+            "the ranks": len(learners) >= self.world,
+            "the fork server": any("forkserver" in name for name in self.members.values()),
+            "an update": re.search(r"^update +[1-9]", self.text(), re.MULTILINE),
+        }[phase]
 
     def wait(self, seconds, until=lambda living: False):
         end = time.monotonic() + seconds
@@ -138,48 +151,51 @@ def trial(seed: int):
     ranks = chance.choice((1, 2)) if nodes == 1 else 1
     generators = chance.choice((1, 2))
     run = Run(nodes, ranks, [f"--generators={generators}", "--steps=100000"])
-    if nodes > 1:  # an agent waits minutes for one that has never come
-        started = nodes * ranks
-        run.wait(
-            60.0,
-            until=lambda living: sum("train.py" in name for name in living.values()) >= started,
-        )
-    delay = chance.uniform(0.3, 12.0 * nodes)
+    # An agent would wait minutes for one that has never come.
+    phase = chance.choice(PHASES[nodes > 1 :])
+    run.wait(120.0, until=lambda living: run.has_reached(phase))
+    delay = chance.uniform(0.3, 4.0)
     living = run.wait(delay)
     victim = chance.choice(sorted(pid for pid in living if not is_tracker(living[pid])))
-    done = "closed the terminal" if is_hangup else f"killed {victim} ({living[victim][-70:]})"
+    number = chance.choice((signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+    done = number.name if is_hangup else f"killed {victim} ({living[victim][-70:]})"
     for pid in living if is_hangup else [victim]:
         if not is_tracker(living[pid]):
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGHUP if is_hangup else signal.SIGKILL)
+                os.kill(pid, number if is_hangup else signal.SIGKILL)
     left = run.wait(LIMIT, until=lambda living: not living)
     run.end_by_force(left)
-    codes = [agent.wait() for agent in run.agents]
-    text = run.text()
+    faults = judge(run, left, "all" if is_hangup else living[victim])
+    what = f"seed {seed}: {nodes} nodes, {ranks} ranks, {generators} generators"
+    what += f", {delay:.1f} s after {phase}: {done}"
+    if faults:
+        return f"{what}: {'; '.join(faults)}\n{run.place}\n{run.text()[-4000:]}"
+    reasons = [line for line in run.text().splitlines() if "error:" in line]
+    print(f"{what}: {reasons[0][:150] if reasons else '-'}", flush=True)
+    shutil.rmtree(run.place)
+    return ""
+
+
+def judge(run, left, victim):
+    """What is wrong with a run that should be over. `victim`: its command line, or "all"."""
     faults = []
     if left:
         faults.append(f"left after {LIMIT:.0f} s: {left}")
+    codes = [agent.wait() for agent in run.agents]
     if 0 in codes:
         faults.append(f"exit codes {codes}")
     # A leader names a role or a node, torchrun a rank. Nobody is left to name the only torchrun.
-    is_named = "train.py: error:" in text or "exitcode" in text
-    if not is_named and not is_hangup and living[victim] != "torchrun":
+    is_named = "train.py: error:" in run.text() or "exitcode" in run.text()
+    if not is_named and victim not in ("all", "torchrun"):
         faults.append("nobody says who died")
-    was_trained = re.search(r"^update +[1-9]", text, re.MULTILINE)
-    if is_hangup and was_trained and not [*run.output.glob("step_*/training_state.pt")]:
+    is_saved = [*run.output.glob("step_*/training_state.pt")]
+    if victim == "all" and run.has_reached("an update") and not is_saved:
         faults.append("nothing was saved")
     files, shared = run.litter()
     # A leader that is killed cannot clear away the socket of its fork server.
-    if shared or len(files) > ("train.py" in living[victim]):
+    if shared or len(files) > ("train.py" in victim):
         faults.append(f"left behind: {files} {shared}")
-    what = f"seed {seed}: {nodes} nodes, {ranks} ranks, {generators} generators"
-    what += f", after {delay:.1f} s {done}"
-    if faults:
-        return f"{what}: {'; '.join(faults)}\n{run.place}\n{text[-4000:]}"
-    shutil.rmtree(run.place)
-    reasons = [line for line in text.splitlines() if "error:" in line]
-    print(f"{what}: {reasons[0][:150] if reasons else '-'}", flush=True)
-    return ""
+    return faults
 
 
 def rivals(seed: int):
@@ -192,7 +208,7 @@ def rivals(seed: int):
     for _ in range(2):
         runs.append(subprocess.Popen([*command, *FLAGS], **pipes))
         time.sleep(random.Random(seed).uniform(0.0, 0.5))
-    texts = [process.communicate(timeout=180)[0] for process in runs]
+    texts = [process.communicate(timeout=600)[0] for process in runs]
     codes = sorted(process.returncode for process in runs)
     lines = (output / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]

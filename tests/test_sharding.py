@@ -212,7 +212,7 @@ def of_several(paths, tables, of_one, tmp_path_factory):
             mailbox = Channel.create(small, count, torch.bfloat16)
             fields = [vars(table) for table in tables]
             arguments = (nodes, local, place, paths, fields, mailbox, checkpoint)
-            mp.set_forkserver_preload(["test_sharding"])  # imported once for all
+            mp.set_forkserver_preload(PRELOAD)
             world = nodes * local
             mp.start_processes(rank_main, arguments, nprocs=world, start_method="forkserver")
             results = [torch.load(place / f"rank_{rank}") for rank in range(world)]
@@ -228,6 +228,13 @@ def assert_same_metrics(found, expected):
         assert found[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
 
 
+FAMILIES = ("qwen3", "llama", "gemma3", "qwen3_moe")
+PRELOAD = [  # what takes long to import: once for all ranks
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "transformers.models.auto.tokenization_auto",
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES),
+]
 several = pytest.mark.parametrize(
     "nodes, local",
     [(1, 2), (2, 2), *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in ((2, 1), (3, 1)))],
