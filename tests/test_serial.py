@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, load
 from frozen import full_logp
-from test_train import BASE, finish, metrics, start
+from runs import BASE, finish, metrics, start
 
 from model import flat_parameters
 from serial import Serial
@@ -66,8 +66,7 @@ def test_the_shipped_models_learn_their_task_in_a_few_updates():
 
 
 def test_without_lag_its_losses_are_those_of_a_synchronous_run_of_processes(pair, tmp_path):
-    """To float rounding: processes score quarters of a batch,
-    here the teacher scores all of it at once."""
+    """To float rounding: processes score quarters of a batch, here all of it is scored at once."""
     finish(start(tmp_path / "run", *pair, *SYNC))
     records = metrics(tmp_path / "run")
     run = new_serial([*pair, *SYNC], lag=0)
