@@ -22,6 +22,7 @@ BASE = [
     "--max-new-tokens=12",
     "--cpu-threads=1",
 ]
+PATIENCE = 600.0  # seconds before a test gives up: the cores may be busy with other things
 ENDLESS = ["--steps=100000", "--eval-every=0"]
 
 
@@ -43,19 +44,19 @@ def start(output, *flags, ranks=0, where=("--standalone",), wrapper=()):
     )
 
 
-def start_nodes(count, output, *flags, ranks=1):
+def start_nodes(count, output, *flags, ranks=1, torchrun=()):
     """torchrun agents on this machine, numbered by `--node-rank`. `ranks`: of each, or of all."""
     port = free_port()
     ranks = [ranks] * count if isinstance(ranks, int) else ranks
     agents = []
     for node in range(count):
         place = [f"--nnodes={count}", "--master-addr=127.0.0.1", f"--master-port={port}"]
-        where = [*place, f"--node-rank={node}"]
+        where = [*place, f"--node-rank={node}", *torchrun]
         agents.append(start(output, *flags, ranks=ranks[node], where=where))
     return agents
 
 
-def finish(process, expect=0, within=240.0):
+def finish(process, expect=0, within=PATIENCE):
     out, _ = process.communicate(timeout=within)
     assert (process.returncode == 0) == (expect == 0), out
     return out
@@ -65,7 +66,7 @@ def metrics(output):
     return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_until(condition, within=120.0):
+def wait_until(condition, within=PATIENCE):
     """Returns what the condition gives, once that is true."""
     deadline = time.monotonic() + within
     while not (value := condition()):
@@ -74,14 +75,14 @@ def wait_until(condition, within=120.0):
     return value
 
 
-def still_alive(family, within=20.0):
+def still_alive(family, within=PATIENCE):
     """Command lines of those that outlive the deadline. Orphans notice by themselves."""
     with suppress(AssertionError):
         wait_until(lambda: not any(map(alive, family)), within)
     return [line for pid, line in family.items() if alive(pid)]
 
 
-def read_until(process, pattern, within=120.0):
+def read_until(process, pattern, within=PATIENCE):
     """What is printed up to the pattern. Who does not come to it is killed, with its session."""
     lines = []
     alarm = threading.Timer(within, os.killpg, (process.pid, signal.SIGKILL))

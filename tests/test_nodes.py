@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 from kill import alive, children
 from runs import (
     ENDLESS,
+    PATIENCE,
     finish,
     forked,
     interrupt,
@@ -163,9 +164,7 @@ def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(
     read_until(agents[0], r"update +6/")
     families = [children(agent.pid) for agent in agents]
     agents[1].kill()
-    started = time.monotonic()
     out = finish(agents[0], expect=1)
-    assert time.monotonic() - started < 30.0
     assert_same_run(metrics(output)[:6], metrics(sync_run[0]))
     assert "train.py: error: node 1 leaves: interrupted" in out, out
     assert 'train.py", line' not in out, out
@@ -191,9 +190,7 @@ def test_a_node_whose_processes_are_all_killed_ends_the_other(ranks, pair, tmp_p
     families = [children(agent.pid) for agent in agents]
     for pid in [agents[1].pid, *families[1]]:
         os.kill(pid, signal.SIGKILL)
-    started = time.monotonic()
     out = finish(agents[0], expect=1)
-    assert time.monotonic() - started < 60.0
     message = "error: (another node is gone: its torchrun|a rank or a node died: torchrun) says how"
     assert re.search(message, out), out
     if "another node" in out:  # else it was amid an update
@@ -209,7 +206,7 @@ def test_an_agent_that_is_killed_during_the_imports_ends_both_nodes(node, pair, 
     wait_until(lambda: all(learners(agent) for agent in agents))
     families = [children(agent.pid) for agent in agents]
     agents[node].kill()
-    outs = [agent.communicate(timeout=120)[0] for agent in agents]
+    outs = [agent.communicate(timeout=PATIENCE)[0] for agent in agents]
     assert not any(still_alive(family) for family in families)
     reasons = ("torchrun died before the start", "a rank or a node died", "another node is gone")
     reasons += (f"node {node} leaves: interrupted",)
@@ -243,22 +240,29 @@ def test_a_run_goes_on_with_another_number_of_nodes(pair, tmp_path):
     assert_same_run(ours, metrics(tmp_path / "one"))
 
 
-LOG_OF_TICKETS = """
+NEWEST_FIRST = """
 import json
 from tickets import Tickets
-real = Tickets.trained
+real_batch, real_trained = Tickets.batch, Tickets.trained
+def batch(self, version):  # so that an older one is always left
+    share = self.config.batch_size // self.config.nodes
+    under_way = self.config.table_rows - len(self.free_rows) - len(self.scored)
+    if under_way and len(self.scored) <= share:
+        return None
+    self.scored = dict(sorted(self.scored.items(), reverse=True))
+    return real_batch(self, version)
 def trained(self, tickets):
     with open("{path}/tickets_" + str(self.config.node), "a") as file:
         file.write(json.dumps(tickets) + "\\n")
-    real(self, tickets)
-Tickets.trained = trained
+    real_trained(self, tickets)
+Tickets.batch, Tickets.trained = batch, trained
 """
 
 
 @slow
 def test_in_arrival_order_2_then_1_then_3_nodes_train_every_ticket_once(pair, tmp_path):
     plugin = tmp_path / "plugin.py"
-    plugin.write_text(LOG_OF_TICKETS.format(path=tmp_path))
+    plugin.write_text(NEWEST_FIRST.format(path=tmp_path))
     flags = [*pair, "--batch-size=12", "--max-staleness=2", "--eval-every=0", "--order=arrival"]
     flags += [f"--plugin={plugin}"]
     ahead = []
@@ -268,11 +272,11 @@ def test_in_arrival_order_2_then_1_then_3_nodes_train_every_ticket_once(pair, tm
         if steps < 9:
             read_until(agents[0], rf"update +{steps}/")
             interrupt(agents[0], signal.SIGTERM)
-        outs = [agent.communicate(timeout=240)[0] for agent in agents]
+        outs = [agent.communicate(timeout=PATIENCE)[0] for agent in agents]
         saved = checkpoints(tmp_path / "run")
         assert saved, outs
         ahead.append(read_progress(saved[-1])["trained_ahead"])
-    assert ahead[0] and not ahead[2]  # so there was something to remember
+    assert ahead[0] and ahead[1] and not ahead[2]  # so there was something to remember
     updates = [json.loads(line) for line in (tmp_path / "tickets_0").read_text().splitlines()]
     assert len(updates) == 9 and all(len(tickets) == 12 for tickets in updates)
     assert sorted(itertools.chain(*updates)) == list(range(9 * 12))
@@ -283,7 +287,7 @@ def test_two_nodes_reach_the_accuracy_of_one_on_the_built_in_task(tmp_path):
     flags = ["--batch-size=64", "--slots=64", "--eval-size=256"]
     flags += ["--max-prompt-tokens=64", "--max-new-tokens=40"]
     for agent in start_nodes(2, tmp_path / "run", *flags):
-        finish(agent, within=600.0)
+        finish(agent)
     assert metrics(tmp_path / "run")[-1]["eval_accuracy"] > 0.95
     assert not any("eval_accuracy" in record for record in metrics(tmp_path / "run" / "node_1"))
 
@@ -325,13 +329,14 @@ def test_an_interrupt_of_one_node_ends_both_saved(node, pair, tmp_path):
 @slow
 def test_a_node_that_is_interrupted_while_it_waits_for_another_saves_at_once(pair, tmp_path):
     output = tmp_path / "run"
-    agents = start_nodes(2, output, *pair, *ENDLESS)
+    patient = ["--shutdown-timeout=600"]  # else torchrun kills what has not left after 30 s
+    agents = start_nodes(2, output, *pair, *ENDLESS, torchrun=patient)
     read_until(agents[0], r"update +2/")
     families = [children(agent.pid) for agent in agents]
     _, generator, _ = forked(agents[1])
     os.kill(generator, signal.SIGSTOP)
     interrupt(agents[0], signal.SIGTERM)
-    wait_until(lambda: checkpoints(output), within=25.0)  # torchrun kills it after 30 s
+    wait_until(lambda: checkpoints(output))
     assert alive(generator)
     os.kill(generator, signal.SIGCONT)
     outs = [finish(agent, expect=1) for agent in agents]
@@ -378,5 +383,5 @@ def test_a_full_disk_is_said_on_every_node(nodes, ranks, pair, tmp_path):
 @slow
 def test_nodes_with_different_numbers_of_ranks_are_refused(pair, tmp_path):
     for agent in start_nodes(2, tmp_path / "run", *pair, *ENDLESS, ranks=[1, 2]):
-        out = finish(agent, expect=1, within=60.0)
+        out = finish(agent, expect=1)
         assert "the nodes have different --nproc-per-node: make them the same" in out, out
