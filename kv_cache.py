@@ -122,14 +122,12 @@ def may_see(now, length: int, window: int | None):
 
 def slot_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """What every attention layer calls (transformers.AttentionInterface)."""
+    layer = type(module).__name__
     for name in ("softcap", "s_aux"):  # logit soft-capping (Gemma 2), attention sinks (gpt-oss)
         if kwargs.get(name) is not None:
-            raise InputError(
-                f"{type(module).__name__} wants attention with {name}, "
-                "which the KV slots do not have"
-            )
+            raise InputError(f"{layer} wants attention with {name}, which the KV slots do not have")
     if "slot_step" not in kwargs:
-        raise InputError(f"{type(module).__name__} does not pass on what the KV slots need")
+        raise InputError(f"{layer} does not pass on what the KV slots need")
     step, window = kwargs["slot_step"], kwargs.get("sliding_window")
     return step.attend(module.layer_idx, query, key, value, scaling, window), None
 

@@ -122,9 +122,8 @@ class Learner:
         changes, if the gradient is not finite.
         """
         parts = parts or [self.describe(channel, rows)]
-        tokens, all_rows, truncated = (
-            sum(part[name] for part in parts) for name in ("tokens", "rows", "truncated")
-        )
+        tokens = sum(part["tokens"] for part in parts)
+        truncated = sum(part["truncated_fraction"] for part in parts)
         # The ranks make equally many passes, because in each they wait for each other.
         passes = max(part["passes"] for part in parts)
         batches = self.micro_batches(channel, rows)[self.ranks.local_rank]
@@ -142,7 +141,7 @@ class Learner:
         metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
         metrics |= {
             "tokens": tokens,
-            "truncated_fraction": truncated / all_rows,
+            "truncated_fraction": truncated / len(parts),  # each node has equally many rows
             "lag_max": max(part["lag_max"] for part in parts),
         }
         metrics |= self.step()
@@ -153,8 +152,7 @@ class Learner:
         """What the other nodes must know of this node's rows before they train on theirs."""
         return {
             "tokens": int((channel.length[rows] - channel.prompt_len[rows]).sum()),
-            "rows": len(rows),
-            "truncated": int((channel.finish[rows] == LENGTH).sum()),
+            "truncated_fraction": int((channel.finish[rows] == LENGTH).sum()) / len(rows),
             "lag_max": int(self.lag(channel, rows).max()),
             "passes": max(map(len, self.micro_batches(channel, rows))),
         }

@@ -67,10 +67,8 @@ def read_inputs(config: Config):
     checkpoint, told = on_disk.check_output(config, mark)
     notes += told
     if config.eval_every and not held_out:
-        notes.append(
-            "no evaluation: fewer than 10 prompts, or none has an answer: "
-            "give --eval-prompts, or --eval-every 0 to silence this"
-        )
+        why = "fewer than 10 prompts, or none has an answer"
+        notes.append(f"no evaluation: {why}: give --eval-prompts, or --eval-every 0")
     for note in notes:
         print(f"note: {note}")
     print(f"first prompt: {prompts[0].text!r}")
@@ -196,19 +194,17 @@ class Leader:
     # ---- how it ends --------------------------------------------------------------------------
 
     def lead(self):
-        """Run the main loop. What was learned is saved, unless an update of several ranks broke."""
+        """Run the main loop, and leave it in order."""
         try:
             self.main_loop()
         except Interrupted:
             self.leave("interrupted")
-        except RuntimeError as error:
-            if self.ranks.world_size == 1:  # out of step, several cannot save together
-                self.leave(str(error))
-            raise
         except BaseException as error:
             if isinstance(error, FloatingPointError):
                 self.set_aside()
-            self.leave(str(error) or "an error")
+            # Amid a broken update the ranks are out of step: they cannot save together.
+            if not isinstance(error, RuntimeError) or self.ranks.world_size == 1:
+                self.leave(str(error) or "an error")
             raise
         else:
             self.leave()

@@ -326,6 +326,7 @@ class Node:
                     rows = self.simulation.batch(self, version)
                 if not rows:
                     yield None
+            # train.Leader meets the other nodes before its passes: a difference of two percent.
             yield stages.accumulate(self.passes(rows))
             ready = self.simulation.machine.now
             self.simulation.arrive(version, channel.ticket[rows].tolist())
@@ -360,7 +361,7 @@ class Simulation:
     config: Config
     stages: Stages
     lengths: Callable[[int], int]
-    prompts: list  # with `ids`, as data.Prompt
+    prompts: list  # with `ids`, as support.data.Prompt
     nodes: int = 1
     cores: int = 0  # that all processes share; 0: each has a GPU
     stride: int = 1  # decode steps that are one event, at most

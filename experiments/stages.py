@@ -139,8 +139,8 @@ def watch_serial(watch: Stopwatch, config: Config, updates: int):
         longest = max((rollout.length for rollout in generator.active), default=0)
         return len(generator.active), len(generator.active) * longest
 
-    def padded(table, rows):
-        return (len(rows) * int(table.length[rows].max()),)
+    def padded(channel, rows):
+        return (len(rows) * int(channel.length[rows].max()),)
 
     generator.step = watch.wrap("step", generator.step, slots)
     generator.add = watch.wrap(
@@ -148,7 +148,7 @@ def watch_serial(watch: Stopwatch, config: Config, updates: int):
     )
     teacher.compute = watch.wrap("teacher", teacher.compute, padded)
     learner.backward = watch.wrap(
-        "learner", learner.backward, lambda table, rows, tokens: padded(table, rows)
+        "learner", learner.backward, lambda channel, rows, tokens: padded(channel, rows)
     )
     learner.step = watch.wrap("update", learner.step, lambda: ())
     for number in range(updates):

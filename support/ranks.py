@@ -13,6 +13,7 @@ without closing them is noticed after PATIENCE.
 """
 
 import os
+import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -110,9 +111,21 @@ def join(parent: int):
     require(is_even, "the nodes have different --nproc-per-node: make them the same")
     fits = local_world_size <= gpus or gpus == 0
     require(fits, f"{local_world_size} learner ranks, {gpus} GPUs: lower --nproc-per-node")
+    check_torchrun()
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     return Ranks(rank, world_size, local_world_size, parent)
+
+
+def check_torchrun():
+    """Raise RoleDied if its store is gone, where the ranks meet: they would wait for it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(address, timeout=10).close()
+    except OSError as error:
+        raise RoleDied(f"torchrun died before the start: {error}") from None
 
 
 def broadcast(value=None, group=None):

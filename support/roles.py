@@ -34,9 +34,8 @@ class Roles:
         self.names += [f"teacher {i}" for i in range(config.teachers)]
         start_fork_server()
         try:
-            count = len(self.names)
             options = {"join": False, "daemon": True, "start_method": "forkserver"}
-            self.context = mp.start_processes(entry, arguments, nprocs=count, **options)
+            self.context = mp.start_processes(entry, arguments, len(self.names), **options)
         except (EOFError, ConnectionError):
             raise RoleDied("the fork server died while it started the roles") from None
 

@@ -170,6 +170,7 @@ LOSS_CONFIGS = [
     *[corrected(name, num_samples=n) for n in (1, 4) for name in CORRECTED],
     Config(loss="stratified_reverse_kl", top_k=5, num_samples=3),
 ]
+SHIPPED = [config for config in LOSS_CONFIGS if not config.plugin]
 
 
 def label(config: Config) -> str:

@@ -1,5 +1,6 @@
-"""A GPU that is not there: tensors on the CPU that claim to be on `cuda:0`,
-so that the whole GPU path runs in a test.
+"""A GPU that is not there: tensors on the CPU that claim to be on `cuda:0`.
+
+So the whole GPU path runs in a test.
 
     with pretended_gpu() as gpu:
         ...     # torch.device("cuda") works: factories, .to, autocast, CUDA graphs, Triton launches
@@ -23,7 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from kernels import head
+
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [ROOT, *(ROOT / folder for folder in ("kernels", "support", "experiments"))]
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
 SYNCHRONISING = {
@@ -86,11 +90,7 @@ class Gpu:
         self.graphs = []
 
     def wait(self, what):
-        frames = [
-            f
-            for f in traceback.extract_stack()
-            if Path(f.filename).parent in (ROOT, ROOT / "kernels")
-        ]
+        frames = [f for f in traceback.extract_stack() if Path(f.filename).parent in SOURCES]
         place = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
         assert not self.capturing, f"{place} {what} while a graph is captured"
         self.waits[f"{place} {what}"] += 1
@@ -139,8 +139,10 @@ class Gpu:
 
 
 def run(func, args, kwargs):
-    """An operator on the host. Products with another output dtype exist on CUDA alone:
-    summed in float32, rounded once."""
+    """An operator on the host.
+
+    Products with another output dtype exist on CUDA alone: summed in float32, rounded once.
+    """
     if func is aten.mm.dtype:
         a, b, dtype = args
         assert a.dtype == b.dtype == torch.bfloat16 and dtype in (torch.bfloat16, torch.float32), (
@@ -230,7 +232,7 @@ class Factories(TorchFunctionMode):
 
 
 def launched(launch):
-    """shared.fused_loss, for tensors on the device."""
+    """head.fused_loss, for tensors on the device."""
 
     def run_kernel(*args):
         assert all(
@@ -254,8 +256,6 @@ current = Gpu()
 @contextmanager
 def pretended_gpu():
     global current
-    from kernels import shared
-
     current = Gpu()
     autocast, enabled = torch.autocast, torch.is_autocast_enabled
     swaps = torch.__future__.get_swap_module_params_on_conversion()
@@ -264,7 +264,7 @@ def pretended_gpu():
         "torch.is_autocast_enabled": lambda kind="cpu": enabled("cpu"),
         "torch.cuda.CUDAGraph": Graph,
         "torch.cuda.graph": Graph.capture,
-        "kernels.shared.fused_loss": launched(shared.fused_loss),
+        "kernels.head.fused_loss": launched(head.fused_loss),
     }
     with ExitStack() as stack:
         for name, replacement in patches.items():

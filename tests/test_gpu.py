@@ -1,5 +1,7 @@
 """Claims that only a GPU can test: `python -m pytest -m gpu`.
-On a GPU tests/test_kernels.py runs compiled kernels too."""
+
+On a GPU tests/test_kernels.py runs compiled kernels, too.
+"""
 
 import json
 import subprocess
@@ -10,10 +12,11 @@ import torch
 from conftest import FAMILIES, LOSS_CONFIGS, ROOT, label, new_generator
 
 from channel import Rollout
-from support.load import load_model
-from support.config import Config
 from kernels.head import candidate_loss, head_logits, loss_and_gradient
+from kv_cache import switch_to_slots
 from losses import make_loss
+from support.config import Config
+from support.load import load_model
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -56,8 +59,7 @@ CONFIGS = [*LOSS_CONFIGS[:3], Config(loss="sampled_reverse_kl", num_samples=256)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
 def test_gradients_at_a_real_vocabulary_equal_float64_ones(config, dtype):
-    """The products' rounding is all that differs:
-    float32 log-probabilities in both, bfloat16 gradients in one."""
+    """Only the products' rounding differs: all log-probabilities are float32."""
     hidden, weight, ids, t, b = problem(config, dtype)
     loss, *exact = run(
         config, hidden.double(), weight.to(dtype).double(), ids, t.double(), b.double()
@@ -130,7 +132,8 @@ def test_peak_memory_grows_with_the_chunk_not_with_the_positions():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_through_cuda_graphs_equals_model_generate(family, model_dir):
-    model = load_model(model_dir(family), torch.float32, GPU, "kv_slots")
+    model = load_model(model_dir(family), torch.float32, GPU)
+    switch_to_slots(model, 44)
     reference = load_model(model_dir(family), torch.float32, GPU)
     torch.manual_seed(0)
     prompts = [torch.randint(2, 173, (int(n),)).tolist() for n in torch.randint(1, 20, (11,))]
@@ -155,7 +158,7 @@ def test_decoding_through_cuda_graphs_equals_model_generate(family, model_dir):
     [
         ["--max-staleness=0"],
         ["--loss=forward_kl"],
-        ["--loss=sampled_reverse_kl", "--correction=m2po"],
+        ["--plugin=experiments.corrections", "--loss=sampled_current_m2po"],
         ["--teachers=2"],
         [],
     ],

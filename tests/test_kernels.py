@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 import triton.language as tl
-from conftest import CORRECTED, LOSS_CONFIGS, ROOT, corrected, label
+from conftest import CORRECTED, LOSS_CONFIGS, ROOT, SHIPPED, corrected, label
 from frozen import ROWS
 from test_learner import new_learner, stale_table
 from triton.runtime import interpreter
@@ -118,7 +118,10 @@ def assert_no_worse_than_torch(config, inputs, triton_path, **options):
         assert (o - e).norm() <= 1.5 * (p - e).norm() + 1e-6 * scale, name
 
 
-@pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
+GIVEN = [corrected(f"sampled_{name}", num_samples=4) for name in ("current_m2po", "rollout_ppo")]
+
+
+@pytest.mark.parametrize("config", SHIPPED + GIVEN, ids=label)
 def test_loss_and_gradients_are_as_exact_as_plain_torch(config, triton_path):
     assert_no_worse_than_torch(
         config, single(problem(config)), triton_path, scale=0.8, upstream=3.0

@@ -1,5 +1,4 @@
-"""Claims about the GPU path, on a GPU that is not there (pretended_gpu.py):
-results, waits of the host, captures, planted faults."""
+"""Claims about the GPU path, on a GPU that is not there: results, waits, captures, faults."""
 
 import inspect
 import sys
@@ -7,19 +6,20 @@ import textwrap
 
 import pytest
 import torch
-from conftest import FAMILIES, load_model
+from conftest import CPU, FAMILIES, corrected
 from pretended_gpu import CUDA, host_of, pretended_gpu
 
 from channel import Channel, read_rollout, write_rollout
-from support.config import Config
 from generate import Generator
 from kernels.head import CandidateLoss
+from kv_cache import switch_to_slots
 from learner import Learner, Student
 from losses import make_loss
 from model import flatten_parameters
+from support.config import Config
+from support.load import load_model
 from teacher import Teacher
 
-CPU = torch.device("cpu")
 VOCAB = 173
 SIZES = dict(
     batch_size=5, max_prompt_tokens=12, max_new_tokens=8, micro_batch_tokens=40, head_chunk=7
@@ -28,9 +28,7 @@ LOSSES = {
     "forward_kl": Config(loss="forward_kl", top_k=5, **SIZES),
     "sparse_reverse_kl": Config(loss="sparse_reverse_kl", top_k=5, **SIZES),
     "sampled_reverse_kl": Config(loss="sampled_reverse_kl", num_samples=3, **SIZES),
-    "m2po": Config(
-        loss="sampled_reverse_kl", num_samples=3, correction="m2po", temperature=0.7, **SIZES
-    ),
+    "m2po": corrected("sampled_current_m2po", num_samples=3, temperature=0.7, **SIZES),
     "stratified_reverse_kl": Config(top_k=5, **SIZES),
 }
 # Where the host may wait for the device: between steps, once a rollout, once a batch.
@@ -47,13 +45,16 @@ WAITS = {
     "teacher.py:look_up to host",
     "learner.py:<genexpr> to device",  # the candidates of a micro-batch
     "learner.py:forward to device",
-    "baselines.py:look_ahead to host",  # M2PO
-    "learner.py:accumulate to host",  # the metrics of an update
+    "corrections.py:<listcomp> to host",  # M2PO
+    "learner.py:update to host",  # the metrics of an update
     "learner.py:step to host",  # the gradient norm: for the check in clip_grad_norm_, and for us
     "learner.py:step _local_scalar_dense",
     "channel.py:publish to host",
     "channel.py:pick_up to device",
 }
+
+
+LOADING = ("load.py:", "kv_cache.py:", "config.py:require ")  # these look at their own results
 
 
 def prompts():
@@ -65,7 +66,8 @@ def prompts():
 
 def roles(config, paths, device, dtype):
     """Every role once, on one table; what they wrote, and the learner's metrics."""
-    sampler = load_model(paths[0], dtype, device, "kv_slots")
+    sampler = load_model(paths[0], dtype, device)
+    switch_to_slots(sampler, config.max_sequence)
     teacher = Teacher(load_model(paths[1], dtype, device), config, VOCAB)
     learner = Learner(load_model(paths[0], torch.float32, device), config, VOCAB, dtype)
     flat = flatten_parameters(sampler)
@@ -96,7 +98,7 @@ def roles(config, paths, device, dtype):
 def on_gpu(config, paths, dtype=torch.float32):
     with pretended_gpu() as gpu:
         found = roles(config, paths, CUDA, dtype)
-    return found, {wait for wait in gpu.waits if not wait.startswith("checks.py:")}  # of loading
+    return found, {wait for wait in gpu.waits if not wait.startswith(LOADING)}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ FAULTS = {
         Generator,
         "decode",
         "position.add_(1)",
-        "position.add_(1 + 0 * int(index[0]))",
+        "position.add_(1 + 0 * int(slots[0]))",
         "_local_scalar_dense while a graph is captured",
     ),
     "a tensor of a capture used after it": (
@@ -190,7 +192,7 @@ FAULTS = {
         Generator,
         "replay",
         "graph = torch.cuda.CUDAGraph()",
-        "graph = torch.cuda.CUDAGraph(); self.index.add_(1)",
+        "graph = torch.cuda.CUDAGraph(); self.r.add_(1)",
         None,
     ),
 }
@@ -199,16 +201,15 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault, paths, monkeypatch):
     owner, name, old, new, message = FAULTS[fault]
-    config, dtype = (
-        LOSSES["stratified_reverse_kl"],
-        torch.bfloat16 if fault == "a missing cast" else torch.float32,
-    )
-    expected = roles(config, paths["qwen3"], CPU, torch.float32)
-    plant(monkeypatch, owner, name, old, new)
-    if message:
+    config = LOSSES["stratified_reverse_kl"]
+    if message:  # it is refused
+        plant(monkeypatch, owner, name, old, new)
+        dtype = torch.bfloat16 if fault == "a missing cast" else torch.float32
         with pytest.raises((AssertionError, RuntimeError, ValueError), match=message):
             on_gpu(config, paths["qwen3"], dtype)
         return
+    expected = roles(config, paths["qwen3"], CPU, torch.float32)
+    plant(monkeypatch, owner, name, old, new)
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
         found, _ = on_gpu(config, paths["qwen3"])
         torch.testing.assert_close(found["tokens"], expected["tokens"])

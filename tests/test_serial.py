@@ -11,11 +11,11 @@ from conftest import ROOT, load
 from frozen import full_logp
 from test_train import BASE, finish, metrics, start
 
-from checks import load_tokenizer
-from support.config import Config, parse
-from support.data import load_prompts
 from model import flat_parameters
 from serial import Serial
+from support.config import Config, parse
+from support.data import load_prompts
+from support.load import load_tokenizer
 
 SYNC = ["--max-staleness=0", "--steps=3", "--eval-every=3", "--slots=5"]
 

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LOSS_CONFIGS, label, load, make_table, new_generator
+from conftest import LOSS_CONFIGS, SHIPPED, label, load, load_with_slots, make_table, new_generator
 from frozen import MAX_NEW, ROLLOUTS, ROWS, STOPS, full_logp, unscored_table
 
 from channel import Rollout
-from support.config import Config
 from losses import make_loss
 from model import head_weight, predicting_positions, row_batches
+from support.config import Config
 from teacher import Teacher, TopKCache, ready_rows
 
 
@@ -60,16 +60,13 @@ def test_for_forward_kl_the_teacher_proposes_its_own_top_k(model_dir):
         )
 
 
-@pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
+@pytest.mark.parametrize("config", SHIPPED, ids=label)
 def test_teacher_equal_to_student_agrees_at_every_candidate(config, model_dir):
-    """Catches every off-by-one between generator and teacher:
-    same model, same ids, same log-probabilities."""
-    settings = {
-        name: getattr(config, name) for name in ("loss", "top_k", "num_samples", "temperature")
-    }
-    generator = new_generator(
-        load(model_dir(), "kv_slots"), STOPS, max_prompt=16, max_new=MAX_NEW, **settings
-    )
+    """Catches every off-by-one between generator and teacher: one model, so equal numbers."""
+    names = ("loss", "plugin", "top_k", "num_samples", "temperature")
+    settings = {name: getattr(config, name) for name in names}
+    model = load_with_slots(model_dir())
+    generator = new_generator(model, STOPS, max_prompt=16, max_new=MAX_NEW, **settings)
     rollouts = generator.generate(
         [Rollout(prompt, ticket) for ticket, (prompt, _) in enumerate(ROLLOUTS)]
     )
