@@ -710,6 +710,20 @@ def test_once_all_is_solved_the_student_trains(tmp_path):
 
 
 @pytest.mark.slow
+def test_estimators_are_ranked_and_who_fails_the_tests_is_left_out(trees, tmp_path):
+    places = [submission(tmp_path / "right", alone(11)), trees / "student"]
+    command = [sys.executable, trees / "instructor" / "rank.py", *places, *ANYWAY]
+    command += ["--updates", "1", "--seeds", "1", "--lags", "0"]
+    result = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "student is left out: 0 of 10 points" in result.stdout
+    _, *lines = (tmp_path / "ranking.csv").read_text().splitlines()
+    values = {name: float(value) for name, _, value in (line.split(",") for line in lines)}
+    assert len(values) == 2 and values.keys() > {"right"} and max(values.values()) < 100
+
+
+@pytest.mark.slow
 def test_a_grader_that_is_killed_leaves_no_process(trees, tmp_path):
     """Its submission spins, and ends with the judge."""
     place = submission(tmp_path / "spins", attack_files(trees, ATTACKS["spins"]))
