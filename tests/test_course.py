@@ -698,14 +698,18 @@ def test_once_all_is_solved_the_student_trains(tmp_path):
     names = [name for one in EXERCISES for name in one.functions]
     files = build.with_solutions(build.all_blank(solution, EXERCISES), solution, names)
     build.write_tree(tmp_path / "tree", files, EXERCISES)
+    mine = ["--plugin", "estimator.py", "--loss", "mine"]
     for command in (
-        ["serial.py", "--steps", "2"],
-        ["train.py", "--steps", "2"],
-        ["train.py", "--plugin", "estimator.py", "--loss", "mine", "--steps", "2"],
-        ["experiment.py", "mine", "--plugin", "estimator.py", "--loss", "mine", "--steps", "2"],
+        ["serial.py"],
+        ["train.py"],
+        ["train.py", *mine, "--output-dir", "runs/mine"],
+        ["experiment.py", "mine", *mine],
     ):
         subprocess.run(
-            [sys.executable, *command], cwd=tmp_path / "tree", check=True, capture_output=True
+            [sys.executable, *command, "--steps", "2"],
+            cwd=tmp_path / "tree",
+            check=True,
+            capture_output=True,
         )
 
 
