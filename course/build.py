@@ -162,7 +162,8 @@ def write_tree(tree: Path, files: dict, exercises):
             copy(picture, tree / "handouts" / "pictures" / picture.name)
     package = tree / "package.py"
     names = sorted({path for exercise in exercises for path in exercise.files})
-    package.write_text(package.read_text().replace("FILES = ()", f"FILES = {tuple(names)!r}"))
+    lines = "".join(f"    {toml_text(name)},\n" for name in names)
+    package.write_text(package.read_text().replace("FILES = ()", f"FILES = (\n{lines})"))
     readme = tree / "README.md"
     readme.write_text(readme.read_text().replace("<!-- exercises -->", table(exercises)))
 

@@ -6,6 +6,8 @@ The syntax tree says where a function stands. Everything else keeps its text, co
 import ast
 import textwrap
 
+COLUMNS = 100
+
 
 def functions(text: str):
     """Qualified name -> node of every function and method: `name`, `Class.name`."""
@@ -44,11 +46,13 @@ def replace_lines(text: str, first: int, last: int, new: str):
 
 
 def quoted(docstring: str, indent: str):
-    """A docstring as it stands in a file."""
-    lines = textwrap.dedent(docstring).strip().splitlines()
-    end = '"""' if len(lines) == 1 else f'\n{indent}"""'
-    inside = "\n".join((indent + line).rstrip() for line in lines).strip()
-    return f'{indent}"""{inside}{end}\n'
+    """A docstring as it stands in a file. Its paragraphs are filled anew."""
+    paragraphs = f'"""{textwrap.dedent(docstring).strip()}'.split("\n\n")
+    margins = {"initial_indent": indent, "subsequent_indent": indent}
+    filled = [textwrap.fill(one, COLUMNS, break_on_hyphens=False, **margins) for one in paragraphs]
+    inside = "\n\n".join(filled)
+    fits = "\n" not in inside and len(inside) + 3 <= COLUMNS
+    return inside + ('"""\n' if fits else f'\n{indent}"""\n')
 
 
 def blank(text: str, name: str, message: str, docstring: str | None = None):

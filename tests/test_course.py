@@ -187,8 +187,8 @@ def test_an_assignment_is_never_overwritten(trees):
 def test_exercises_that_a_course_does_without_are_left_in(tmp_path):
     build.build(tmp_path, solved=[3, 10])
     assert not (tmp_path / "student" / "handouts" / "03_cache.md").exists()
-    solved = (tmp_path / "student" / "attention.py").read_text()
-    assert solved == (ROOT / "attention.py").read_text()
+    solved = (tmp_path / "student" / "kv_cache.py").read_text()
+    assert solved == (ROOT / "kv_cache.py").read_text()
     with pytest.raises(KeyError, match=r"\[99\]"):
         build.build(tmp_path / "again", solved=[99])
 
@@ -575,9 +575,9 @@ def test_functions_that_do_next_to_nothing_score_next_to_nothing(trees, tmp_path
     functions = {
         "model.py": """
 def predicting_positions(prompt_len, length): return slice(0, length - prompt_len)
-def response_hidden(model, table, rows): return torch.zeros(len(rows), model.config.hidden_size)
+def response_hidden(model, channel, rows): return torch.zeros(len(rows), model.config.hidden_size)
 """,
-        "kernels/shared.py": """
+        "kernels/fused_loss.py": """
 @triton.jit
 def row_logsumexp(row, V, LANES: constexpr): return tl.load(row).to(tl.float32)
 @triton.jit
@@ -597,16 +597,18 @@ def backward(ctx, *_):
     return (*map(torch.zeros_like, ctx.saved_tensors), *[None] * 6)
 CandidateLoss.backward = staticmethod(backward)
 """,
-        "channel.py": """
+        "tickets.py": """
 def may_start(ticket, weight_version, config): return True
 def batch(self, version):
     rows = list(self.scored.values())[: self.config.batch_size]
     return rows if len(rows) == self.config.batch_size else None
 Tickets.batch = batch
+""",
+        "channel.py": """
 Channel.publish = lambda self, parts, version: None
 Channel.pick_up = lambda self, flat: flat.copy_(self.weights[0]) is None
 """,
-        "attention.py": """
+        "kv_cache.py": """
 def may_see(now, length, window): return torch.ones(len(now), length, dtype=torch.bool)
 def mask(self, window, dtype):
     return torch.zeros(len(self.position), 1, 1, self.length, dtype=dtype)
@@ -696,14 +698,33 @@ def test_once_all_is_solved_the_student_trains(tmp_path):
     names = [name for one in EXERCISES for name in one.functions]
     files = build.with_solutions(build.all_blank(solution, EXERCISES), solution, names)
     build.write_tree(tmp_path / "tree", files, EXERCISES)
+    mine = ["--plugin", "estimator.py", "--loss", "mine"]
     for command in (
-        ["serial.py", "--steps", "2"],
-        ["train.py", "--steps", "2"],
-        ["experiment.py", "mine", "--loss", "mine", "--steps", "2"],
+        ["serial.py"],
+        ["train.py"],
+        ["train.py", *mine, "--output-dir", "runs/mine"],
+        ["experiment.py", "mine", *mine],
     ):
         subprocess.run(
-            [sys.executable, *command], cwd=tmp_path / "tree", check=True, capture_output=True
+            [sys.executable, *command, "--steps", "2"],
+            cwd=tmp_path / "tree",
+            check=True,
+            capture_output=True,
         )
+
+
+@pytest.mark.slow
+def test_estimators_are_ranked_and_who_fails_the_tests_is_left_out(trees, tmp_path):
+    places = [submission(tmp_path / "right", alone(11)), trees / "student"]
+    command = [sys.executable, trees / "instructor" / "rank.py", *places, *ANYWAY]
+    command += ["--updates", "1", "--seeds", "1", "--lags", "0"]
+    result = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "student is left out: 0 of 10 points" in result.stdout
+    _, *lines = (tmp_path / "ranking.csv").read_text().splitlines()
+    values = {name: float(value) for name, _, value in (line.split(",") for line in lines)}
+    assert len(values) == 2 and values.keys() > {"right"} and max(values.values()) < 100
 
 
 @pytest.mark.slow
@@ -735,7 +756,7 @@ def wait_until(condition, seconds=60.0):
 
 
 @pytest.mark.slow
-def test_a_blank_in_sampling_attention_or_tickets_fails_no_test_of_the_learner_or_the_teacher(
+def test_a_blank_in_sampling_the_cache_or_tickets_fails_no_test_of_the_learner_or_the_teacher(
     tmp_path,
 ):
     """All but the one that compares the generator with the teacher."""

@@ -38,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "clean" / "tests")]
@@ -238,8 +239,11 @@ def grade_apart(submission: Path, exercises: dict, limit: float, sandboxed: bool
 @contextmanager
 def one_temporary_directory():
     """Everything temporary lies in it, so a judge that is killed leaves nothing."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        os.environ["TMPDIR"] = tempfile.tempdir = directory
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
+        mock.patch.object(tempfile, "tempdir", directory),
+        mock.patch.dict(os.environ, TMPDIR=directory),
+    ):
         yield
 
 

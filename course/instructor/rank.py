@@ -46,15 +46,21 @@ def train(tree: str, loss: str, lag: str, updates: str, seed: str):
     """Print the mean reverse KL of the last updates."""
     os.chdir(tree)
     sys.path[0] = tree
-    import experiment  # the solution's
+    import torch
 
-    experiment.Mine.propose = experiment.losses.Proposal.propose  # no other counts
-    experiment.losses.LOSSES["mine"] = experiment.Mine
-    experiment.torch.set_num_threads(1)
-    flags = ["--loss", loss, "--max-staleness", lag, "--steps", updates, "--seed", seed]
-    config = experiment.parse(flags)
-    tokenizer = experiment.load_tokenizer("--student", config.student_path)
-    run = experiment.Serial(config, int(lag), *experiment.load_prompts(config, tokenizer))
+    import losses
+    from serial import Serial
+    from support.config import parse
+    from support.data import load_prompts
+    from support.load import load_tokenizer
+
+    torch.set_num_threads(1)
+    flags = ["--plugin", "estimator.py", "--loss", loss]
+    flags += ["--max-staleness", lag, "--steps", updates, "--seed", seed]
+    config = parse(flags)
+    losses.LOSSES[loss].propose = losses.Proposal.propose  # no other counts
+    tokenizer = load_tokenizer("--student", config.student_path)
+    run = Serial(config, int(lag), *load_prompts(config, tokenizer))
     found = []
     for _ in range(config.steps):
         run.update()

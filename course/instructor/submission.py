@@ -8,6 +8,7 @@ import stat
 import tempfile
 import unicodedata
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -140,8 +141,8 @@ def is_inside(path: Path, directory: Path):
 def notes_about(name: str, data: bytes):
     """What an instructor should know about a file that was handed in."""
     text = unicodedata.normalize("NFKC", data.decode(errors="replace"))
-    words = [set(re.findall(r"\w+", one)) for one in (text, (CLEAN / name).read_text())]
-    unusual = sorted((words[0] - words[1]) & UNUSUAL)
+    words = [Counter(re.findall(r"\w+", one)) for one in (text, (CLEAN / name).read_text())]
+    unusual = sorted((words[0] - words[1]).keys() & UNUSUAL)
     notes = [f"{name} uses {', '.join(unusual)}: {READ_IT}"] if unusual else []
     try:
         compile(data, name, "exec")

@@ -5,9 +5,8 @@
         --max-staleness 8
 
 The label comes first, then options of serial.py. Without --max-staleness the lag is 0 here, and a
-run has 100 updates. `--loss mine` is the class of estimator.py. The curves are kept in curves.csv:
-delete it to begin again. The picture, curves.png, needs matplotlib:
-.venv/bin/python -m pip install matplotlib.
+run has 100 updates. The curves are kept in curves.csv: delete it to begin again. The picture,
+curves.png, needs matplotlib: .venv/bin/python -m pip install matplotlib.
 """
 
 import csv
@@ -16,12 +15,10 @@ from pathlib import Path
 
 import torch
 
-import losses
-from checks import load_tokenizer
-from config import InputError, parse
-from data import load_prompts
-from estimator import Mine
 from serial import Serial
+from support.config import InputError, parse
+from support.data import load_prompts
+from support.load import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 CURVES = HERE / "curves.csv"
@@ -73,13 +70,12 @@ def draw():
 def main():
     if len(sys.argv) < 2 or sys.argv[1].startswith("--"):
         sys.exit(__doc__)
-    losses.LOSSES["mine"] = Mine
     try:
         lines = train(sys.argv[1], sys.argv[2:])
-    except InputError as error:
-        sys.exit(f"experiment.py: error: {error}")
-    except NotImplementedError as error:
-        sys.exit(f"experiment.py: error: not written yet: {error}")
+    except (InputError, NotImplementedError) as error:
+        blanks = [one for one in (error, error.__cause__) if isinstance(one, NotImplementedError)]
+        said = f"not written yet: {blanks[0]}" if blanks else error
+        sys.exit(f"experiment.py: error: {said}")
     is_new = not CURVES.exists()
     with open(CURVES, "a", newline="") as file:
         writer = csv.writer(file)

@@ -12,11 +12,12 @@ def positions(prompt_len: int, length: int):
 
 @torch.no_grad()
 def hidden_of(rows, tokens=None, length=None):
-    """response_hidden of the built-in teacher on rows of the frozen table: [T,D].
+    """response_hidden of the built-in teacher on rows of the frozen table: [T,F].
 
     `tokens` and `length` take the place of the table's.
     """
     import tiny
+
     from model import response_hidden
 
     table = tiny.frozen_table()
@@ -28,7 +29,8 @@ def hidden_of(rows, tokens=None, length=None):
 def teacher_scores():
     """teacher_logp of the frozen table, as teacher.Teacher computes it with your functions."""
     import tiny
-    from config import Config
+
+    from support.config import Config
     from teacher import Teacher
 
     table = tiny.frozen_table()

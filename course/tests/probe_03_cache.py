@@ -4,8 +4,8 @@ import torch
 
 
 def visible(now, length: int, window):
-    """attention.may_see as a list of lists: the positions that each query sees."""
-    from attention import may_see
+    """kv_cache.may_see as a list of lists: the positions that each query sees."""
+    from kv_cache import may_see
 
     seen = may_see(now, length, window)
     assert seen.dtype == torch.bool, f"may_see returns {seen.dtype}, not torch.bool"
@@ -15,7 +15,7 @@ def visible(now, length: int, window):
 
 def mask_of(position, length: int, windows, dtype):
     """Decode.mask for each of `windows`, asked of one step in this order."""
-    from attention import Decode
+    from kv_cache import Decode
 
     step = Decode(None, position, length)
     return [step.mask(window, dtype) for window in windows]
@@ -23,7 +23,7 @@ def mask_of(position, length: int, windows, dtype):
 
 def mask_is_kept(position, length: int, windows):
     """For each window whether Decode.mask gives the same memory when it is asked again."""
-    from attention import Decode
+    from kv_cache import Decode
 
     step = Decode(None, position, length)
     first = [step.mask(window, torch.float32) for window in windows]
@@ -37,7 +37,7 @@ def attend_prefill(cached, slots, query, key, value, scaling, window):
 
     Returns what comes out, and the keys and values in the cache behind it.
     """
-    from attention import KVCache, Prefill
+    from kv_cache import KVCache, Prefill
 
     count, _, length, _ = cached[0].shape
     cache = KVCache(count, length)
@@ -50,7 +50,7 @@ def attend_prefill(cached, slots, query, key, value, scaling, window):
 @torch.no_grad()
 def attend_decode(cached, position, length: int, query, key, value, scaling, window):
     """The same with Decode.attend: one new token for each of the slots [0, A)."""
-    from attention import Decode, KVCache
+    from kv_cache import Decode, KVCache
 
     count, _, total, _ = cached[0].shape
     cache = KVCache(count, total)
@@ -65,12 +65,13 @@ def rollouts(family: str, prompts, slots: int, max_new_tokens: int, stops, greed
 
     `greedy`: the most probable token, or else any token, whatever the model says.
     """
-    import attention  # noqa: F401, which makes "kv_slots" known to transformers
     import tiny
+
+    import kv_cache  # noqa: F401, which makes "kv_slots" known to transformers
     from channel import Rollout
-    from config import Config
     from generate import Generator
     from losses import Greedy, Proposal
+    from support.config import Config
 
     class Anything(Proposal):
         def propose(self, logits, uniforms):

@@ -22,24 +22,24 @@ def on_node(node: int, nodes: int):
 
 
 def new_tickets(config):
-    """channel.Tickets on a table of its own."""
-    from channel import Tickets
-    from data import Prompt
+    """tickets.Tickets on a channel of its own."""
+    from support.data import Prompt
+    from tickets import Tickets
 
     rows = config.table_rows
-    table = SimpleNamespace(
+    channel = SimpleNamespace(
         tokens=torch.zeros(rows, 4, dtype=torch.int32),
         prompt_len=torch.zeros(rows, dtype=torch.int32),
         ticket=torch.zeros(rows, dtype=torch.int64),
         to_generator=TicketQueue(),
     )
-    return Tickets(config, table, [Prompt("1", [1])])
+    return Tickets(config, channel, [Prompt("1", [1])])
 
 
 def admitted(settings: dict, version: int, count: int, node: int = 0, nodes: int = 1):
     """The tickets below `count` that may_start admits to weights of `version`."""
-    from channel import may_start
-    from config import Config
+    from support.config import Config
+    from tickets import may_start
 
     with on_node(node, nodes):
         config = Config(**settings)
@@ -48,7 +48,7 @@ def admitted(settings: dict, version: int, count: int, node: int = 0, nodes: int
 
 def batches(settings: dict, version: int, arrivals, node: int = 0, nodes: int = 1):
     """What Tickets.batch returns after each arrival. `arrivals`: pairs of a ticket and its row."""
-    from config import Config
+    from support.config import Config
 
     with on_node(node, nodes):
         tickets = new_tickets(Config(**settings))
@@ -68,12 +68,12 @@ def pipeline(settings: dict, responses: list[int], training: int):
     an update takes `training`. Scoring takes none. As in train.py, a ticket may start on the
     weights that the generator has, and these change when the refresh of the settings allows it.
     """
-    from channel import may_start
-    from config import Config
+    from support.config import Config
+    from tickets import may_start
 
     config = Config(**settings)
     tickets = new_tickets(config)
-    table = tickets.channel
+    channel = tickets.channel
     version = weights = 0  # of the learner, of the generator
     active, sampled_by, in_training, trained = {}, {}, [], []
     until = None  # the round in which the update at hand ends
@@ -87,19 +87,19 @@ def pipeline(settings: dict, responses: list[int], training: int):
             tickets.issue(version)
         if config.refresh == "in_flight" or not active:
             weights = version
-        while table.to_generator and len(active) < config.slots:
-            row = table.to_generator[0]
-            ticket = int(table.ticket[row])
+        while channel.to_generator and len(active) < config.slots:
+            row = channel.to_generator[0]
+            ticket = int(channel.ticket[row])
             if not may_start(ticket, weights, config):
                 break
-            table.to_generator.pop(0)
+            channel.to_generator.pop(0)
             active[row] = now + responses[ticket % len(responses)]
             sampled_by[ticket] = weights
         done = [row for row, end in active.items() if end == now + 1]
         active = {row: end for row, end in active.items() if row not in done}
         tickets.receive(done)
         if until is None and (rows := tickets.batch(version)):
-            in_training, until = rows, now + 1 + training
-            of_rows = [int(table.ticket[row]) for row in rows]
-            trained += [(version, ticket, sampled_by[ticket], now) for ticket in of_rows]
+            in_training = [int(channel.ticket[row]) for row in rows]
+            until = now + 1 + training
+            trained += [(version, ticket, sampled_by[ticket], now) for ticket in in_training]
     return trained

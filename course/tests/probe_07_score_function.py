@@ -5,8 +5,8 @@ import torch
 
 def loss_and_gradient(loss: str, settings: dict, s, t, b):
     """(value [T], its derivative with respect to s [T,C]) of a loss of losses.LOSSES."""
-    from config import Config
     from losses import LOSSES
+    from support.config import Config
 
     s = s.clone().requires_grad_()
     value = LOSSES[loss](Config(loss=loss, **settings)).value(s, t, b)
@@ -16,7 +16,7 @@ def loss_and_gradient(loss: str, settings: dict, s, t, b):
 
 def reverse_kl_estimate(loss: str, settings: dict, s, t, b):
     """Loss.reverse_kl of each position [T]."""
-    from config import Config
     from losses import LOSSES
+    from support.config import Config
 
     return LOSSES[loss](Config(loss=loss, **settings)).reverse_kl(s, t, b)

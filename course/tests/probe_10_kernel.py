@@ -2,7 +2,7 @@
 
 The interpreter runs the programs one after the other, and every operation on all lanes at once. So
 it computes right numbers even if threads would race. `interpreted` notes every access to memory,
-with the line of kernels/shared.py that it comes from. The tests look for races in these notes.
+with the line of kernels/fused_loss.py that it comes from. The tests look for races in these notes.
 """
 
 import sys
@@ -36,6 +36,12 @@ def overwrite_alone(row, grad_row, lse, c_sum, V, FUNCTION: constexpr, LANES: co
     FUNCTION(row, grad_row, tl.load(lse), tl.load(c_sum), V, LANES)
 
 
+@triton.jit
+def given(s, t, b, k, first_draw, C):
+    """kernels.terms.given: the derivative of the loss is known."""
+    return t, t
+
+
 # ---- the interpreter, watched -----------------------------------------------------------------
 
 
@@ -65,7 +71,7 @@ class Notes:
 
     kind       load, store, atomic or barrier
     program    its number
-    line       of kernels/shared.py
+    line       of kernels/fused_loss.py
     The following, of loads and stores alone:
     shape      of the block that is loaded or stored
     size       of an entry, bytes
@@ -131,12 +137,13 @@ class Notes:
 @contextmanager
 def interpreted(first: int = 0):
     """Run kernels in the interpreter, and yield the list of events that fills meanwhile."""
-    from kernels import shared
     from triton.runtime import interpreter
+
+    from kernels import fused_loss
 
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("this test needs Triton's interpreter: set TRITON_INTERPRET=1")
-    notes = Notes(shared.__file__, first)
+    notes = Notes(fused_loss.__file__, first)
     rounding = nearest_even(interpreter._convert_float)
     with ExitStack() as stack:
         for patch in notes.patches():
@@ -172,25 +179,25 @@ def changed(buffer, inside):
 
 def logsumexp_of(row):
     """row_logsumexp of a row [V]."""
-    from kernels import shared
+    from kernels import fused_loss
 
-    lanes = shared.launch_shape(len(row), 1)["LANES"]
+    lanes = fused_loss.launch_shape(len(row), 1)["LANES"]
     _, inside = guarded(row[None], lanes)
     out = torch.zeros(1)
     with interpreted():
-        logsumexp_alone[(1,)](inside, out, len(row), shared.row_logsumexp, LANES=lanes)
+        logsumexp_alone[(1,)](inside, out, len(row), fused_loss.row_logsumexp, LANES=lanes)
     return out[0]
 
 
 def candidates_gradient(s, ids, c):
     """gradient_at_candidates of one position: [C] each -> [C]. Behind c lies NaN."""
-    from kernels import shared
+    from kernels import fused_loss
 
     behind = torch.full((512,), torch.nan)
     c_sum, c = c.sum()[None], torch.cat([c, behind])[: len(c)]
     ids = torch.cat([ids, ids[:1].expand(512)])[: len(ids)]
-    out, width = torch.zeros_like(s), shared.launch_shape(512, len(s))["CANDIDATES"]
-    sizes = (len(s), shared.gradient_at_candidates)
+    out, width = torch.zeros_like(s), fused_loss.launch_shape(512, len(s))["CANDIDATES"]
+    sizes = (len(s), fused_loss.gradient_at_candidates)
     with interpreted():
         candidates_alone[(1,)](s, ids, c, c_sum, out, *sizes, CANDIDATES=width)
     return out
@@ -203,15 +210,15 @@ def overwritten_row(logits, lse: float, c_sum: float, dtype: str):
     outside   how many entries before and behind the row changed
     events    see Notes; `threads` of a program, `bytes` of the logits
     """
-    from kernels import shared
+    from kernels import fused_loss
 
-    shape = shared.launch_shape(len(logits), 1)
+    shape = fused_loss.launch_shape(len(logits), 1)
     buffer, inside = guarded(logits[None], shape["LANES"])
     gradient = inside.view(getattr(torch, dtype))[0, : len(logits)]
     numbers = (torch.tensor([lse]), torch.tensor([c_sum]), len(logits))
     with interpreted(inside.data_ptr()) as events:
         overwrite_alone[(1,)](
-            inside, gradient, *numbers, shared.overwrite_row, LANES=shape["LANES"]
+            inside, gradient, *numbers, fused_loss.overwrite_row, LANES=shape["LANES"]
         )
     return {
         "gradient": gradient.clone(),
@@ -224,13 +231,13 @@ def overwritten_row(logits, lse: float, c_sum: float, dtype: str):
 
 def whole_kernel(logits, ids, c, dtype: str):
     """The kernel on rows [G,V] with a given derivative c of the candidates [G,C]."""
-    from kernels import shared
+    from kernels import fused_loss
 
-    shape = shared.launch_shape(logits.shape[1], ids.shape[1])
+    shape = fused_loss.launch_shape(logits.shape[1], ids.shape[1])
     buffer, inside = guarded(logits, shape["LANES"])
     with interpreted(inside.data_ptr()) as events:
-        _, student_logp, gradient = shared.fused_loss(
-            shared.given, inside, ids, c, c, getattr(torch, dtype), 0, 0
+        _, student_logp, gradient = fused_loss.fused_loss(
+            given, inside, ids, c, c, getattr(torch, dtype), 0, 0
         )
     return {
         "student_logp": student_logp,
@@ -249,13 +256,14 @@ def front_end(vocab: int, columns: int, logits: str, gradient: str):
 
     `logits` and `gradient` are dtypes as the compiler writes them, such as "fp32".
     """
-    from kernels import shared
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, CompilationError, make_backend
 
-    kernel = shared.loss_kernel
-    constants = shared.launch_shape(vocab, columns) | {"TERMS": shared.given}
+    from kernels import fused_loss
+
+    kernel = fused_loss.loss_kernel
+    constants = fused_loss.launch_shape(vocab, columns) | {"TERMS": given}
     options = {"num_warps": constants.pop("num_warps")}
     types = dict.fromkeys(kernel.arg_names, "*fp32")
     types |= dict.fromkeys(("V", "C", "grad_stride", "first", "first_draw"), "i32")
@@ -291,12 +299,12 @@ def refusal(error):
 
 def compiled_kernel(logits, ids, c, dtype: str):
     """The same, compiled, on a GPU."""
-    from kernels import shared
+    from kernels import fused_loss
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("Triton is in its interpreter: set TRITON_INTERPRET=0 for this test")
     logits, ids, c = (one.to("cuda") for one in (logits, ids, c))
-    _, student_logp, gradient = shared.fused_loss(
-        shared.given, logits, ids, c, c, getattr(torch, dtype), 0, 0
+    _, student_logp, gradient = fused_loss.fused_loss(
+        given, logits, ids, c, c, getattr(torch, dtype), 0, 0
     )
     return {"student_logp": student_logp.cpu(), "gradient": gradient.cpu()}

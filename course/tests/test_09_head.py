@@ -100,4 +100,4 @@ def test_three_products_a_chunk(student):
     found = student.head_work(*inputs, 8)
     check(found["largest"] <= 8, f"8 positions a chunk, and a table has {found['largest']} rows")
     products = found["multiplications"] / (50 * 101 * 12)
-    check(products == 3, f"there are {products:g} products of T V D multiplications, not 3")
+    check(products == 3, f"there are {products:g} products of T V F multiplications, not 3")
