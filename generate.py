@@ -144,10 +144,9 @@ class Generator:
         position = self.position[:active]
         step = Decode(self.cache, position, length)
         tokens = self.last_token[:active, None]  # [A,1]
-        at = position[:, None]
-        hidden = last_hidden(self.model, tokens, position_ids=at, slot_step=step)[:, 0]  # [A,F]
+        hidden = last_hidden(self.model, tokens, position_ids=position[:, None], slot_step=step)
         weight = head_weight(self.model)[: self.vocab]
-        logits = head_logits(hidden, weight, 1.0 / self.config.temperature)  # [A,V]
+        logits = head_logits(hidden[:, 0], weight, 1.0 / self.config.temperature)  # [A,V]
         ids, logp = self.proposal.propose(logits, self.uniforms[slots, r])  # [A,C]
         self.candidate_ids[slots, r] = ids
         self.behavior_logp[slots, r] = logp

@@ -41,7 +41,6 @@ SUMMED = (
     "drift_k3",
     "support_mass_student",
     "support_mass_teacher",
-    "lag_mean",
 )
 
 
@@ -142,6 +141,7 @@ class Learner:
         metrics |= {
             "tokens": tokens,
             "truncated_fraction": truncated / len(parts),  # each node has equally many rows
+            "lag_mean": sum(part["lag_sum"] for part in parts) / tokens,
             "lag_max": max(part["lag_max"] for part in parts),
         }
         metrics |= self.step()
@@ -150,16 +150,14 @@ class Learner:
 
     def describe(self, channel: Channel, rows: list[int]):
         """What the other nodes must know of this node's rows before they train on theirs."""
+        lag = self.version - of_responses(channel, rows, channel.weight_version)  # [T]
         return {
-            "tokens": int((channel.length[rows] - channel.prompt_len[rows]).sum()),
+            "tokens": len(lag),
             "truncated_fraction": int((channel.finish[rows] == LENGTH).sum()) / len(rows),
-            "lag_max": int(self.lag(channel, rows).max()),
+            "lag_sum": int(lag.sum()),
+            "lag_max": int(lag.max()),
             "passes": max(map(len, self.micro_batches(channel, rows))),
         }
-
-    def lag(self, channel, rows):
-        """Updates since each response token was sampled: [T]."""
-        return self.version - of_responses(channel, rows, channel.weight_version)
 
     def micro_batches(self, channel, rows):
         """For every rank of the node its share of the rows, in groups for a forward pass each."""
@@ -180,7 +178,6 @@ class Learner:
             (-drift).expm1() + drift,  # k3 estimate: no term is negative
             self.loss.support_probs(ids, s),
             self.loss.support_probs(ids, t),
-            self.lag(channel, rows).to(self.device),
         )
         return torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
 

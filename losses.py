@@ -130,19 +130,22 @@ class Loss(Proposal):
         raise NotImplementedError(f"{type(self).__name__} has no `value`")
 
     def check(self):
-        """Raise ValueError unless `value` gives one number a position, with a gradient to s.
+        """Raise ValueError unless `propose` fills its columns and `value` gives [T] with a gradient.
 
-        The learner would add up whatever it gets: a mean over the positions, for one.
+        The table and the learner would take other shapes without a word: a mean, for one.
         """
-        columns = (5, self.num_columns)
-        s = torch.full(columns, -1.0, requires_grad=True)
-        value = self.value(s, torch.full(columns, -2.0), torch.full(columns, -3.0))
+        slots = torch.zeros(2, 2 * self.num_columns + 2)
+        uniforms = torch.full((2, self.num_uniforms), 0.5, dtype=torch.float64)
+        shapes = [tuple(x.shape) for x in self.propose(slots, uniforms)]
+        if shapes != 2 * [(2, self.num_proposed)]:
+            raise ValueError(f"`propose` of 2 slots gives {shapes}, not [2,{self.num_proposed}]")
+        t = torch.full((5, self.num_columns), -1.0)
+        value = self.value(t.clone().requires_grad_(), t, t)
         shape = tuple(getattr(value, "shape", ()))
-        if shape != (5,) or not value.requires_grad:
-            raise ValueError(
-                f"`value` of 5 positions gives shape {shape}: needed is [5], a number for each "
-                "position (no mean, no sum over positions), with a gradient to s"
-            )
+        if shape != (5,):
+            raise ValueError(f"`value` of 5 positions gives shape {shape}, not [5]: one a position")
+        if not value.requires_grad:
+            raise ValueError("`value` has no gradient to s")
 
     def look_ahead(self, tables, gather):
         """Called before every update, for losses that judge it as a whole.

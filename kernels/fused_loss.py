@@ -124,8 +124,7 @@ def fused_loss(terms, logits, ids, t, b, dtype, first, first_draw):
     student_logp, c = logits.new_empty(2, *ids.shape, dtype=torch.float32)
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     grad = logits.view(dtype)[:, :V]  # [G,V]; a narrower dtype has more columns, V are used
-    grid = (len(logits),)  # one program a row
-    loss_kernel[grid](
+    loss_kernel[(len(logits),)](  # one program a row
         logits=logits,
         grad=grad,
         ids=ids,

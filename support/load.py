@@ -88,8 +88,7 @@ def check_models(config: Config):
 def check_top_k(config: Config):
     vocab = shared_vocabulary(config)
     loss = make_loss(config)
-    has_tail = loss.tail.start < loss.tail.stop
-    limit = vocab - has_tail  # the tail needs an id
+    limit = vocab - (loss.tail.start < loss.tail.stop)  # a tail needs one id outside of the top
     fix = f"the vocabulary has {vocab} ids: {limit} is the most for {config.loss}"
     require(loss.top.stop - loss.top.start <= limit, f"--top-k is {config.top_k}, {fix}")
 

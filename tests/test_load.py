@@ -48,7 +48,7 @@ LONGROPE = {
         ({"model_type": "nothing"}, "config.json cannot be used: .*nothing"),
         (
             {"quantization_config": GPTQ},
-            "its weights are quantised: such a model is not supported",
+            "its weights are quantised: that is not supported",
         ),
         (
             {"max_position_embeddings": 103},

@@ -29,8 +29,8 @@ def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_p
             pass
     first.flush()
     second.flush()
-    close_trace(config.trace)
-    events = json.loads(config.trace.read_text())
+    close_trace(config.output / "trace.json")
+    events = json.loads((config.output / "trace.json").read_text())
     spans = [(e["tid"], e["name"], e["ts"] / 1e6, e["dur"] / 1e6) for e in events if e["ph"] == "X"]
     # 0.5 ms between them, 100 ms.
     merged, apart = (0, "decode", 1.0, pytest.approx(0.9)), (0, "decode", 2.1, pytest.approx(0.1))

@@ -109,13 +109,14 @@ def test_a_loss_that_nobody_has_added_is_refused_with_those_there_are(tmp_path):
 
 
 WRONG = {
-    "mean": ("super().__init__(top=2)", "s.mean()", r"gives shape \(\): needed is \[5\]"),
-    "columns": ("super().__init__(top=2)", "s", r"gives shape \(5, 3\): needed is \[5\]"),
-    "a column": ("super().__init__()", "s", r"gives shape \(5, 1\): needed is \[5\]"),
-    "no gradient": ("super().__init__(top=2)", "(t - b).sum(-1)", r"with a gradient to s"),
-    "detached": ("super().__init__(top=2)", "s.detach().sum(-1)", r"with a gradient to s"),
-    "a number": ("super().__init__(top=2)", "1.0", r"gives shape \(\): needed is \[5\]"),
-    "nothing": ("super().__init__(top=2)", "None", r"gives shape \(\): needed is \[5\]"),
+    "mean": ("super().__init__(top=2)", "s.mean()", r"gives shape \(\), not \[5\]"),
+    "columns": ("super().__init__(top=2)", "s", r"gives shape \(5, 3\), not \[5\]"),
+    "a column": ("super().__init__()", "s", r"gives shape \(5, 1\), not \[5\]"),
+    "no gradient": ("super().__init__(top=2)", "(t - b).sum(-1)", r"`value` has no gradient to s"),
+    "detached": ("super().__init__(top=2)", "s.detach().sum(-1)", r"`value` has no gradient to s"),
+    "a number": ("super().__init__(top=2)", "1.0", r"gives shape \(\), not \[5\]"),
+    "nothing": ("super().__init__(top=2)", "None", r"gives shape \(\), not \[5\]"),
+    "a tail of nothing": ("super().__init__(tail=4)", "s.sum(-1)", r"`propose` of 2 slots gives"),
     "an error": ("super().__init__(top=2)", "s @ t", r"mat1 and mat2 shapes"),
     "no value": ("super().__init__(top=2)", None, r"Wrong has no `value`"),
     "no init": (None, "s.sum(-1)", r"Wrong does not say which candidates it wants: give it an "),
