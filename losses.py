@@ -130,7 +130,7 @@ class Loss(Proposal):
         raise NotImplementedError(f"{type(self).__name__} has no `value`")
 
     def check(self):
-        """Raise ValueError unless `propose` fills its columns and `value` gives [T] with a gradient.
+        """Raise ValueError unless `propose` fills its columns and `value` gives [T] and a gradient.
 
         The table and the learner would take other shapes without a word: a mean, for one.
         """
