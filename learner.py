@@ -122,7 +122,7 @@ class Learner:
         """
         parts = parts or [self.describe(channel, rows)]
         tokens = sum(part["tokens"] for part in parts)
-        truncated = sum(part["truncated_fraction"] for part in parts)
+        truncated = sum(part["truncated"] for part in parts)
         # The ranks make equally many passes, because in each they wait for each other.
         passes = max(part["passes"] for part in parts)
         batches = self.micro_batches(channel, rows)[self.ranks.local_rank]
@@ -140,7 +140,7 @@ class Learner:
         metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
         metrics |= {
             "tokens": tokens,
-            "truncated_fraction": truncated / len(parts),  # each node has equally many rows
+            "truncated_fraction": truncated / sum(part["rows"] for part in parts),
             "lag_mean": sum(part["lag_sum"] for part in parts) / tokens,
             "lag_max": max(part["lag_max"] for part in parts),
         }
@@ -153,7 +153,8 @@ class Learner:
         lag = self.version - of_responses(channel, rows, channel.weight_version)  # [T]
         return {
             "tokens": len(lag),
-            "truncated_fraction": int((channel.finish[rows] == LENGTH).sum()) / len(rows),
+            "rows": len(rows),
+            "truncated": int((channel.finish[rows] == LENGTH).sum()),
             "lag_sum": int(lag.sum()),
             "lag_max": int(lag.max()),
             "passes": max(map(len, self.micro_batches(channel, rows))),
