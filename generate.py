@@ -33,8 +33,7 @@ from kernels.head import head_logits
 from kv_cache import Decode, KVCache, Prefill, switch_to_slots
 from losses import Greedy, Proposal, make_loss
 from model import compute_dtype, flatten_parameters, head_weight, last_hidden
-from support.config import Config
-from support.data import is_correct
+from support.config import Config, judge
 from support.load import load_model, load_tokenizer, shared_vocabulary, stop_ids
 from support.log import Timeline
 from tickets import may_start, teacher_of
@@ -209,6 +208,7 @@ class Sampler:
         path = config.student_path
         self.tokenizer = load_tokenizer("--student", path)
         self.held_out = held_out
+        self.is_correct = judge(config)
         dtype = compute_dtype(config, device)
         model = load_model(path, dtype, device, length=config.max_sequence)
         switch_to_slots(model, config.max_sequence)
@@ -229,7 +229,7 @@ class Sampler:
         responses = [rollout.response_ids for rollout in self.greedy.generate(rollouts)]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         answers = [prompt.answer for prompt in self.held_out]
-        return sum(map(is_correct, texts, answers)) / len(answers)
+        return sum(map(self.is_correct, texts, answers)) / len(answers)
 
 
 # ---- the process ------------------------------------------------------------------------------

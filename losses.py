@@ -136,9 +136,13 @@ class Loss(Proposal):
         """
         slots = torch.zeros(2, 2 * self.num_columns + 2)
         uniforms = torch.full((2, self.num_uniforms), 0.5, dtype=torch.float64)
-        shapes = [tuple(x.shape) for x in self.propose(slots, uniforms)]
+        proposed = self.propose(slots, uniforms)
+        shapes = [tuple(x.shape) for x in proposed]
         if shapes != 2 * [(2, self.num_proposed)]:
             raise ValueError(f"`propose` of 2 slots gives {shapes}, not [2,{self.num_proposed}]")
+        lowest, highest = proposed[0].aminmax()
+        if lowest < 0 or highest >= slots.shape[1]:
+            raise ValueError(f"`propose` gives ids from {lowest} to {highest} of {slots.shape[1]}")
         t = torch.full((5, self.num_columns), -1.0)
         value = self.value(t.clone().requires_grad_(), t, t)
         shape = tuple(getattr(value, "shape", ()))

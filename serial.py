@@ -93,13 +93,14 @@ def train(config: Config):
         print(f"note: {note}")
     prompts, held_out = load_prompts(config, load_tokenizer("--student", config.student_path))
     run = Serial(config, config.max_staleness, prompts, held_out)
-    if held_out:
+    evaluates = held_out and config.eval_every
+    if evaluates:
         print(f"accuracy before training {run.accuracy():.1%}")
     for step in range(1, config.steps + 1):
         metrics = run.update()
         numbers = f"reverse KL {metrics['reverse_kl']:.4f}  lag {metrics['lag_mean']:.2f}"
         print(f"update {step:4d}/{config.steps}  {numbers}")
-    if held_out:
+    if evaluates:
         print(f"accuracy after training {run.accuracy():.1%}")
 
 

@@ -208,7 +208,8 @@ class Leader:
             raise
         else:
             self.leave()
-        end = "done" if self.learner.version == self.config.steps else "interrupted"
+        is_done = self.learner.version == self.config.steps
+        end = "done" if is_done else "interrupted (--resume goes on)"
         where = (on_disk.checkpoints(self.config.output) or ["no checkpoint"])[-1]
         print(f"{end} after update {self.learner.version}: {where}")
 
@@ -250,11 +251,15 @@ class Leader:
 def run_rank(ranks: Ranks):
     """One learner rank: load the student, then lead the node or follow its leader."""
     inputs = None
-    if ranks.rank == 0:
-        config = parse()
-        on_disk.lock_output(config.output)  # until this process ends
-        inputs = read_inputs(config)
-    inputs = broadcast(inputs)
+    try:
+        if ranks.rank == 0:
+            config = parse()
+            on_disk.lock_output(config.output)  # until this process ends
+            inputs = read_inputs(config)
+    finally:  # the others leave without a word if rank 0 has refused its input
+        inputs = broadcast(inputs)
+    if not inputs:
+        sys.exit(1)
     config, checkpoint = inputs.config, inputs.checkpoint
     if ranks.node > 0:
         sys.stdout = open(os.devnull, "w")  # node 0 reports

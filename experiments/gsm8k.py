@@ -3,7 +3,7 @@
 
 Writes prompts.jsonl (7,473 questions) and eval.jsonl (1,319), one JSON object a line: `messages`,
 and the number after "####" as `answer`. The instruction asks for the final number in \\boxed{},
-which is what `support.data.is_correct` looks for.
+which is what `judges/text.py` looks for.
 """
 
 import argparse

@@ -16,7 +16,8 @@ from kv_cache import switch_to_slots
 from losses import Greedy, Proposal
 from model import compute_dtype, head_weight
 from support.config import Config, model_path, refusal, require
-from support.data import is_correct, read_jsonl
+from judges.text import is_correct
+from support.data import read_jsonl
 from support.load import check_config, load_model, load_tokenizer, stop_ids, text_config
 
 

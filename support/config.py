@@ -87,6 +87,7 @@ class Config:
     teacher_gpus: int = option(1, "GPUs that each teacher is spread over")
     slots: int = option(64, "sequences that a generator decodes at once")
     teacher_cache_mb: int = option(64, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
+    answers: str = option("text", "judge of answers: text, contains, math, or FILE.py or module")
     dtype: str = option("auto", "auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16"))
     cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles", THREADS)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
@@ -100,6 +101,8 @@ class Config:
             check_value(new_option(item), getattr(self, item.name))
         with refusal(f"--plugin {self.plugin}"):
             import_plugin(self.plugin)
+        with refusal(f"--answers {self.answers}"):
+            judge(self)
         with refusal(f"--loss {self.loss}"):
             make_loss(self).check()
         require(
@@ -156,6 +159,12 @@ class Config:
         values = asdict(self)
         del values["resume"]
         return yaml.safe_dump(values, sort_keys=False)
+
+
+def judge(config: Config):
+    """The function is_correct(response, answer) of a module. A word stands for one in judges/."""
+    name = config.answers
+    return import_plugin(f"judges.{name}" if name.isidentifier() else name).is_correct
 
 
 def from_torchrun(name: str, alone: int):

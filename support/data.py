@@ -1,13 +1,11 @@
-"""Prompts: the built-in task or JSONL files, the order in which tickets visit them, answers.
+"""Prompts: the built-in task or JSONL files, and the order in which tickets visit them.
 
-Left out: streaming data sets, several tasks at once, answer checkers that run code.
+Left out: streaming data sets, several tasks at once.
 """
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,9 +16,6 @@ from support.config import Config, refusal, require
 from support.load import shared_vocabulary
 
 BUILTIN_PROMPTS = 20_000
-# A minus after a digit, a letter or a bracket is no sign.
-NUMBER = r"(?:(?<![\w)])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
-IN_BRACES = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # text with up to two levels of inner braces
 
 
 @dataclass(frozen=True)
@@ -181,27 +176,3 @@ def check_prompt(where, text, ids, limit, tokenizer):
         is_known,
         f"{where}: the prompt has characters that the tokenizer does not know: {text!r}",
     )
-
-
-# ---- answers -----------------------------------------------------------------------------------
-
-
-def is_correct(response: str, answer: str):
-    """Does the response equal the answer? Else its last \\boxed{...}, else its last number."""
-    response, answer = response.strip(), answer.strip()
-    return response == answer or is_equal(conclusion(response), answer)
-
-
-def conclusion(response):
-    """What the response ends in: the last box, or else the last number."""
-    boxed = re.findall(rf"\\boxed\{{({IN_BRACES})\}}", response)
-    return (boxed or re.findall(NUMBER, response) or [""])[-1].strip(" ,")
-
-
-def is_equal(a, b):
-    """As numbers, or else as text."""
-    a, b = (re.sub(r"(?<=\d),(?=\d{3}\b)", "", text) for text in (a, b))
-    try:
-        return a == b or Decimal(a) == Decimal(b)
-    except ArithmeticError:
-        return False

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from assets.tokenizer import build_tokenizer
 from support.config import Config, InputError
-from support.data import Prompt, fingerprint, is_correct, load_prompts, prompt_of, read_jsonl
+from support.data import Prompt, fingerprint, load_prompts, prompt_of, read_jsonl
 from support.task import ADDENDS, running_sums
 
 
@@ -211,27 +211,3 @@ def test_a_fingerprint_is_of_texts_and_answers_in_order():
     different = Prompt("a2", [1], None)
     lists = ([one], [other], [one, one], [other, one], [one, other], [different], [])
     assert len({fingerprint(prompts) for prompts in lists}) == 7
-
-
-@pytest.mark.parametrize(
-    "response, answer, correct",
-    [
-        ("501,691", "501,691", True), (" 501,691\n", "501,691", True), ("501691", "501,691", True),
-        ("total 1,000.", "1,000", True), ("501,692", "501,691", False),
-        ("so the answer is 42", "42", True), ("first 42, then 43", "42", False),
-        (r"thus \boxed{1/2}", "1/2", True), (r"\boxed{7} or 8", "8", False),
-        ("it costs 1,234 dollars", "1234", True), ("none", "3", False), ("x", "y", False),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True), (r"\boxed{\frac{1}{2}}", "2", False),
-        (r"\boxed{\sqrt{\frac{1}{2}}}", r"\sqrt{\frac{1}{2}}", True),
-        (r"\boxed{3}, no, \boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
-        (r"\boxed{3}, no, \boxed{\frac{1}{2}}", "3", False),
-        ("10-5", "5", True), ("10-5", "-5", False), ("x = -5", "-5", True), ("(-5)", "-5", True),
-        ("5", "5.0", True), ("5.00", "5", True), ("5.01", "5", False),
-        ("1,2", "12", False), ("1,234,567.", "1234567", True),
-        ("17179869184000000001", "17179869184000000002", False), ("nan", "7", False),
-        (".5", "5", False), (".5", "0.5", True), ("it is .5", "0.5", True),
-        ("1e-5", "5", False), ("1e-5", "0.00001", True), (r"\boxed{NaN}", "NaN", True),
-    ],
-)  # fmt: skip
-def test_answers_are_matched_exactly_then_by_box_then_by_last_number(response, answer, correct):
-    assert is_correct(response, answer) == correct

@@ -138,6 +138,22 @@ def test_a_loss_that_could_not_train_is_refused_at_the_start(fault, monkeypatch)
     assert re.match(rf"--loss wrong: .*{reason}", refused(loss="wrong"))
 
 
+def test_a_propose_that_gives_ids_outside_of_the_vocabulary_is_refused(monkeypatch):
+    class Wrong(Loss):
+        def __init__(self, config):
+            super().__init__(draws=2)
+
+        def propose(self, logits, uniforms):
+            ids, logp = super().propose(logits, uniforms)
+            return ids + logits.shape[1], logp
+
+        def value(self, s, t, b):
+            return s.sum(-1)
+
+    monkeypatch.setitem(LOSSES, "wrong", Wrong)
+    assert re.match("--loss wrong: `propose` gives ids from 9 to 9 of 6", refused(loss="wrong"))
+
+
 def test_a_run_of_processes_trains_with_a_file_that_is_called_losses_py(pair, tmp_path):
     """Generator and teacher import it anew, in processes of their own."""
     plugin(tmp_path, name="losses.py")

@@ -236,7 +236,7 @@ def test_torchrun_that_dies_during_the_imports_or_later_ends_the_run_saved(ranks
     read_until(process, r"update +2/")
     out = kill_and_collect(process, process.pid)
     (saved,) = checkpoints(tmp_path / "other")
-    assert f"interrupted after update {saved.name[5:]}: {saved}" in out, out
+    assert f"interrupted (--resume goes on) after update {saved.name[5:]}: {saved}" in out, out
 
 
 @slow
@@ -436,7 +436,7 @@ def test_a_signal_saves_and_leaves(number, ranks, pair, tmp_path):
     interrupt(process, number)
     interrupt(process, number)  # the second changes nothing
     out, _ = process.communicate(timeout=PATIENCE)
-    done = int(re.search(r"interrupted after update (\d+)", out).group(1))
+    done = int(re.search(r"goes on\) after update (\d+)", out).group(1))
     assert checkpoints(output) == [output / f"step_{done}"] and len(metrics(output)) == done
     assert not still_alive(family)
     assert ranks or (process.returncode == 0 and "error" not in out)
@@ -472,6 +472,7 @@ def test_bad_input_gives_one_line_also_with_two_ranks(tmp_path):
     assert run.returncode
     assert run.stderr.count("train.py: error: --teacher /nowhere: no model there") == 1
     assert "run_rank" not in run.stderr  # the other rank waited in there
+    assert "a rank or a node died" not in run.stderr + run.stdout
 
 
 @slow
