@@ -196,12 +196,9 @@ def check_memory(needed: int, config: Config):
     """Raise MemoryError before anything is allocated."""
     free = available_memory()
     if needed > 0.9 * free:
-        raise MemoryError(
-            f"rollout table and weight mailbox need {needed / 2**20:,.0f} MiB of shared memory, "
-            f"{free / 2**20:,.0f} MiB are available: lower --batch-size ({config.batch_size}), "
-            f"--max-staleness ({config.max_staleness}), --max-new-tokens ({config.max_new_tokens}) "
-            f"or the candidates per position ({config.num_candidates})"
-        )
+        sizes = f"{needed / 2**20:,.0f} MiB of shared memory, {free / 2**20:,.0f} are available"
+        fix = "lower --batch-size, --max-staleness, --max-new-tokens, --top-k or --num-samples"
+        raise MemoryError(f"rollout table and weight mailbox need {sizes}: {fix}")
 
 
 def available_memory():

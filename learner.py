@@ -34,14 +34,8 @@ from support.config import Config
 from support.ranks import Ranks, from_every_rank
 
 # Metrics that are summed over positions, in the order that Learner.backward returns.
-SUMMED = (
-    "loss",
-    "reverse_kl",
-    "drift_kl",
-    "drift_k3",
-    "support_mass_student",
-    "support_mass_teacher",
-)
+SUMMED = """loss reverse_kl drift_kl drift_k3
+    support_mass_student support_mass_teacher""".split()
 
 
 class Student(nn.Module):
@@ -190,10 +184,8 @@ class Learner:
             group["lr"] = lr
         norm = float(whole(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         if not norm < float("inf"):  # nor is NaN
-            raise FloatingPointError(
-                f"update {self.version + 1}: gradient norm is {norm}: "
-                "lower --lr; --resume takes the checkpoint before, if there is one"
-            )
+            fix = "lower --lr; --resume takes the checkpoint before, if there is one"
+            raise FloatingPointError(f"update {self.version + 1}: gradient norm is {norm}: {fix}")
         self.optimizer.step()
         return {"grad_norm": norm, "lr": lr}
 

@@ -77,10 +77,8 @@ class Proposal:
     def __init__(self, draws=1, top=0, tail=0, teacher_top=False):
         """How many columns of each kind. `teacher_top`: the top ids are the teacher's."""
         if not isinstance(draws, int):  # the settings, because a Loss has no __init__ of its own
-            raise TypeError(
-                f"{type(self).__name__} does not say which candidates it wants: give it "
-                "an __init__(self, config) that calls super().__init__(draws=, top=, tail=)"
-            )
+            fix = "give it an __init__(self, config) with super().__init__(draws=, top=, tail=)"
+            raise TypeError(f"{type(self).__name__} does not say which candidates it wants: {fix}")
         self.draws = slice(0, draws)
         self.top = slice(draws, draws + top)
         self.tail = slice(draws + top, draws + top + tail)
@@ -136,13 +134,9 @@ class Loss(Proposal):
         """
         slots = torch.zeros(2, 2 * self.num_columns + 2)
         uniforms = torch.full((2, self.num_uniforms), 0.5, dtype=torch.float64)
-        proposed = self.propose(slots, uniforms)
-        shapes = [tuple(x.shape) for x in proposed]
+        shapes = [tuple(x.shape) for x in self.propose(slots, uniforms)]
         if shapes != 2 * [(2, self.num_proposed)]:
             raise ValueError(f"`propose` of 2 slots gives {shapes}, not [2,{self.num_proposed}]")
-        lowest, highest = proposed[0].aminmax()
-        if lowest < 0 or highest >= slots.shape[1]:
-            raise ValueError(f"`propose` gives ids from {lowest} to {highest} of {slots.shape[1]}")
         t = torch.full((5, self.num_columns), -1.0)
         value = self.value(t.clone().requires_grad_(), t, t)
         shape = tuple(getattr(value, "shape", ()))
@@ -185,7 +179,8 @@ class ForwardKL(Loss):
     """sum_k e^t (t - s) over the teacher's top K: KL(teacher || student) without its tail.
 
     The teacher weighs the terms, so lag can only change which prefixes it trains on (AsyncOPD,
-    arXiv 2606.24143). On a truncated support the sum may be negative. That is no error.
+    arXiv 2606.24143). On a truncated support the sum may be negative. That is no error. Nor is its
+    minimum the teacher there: a student that equals its teacher is pulled away from it.
     """
 
     def __init__(self, config):
@@ -200,8 +195,8 @@ class SparseReverseKL(Loss):
     """sum_k e^s (s - t) over the sampler's top K: KL(student || teacher) without its tail.
 
     Its derivative is d/ds = e^s (s - t + 1). On a truncated support the +1 does not cancel: it
-    drains the support's mass. No importance weight corrects this bias; watch
-    `support_mass_student`.
+    drains the support's mass, also of a student that equals its teacher. No importance weight
+    corrects this bias; watch `support_mass_student`.
     """
 
     def __init__(self, config):

@@ -87,20 +87,17 @@ class Serial:
 
 
 def train(config: Config):
-    if config.cpu_threads:
-        torch.set_num_threads(config.cpu_threads)
     for note in check_models(config):
         print(f"note: {note}")
     prompts, held_out = load_prompts(config, load_tokenizer("--student", config.student_path))
     run = Serial(config, config.max_staleness, prompts, held_out)
-    evaluates = held_out and config.eval_every
-    if evaluates:
+    if held_out:
         print(f"accuracy before training {run.accuracy():.1%}")
     for step in range(1, config.steps + 1):
         metrics = run.update()
         numbers = f"reverse KL {metrics['reverse_kl']:.4f}  lag {metrics['lag_mean']:.2f}"
         print(f"update {step:4d}/{config.steps}  {numbers}")
-    if evaluates:
+    if held_out:
         print(f"accuracy after training {run.accuracy():.1%}")
 
 

@@ -23,6 +23,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -54,26 +55,29 @@ class Inputs:
     tokenizer: object
     prompts: list[Prompt]
     held_out: list[Prompt]  # to evaluate on
-    fingerprint: str  # of all prompts
     checkpoint: Path | None  # to resume from
+    progress: dict  # what the next checkpoint says of the run, see checkpoint.read_progress
 
 
 def read_inputs(config: Config):
     """Check and read everything before a model is loaded. Raises InputError."""
     notes = check_models(config)
     tokenizer = load_tokenizer("--student", config.student_path)
-    prompts, held_out = load_prompts(config, tokenizer)
-    mark = fingerprint(prompts + held_out)
-    checkpoint, told = on_disk.check_output(config, mark)
-    notes += told
+    now, mark = datetime.now(), fingerprint(config)
+    progress = {"started": now.isoformat(), "prompts": mark, "trained_ahead": []}
+    checkpoint = on_disk.check_output(config, mark)
+    if checkpoint:
+        progress = on_disk.read_progress(checkpoint)
+    progress["settings"] = asdict(config)
+    prompts, held_out = load_prompts(config, tokenizer, progress["started"])
     if config.eval_every and not held_out:
         why = "fewer than 10 prompts, or none has an answer"
         notes.append(f"no evaluation: {why}: give --eval-prompts, or --eval-every 0")
     for note in notes:
         print(f"note: {note}")
-    print(f"first prompt: {prompts[0].text!r}")
+    print(f"first prompt: {tokenizer.decode(prompts[0].ids)!r}")
     print(f"{len(prompts)} prompts to train on, {len(held_out)} to evaluate on")
-    return Inputs(config, tokenizer, prompts, held_out, mark, checkpoint)
+    return Inputs(config, tokenizer, prompts, held_out, checkpoint, progress)
 
 
 # ---- generators and teachers ------------------------------------------------------------------
@@ -111,9 +115,7 @@ class Leader:
         on_interrupt(lambda *_: self.interrupts.append(1))
         on_disk.start_output(config, inputs.checkpoint)
         self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
-        ahead = ()
-        if inputs.checkpoint:
-            ahead = on_disk.read_progress(inputs.checkpoint)["trained_ahead"]
+        ahead = inputs.progress["trained_ahead"]
         self.tickets = Tickets(config, channel, inputs.prompts, learner.version, ahead)
         self.held_out = inputs.held_out if self.ranks.node == 0 else []  # node 0 evaluates
         learner.publish(channel)
@@ -128,7 +130,7 @@ class Leader:
         log = Log(config, self.channel)
         while learner.version < config.steps:
             rows = self.wait_for_rows()
-            metrics = self.train_on(rows, log.busy)
+            metrics = self.train_on(rows)
             with self.timeline.span("publish"):
                 metrics["publish_seconds"] = learner.publish(self.channel)
             self.tickets.issue(learner.version)
@@ -156,22 +158,16 @@ class Leader:
             raise Interrupted
         self.roles.check()
 
-    def train_on(self, rows: list[int], busy: list[float]):
-        """One update, on every rank of every node. `busy`: of this node's roles, to log."""
-        part = self.learner.describe(self.channel, rows) | {
-            "tickets": self.channel.ticket[rows].tolist(),
-            "busy": busy,
-            "waited": self.ranks.waited,
-        }
+    def train_on(self, rows: list[int]):
+        """One update, on every rank of every node."""
+        part = self.learner.describe(self.channel, rows)
+        part["tickets"] = self.channel.ticket[rows].tolist()
         parts = self.ranks.exchange(part, self.check)
         self.ranks.tell(("update", rows, parts))
         with self.timeline.span("update"):
             metrics = self.learner.update(self.channel, rows, parts)
         self.tickets.trained([ticket for part in parts for ticket in part["tickets"]])
-        if self.ranks.nodes > 1:
-            metrics["nodes_busy"] = [part["busy"] for part in parts]
-            metrics["nodes_wait_seconds"] = [part["waited"] for part in parts]
-        return metrics
+        return metrics | {"nodes_wait_seconds": self.ranks.waited}
 
     def evaluate(self, name: str):
         """Greedy accuracy of the published weights. We wait, so that they stay these weights."""
@@ -208,8 +204,7 @@ class Leader:
             raise
         else:
             self.leave()
-        is_done = self.learner.version == self.config.steps
-        end = "done" if is_done else "interrupted (--resume goes on)"
+        end = "done" if self.learner.version == self.config.steps else "interrupted"
         where = (on_disk.checkpoints(self.config.output) or ["no checkpoint"])[-1]
         print(f"{end} after update {self.learner.version}: {where}")
 
@@ -229,15 +224,11 @@ class Leader:
         if self.ranks.node > 0 or self.saved_version == self.learner.version:
             return
         self.ranks.tell(["save"])
-        progress = {
-            "settings": asdict(self.config),
-            "prompts": self.inputs.fingerprint,
-            "trained_ahead": sorted(self.tickets.trained_ahead),
-        }
-        on_disk.drop_old(self.config.output, self.config.keep_checkpoints)
+        self.inputs.progress["trained_ahead"] = sorted(self.tickets.trained_ahead)
         with self.timeline.span("save"):
-            self.learner.save(self.config.output, self.inputs.tokenizer, progress)
+            self.learner.save(self.config.output, self.inputs.tokenizer, self.inputs.progress)
         self.saved_version = self.learner.version
+        on_disk.drop_old(self.config.output, self.config.keep_checkpoints)
 
     def set_aside(self):
         """The present weights have no finite gradient: do not save them, nor resume from them."""

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from assets.tokenizer import SYNONYMS, build_tokenizer  # noqa: E402
-from support.task import running_sums  # noqa: E402
+from assets.task import running_sums  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parent
 PROBE_SEED = 99  # of the held-out prompts that decide when the student stops

@@ -3,7 +3,7 @@
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from support.task import NAMES
+from assets.task import NAMES
 
 SYNONYMS = 16  # tokens that decode to one digit: "7", "7A", ... "7O"
 

@@ -22,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, StoppingCriteria, Stoppi
 from channel import Rollout
 from generate import Generator
 from losses import Proposal
-from support.config import Config
+from support.config import builtin
 
 VOCAB, STOP_ID = 2048, 0
 
@@ -73,7 +73,7 @@ class ScriptedGenerator(Generator):
 
 
 def run_ours(model, prompts, slots, lengths):
-    config = Config(max_prompt_tokens=max(map(len, prompts)), max_new_tokens=max(lengths))
+    config = builtin(max_prompt_tokens=max(map(len, prompts)), max_new_tokens=max(lengths))
     generator = ScriptedGenerator(
         model=model, proposal=Proposal(), config=config, stops={STOP_ID}, vocab=VOCAB, slots=slots
     )

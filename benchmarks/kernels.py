@@ -38,7 +38,7 @@ from kernels import head
 from kernels.head import candidate_loss
 from kernels.terms import TERMS
 from losses import LOSSES, make_loss
-from support.config import Config
+from support.config import builtin
 
 # T, F, V, C
 SHAPES = [
@@ -328,7 +328,7 @@ def main():
     parser.add_argument(
         "--chunk",
         type=int,
-        default=Config().head_chunk,
+        default=builtin().head_chunk,
         help="positions whose logits exist at once",
     )
     parser.add_argument(
@@ -356,7 +356,7 @@ def main():
         f"{args.loss}, chunk {args.chunk}, {args.logits} logits"
     )
     if args.rounding:
-        results = rounding(Config(loss=args.loss, top_k=64, num_samples=64))
+        results = rounding(builtin(loss=args.loss, top_k=64, num_samples=64))
     else:
         results = []
         for shape in SHAPES if GPU else CPU_SHAPES:
@@ -364,7 +364,7 @@ def main():
             # The candidates are the emitted token, a top-K and tail draws.
             one = args.loss == "stratified_reverse_kl"
             top_k = shape[3] - (9 if one else args.loss != "sampled_reverse_kl")
-            config = Config(loss=args.loss, top_k=top_k, num_samples=8 if one else shape[3])
+            config = builtin(loss=args.loss, top_k=top_k, num_samples=8 if one else shape[3])
             chunk = args.chunk if GPU else args.chunk // 4
             results += measure(shape, config, chunk, args.repeats)
         if not GPU:

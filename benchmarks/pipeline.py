@@ -47,7 +47,7 @@ def long_tailed(directory: Path) -> list[str]:
     )
     student = type(student)(student.config)
     student.generation_config.eos_token_id = STOPS
-    flags = ["--lr=1e-9", "--max-new-tokens=160"]
+    flags = [f"--config={ROOT}/assets/builtin.yaml", "--lr=1e-9", "--max-new-tokens=160"]
     for name, model in (("student", student), ("teacher", teacher)):
         model.config.max_position_embeddings = 256
         model.save_pretrained(directory / name)

@@ -30,7 +30,7 @@ from generate import Generator
 from kv_cache import switch_to_slots
 from losses import Proposal
 from model import head_weight
-from support.config import Config, InputError
+from support.config import Config, InputError, builtin
 from support.load import check_config, load_model
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def build(kind: str):
 def verdict(kind: str) -> tuple[str, str]:
     """(one of ANSWERS, why)."""
     directory = Path(tempfile.mkdtemp())
-    config = Config(
+    config = builtin(
         student=str(directory),
         teacher=str(directory),
         max_prompt_tokens=16,

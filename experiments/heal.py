@@ -32,7 +32,7 @@ from kernels.head import head_logits
 from kv_cache import switch_to_slots
 from losses import Proposal
 from model import head_weight, last_hidden, predicting_positions
-from support.config import Config
+from support.config import builtin
 from support.data import read_jsonl
 from support.load import load_model, load_tokenizer, stop_ids
 
@@ -132,7 +132,7 @@ def prepare(out: Path):
 
 def respond(student: Path, prompts) -> list[Rollout]:
     """One sampled response of a model to each prompt."""
-    config = Config(max_prompt_tokens=64, max_new_tokens=NEW_TOKENS)
+    config = builtin(max_prompt_tokens=64, max_new_tokens=NEW_TOKENS)
     model = load_model(str(student), torch.float32, CPU)
     switch_to_slots(model, config.max_sequence)
     stops = stop_ids(str(student), load_tokenizer("--student", str(student)))

@@ -264,7 +264,7 @@ def parse_args(argv=None):
     option("--gpus", type=count, help="of a node; default: those here, or one for each process")
     option("--gpu-gib", type=at_least(0.1, float), help="memory of a GPU; default: of those here")
     own, rest = parser.parse_known_args(argv)
-    return own, parse(rest)
+    return own, parse(["--prompts=builtin", *rest])  # it needs none
 
 
 def main():

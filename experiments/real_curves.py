@@ -18,7 +18,7 @@ import torch
 import experiments.corrections  # noqa: F401  it adds to losses.LOSSES
 from experiments import heal, study
 from experiments.lagged import Lagged
-from support.config import Config
+from support.config import builtin
 from support.data import read_jsonl
 from support.load import load_tokenizer
 
@@ -34,7 +34,7 @@ ONLY_UNDER_LAG = "32 draws, rollout signal, no ratio"  # without lag neither mat
 LAGS = (0, 8)
 STEPS = 24  # updates of a run
 EVERY = 8  # updates between evaluations
-BASE = Config(
+BASE = builtin(
     batch_size=8,
     slots=8,
     lr=2e-4,

@@ -47,7 +47,7 @@ from experiments.study import RESULTS, RUNS, at_least
 from kernels.head import gather
 from losses import Loss, make_loss
 from model import head_weight
-from support.config import Config
+from support.config import builtin
 from support.data import read_jsonl
 from support.load import load_model, load_tokenizer
 
@@ -84,7 +84,7 @@ def snapshots(models: Path) -> dict[int, Path]:
     directories = {lag: models / "snapshots" / f"step_{UPDATES - lag}" for lag in LAGS}
     if not all((path / "config.json").exists() for path in directories.values()):
         student, teacher = str(models / "student"), str(models / "teacher")
-        config = Config(
+        config = builtin(
             student=student,
             teacher=teacher,
             batch_size=16,
@@ -242,7 +242,7 @@ def measure(name: str, found: list[Response], head: Tensor, pulls, folded: Tenso
     `pulls`: the function g -> J^T g of every response. `folded`: their exact gradients [prompts,
     FOLDED].
     """
-    loss = make_loss(Config(**ESTIMATORS[name]))
+    loss = make_loss(builtin(**ESTIMATORS[name]))
     generator = torch.Generator().manual_seed(0)
     is_sparse = name.startswith("sparse")
     draws = 1 if is_sparse else draws

@@ -12,11 +12,11 @@ import torch
 from channel import STOP, Rollout, available_memory
 from experiments.memory import needed
 from generate import Generator
+from judges.text import is_correct
 from kv_cache import switch_to_slots
 from losses import Greedy, Proposal
 from model import compute_dtype, head_weight
-from support.config import Config, model_path, refusal, require
-from judges.text import is_correct
+from support.config import asset_path, builtin, refusal, require
 from support.data import read_jsonl
 from support.load import check_config, load_model, load_tokenizer, stop_ids, text_config
 
@@ -50,13 +50,13 @@ def parse_args():
 def sample(args):
     """Yield (prompt, finished rollout, response text) for every prompt of the file, in order."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = model_path(args.model, "student")
+    path = asset_path(args.model, "student")
     tokenizer = load_tokenizer("--model", path)
     prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens)
     longest = max(len(prompt.ids) for prompt in prompts)
     positions = getattr(text_config(path), "max_position_embeddings", None) or longest + 256
     max_new_tokens = args.max_new_tokens or max(1, min(256, positions - longest))
-    config = Config(
+    config = builtin(
         student=path,
         teacher=path,
         slots=args.slots,

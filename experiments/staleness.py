@@ -19,19 +19,19 @@ from pathlib import Path
 
 import torch
 
+from assets.task import running_sums
 from experiments import study
 from experiments.corrections import Corrected
 from experiments.lagged import Lagged
 from losses import LOSSES
-from support.config import Config
+from support.config import builtin
 from support.data import Prompt
 from support.load import load_tokenizer
-from support.task import running_sums
 
 VOCAB = 173
 # Of the built-in prompts: the initial student gets about a third of these right.
 ADDENDS = (4, 5, 6)
-BASE = Config(batch_size=32, warmup_steps=10, max_prompt_tokens=24, max_new_tokens=25, slots=32)
+BASE = builtin(batch_size=32, warmup_steps=10, max_prompt_tokens=24, max_new_tokens=25, slots=32)
 LAGS = (0, 2, 8, 32)
 RESULTS = study.RESULTS / "staleness.csv"
 

@@ -124,23 +124,9 @@ def fused_loss(terms, logits, ids, t, b, dtype, first, first_draw):
     student_logp, c = logits.new_empty(2, *ids.shape, dtype=torch.float32)
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     grad = logits.view(dtype)[:, :V]  # [G,V]; a narrower dtype has more columns, V are used
-    loss_kernel[(len(logits),)](  # one program a row
-        logits=logits,
-        grad=grad,
-        ids=ids,
-        teacher_logp=t,
-        behavior_logp=b,
-        loss=loss,
-        student_logp=student_logp,
-        c=c,
-        V=V,
-        C=C,
-        grad_stride=grad.stride(0),
-        first=first,
-        first_draw=first_draw,
-        TERMS=terms,
-        **launch_shape(V, C),
-    )
+    tables = (logits, grad, ids, t, b, loss, student_logp, c)
+    sizes = (V, C, grad.stride(0), first, first_draw)
+    loss_kernel[(len(logits),)](*tables, *sizes, terms, **launch_shape(V, C))  # a program a row
     return loss, student_logp, grad
 
 

@@ -25,7 +25,7 @@ from support.config import Config, InputError, refusal, require
 
 # The settings that decide which rollouts come next.
 MUST_MATCH = """student prompts eval_prompts eval_size seed batch_size samples_per_prompt order
-    max_prompt_tokens""".split()
+    max_prompt_tokens drop_long_prompts chat_template_kwargs""".split()
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -85,7 +85,7 @@ def write(path: Path, text: str):
 
 
 def check_output(config, fingerprint):
-    """The checkpoint to resume from (None: a new run), and what the user should be told.
+    """The checkpoint to resume from. None: a new run.
 
     `fingerprint`: of the prompts. Raises InputError if the directory holds another run, if there is
     nothing to resume, or if the prompts or a setting in MUST_MATCH have changed.
@@ -93,12 +93,12 @@ def check_output(config, fingerprint):
     output = config.output
     checkpoint = (checkpoints(output) or [None])[-1]
     if config.resume:
-        return checkpoint, check_resume(config, checkpoint, fingerprint)
+        check_resume(config, checkpoint, fingerprint)
+        return checkpoint
     fix = "choose a new directory, or --resume if a step_N is in it"
     metrics = output / "metrics.jsonl"
     is_used = checkpoint or (metrics.exists() and metrics.stat().st_size)
     require(not is_used, f"--output-dir {output} holds another run: {fix}")
-    return None, []
 
 
 def check_resume(config, checkpoint, fingerprint):
@@ -114,11 +114,13 @@ def check_resume(config, checkpoint, fingerprint):
     require(progress["prompts"] == fingerprint, changed)
     fix = f"--steps is {config.steps}: raise it"
     require(done < config.steps, f"--resume: {output} has made {done} updates already, {fix}")
-    return [f"resuming from {checkpoint}"]
+    print(f"resuming from {checkpoint}")
 
 
 def read_progress(checkpoint):
-    """{"settings": of the run, "prompts": their fingerprint, "trained_ahead": see Tickets}."""
+    """{"settings": of the run, "started": when it began, as text, "prompts": their fingerprint,
+    "trained_ahead": see Tickets}.
+    """
     with refusal(f"--resume: {checkpoint} is damaged, or of an older version of this program"):
         return dict(yaml.safe_load((checkpoint / "progress.yaml").read_text()))
 
@@ -137,7 +139,8 @@ def save(target: Path, model, optimizer, tokenizer, progress):
     once = dict(model.named_parameters())
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - once.keys()
     weights = {name: value for name, value in weights.items() if name not in tied}
-    state = {"version": step_of(target), "optimizer": moments}
+    untrained = sorted(once.keys() - moments["state"].keys())  # they never had a gradient
+    state = {"version": step_of(target), "optimizer": moments, "untrained": untrained}
     unfinished = target.with_name(f".partial_{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -156,10 +159,20 @@ def save(target: Path, model, optimizer, tokenizer, progress):
 
 
 def load_optimizer(checkpoint: Path, model, optimizer):
-    """Restore the optimiser's state. Another number of ranks may have saved it."""
+    """Restore the optimiser's state. Another number of ranks may have saved it.
+
+    Parameters that never had a gradient have none yet. torch looks for the state of those alone
+    that require a gradient.
+    """
     path = checkpoint / "training_state.pt"
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    state_dict.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
+    with refusal(f"--resume: {path} is damaged, move {checkpoint} away"):
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        named = dict(model.named_parameters())
+        for name in state["untrained"]:
+            named[name].requires_grad_(False)
+        state_dict.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
+        for name in state["untrained"]:
+            named[name].requires_grad_(True)
 
 
 def set_aside(checkpoint: Path):
@@ -169,7 +182,7 @@ def set_aside(checkpoint: Path):
 
 
 def drop_old(output: Path, keep: int):
-    """Before a save: of the checkpoints so far leave the newest `keep`, which is 0 for all."""
+    """Leave the newest `keep` checkpoints, which is 0 for all."""
     if keep > 0:
         for old in checkpoints(output)[:-keep]:
             shutil.rmtree(old)

@@ -4,6 +4,7 @@
 directory is the dump of the object that the run used. Derived values are properties.
 """
 
+import json
 import math
 import os
 import sys
@@ -24,7 +25,8 @@ RATE = click.FloatRange(1e-12)
 COUNT = click.IntRange(0)
 THREADS = click.IntRange(0, 1024)
 PROCESSES = click.IntRange(1, 256)
-ABOUT = "Asynchronous on-policy distillation. torchrun --nproc-per-node=N starts N learner ranks."
+ABOUT = """Asynchronous on-policy distillation. torchrun --nproc-per-node=N starts N learner ranks.
+The defaults are for models that people use. A run without --student reads assets/builtin.yaml."""
 
 
 class InputError(ValueError):
@@ -57,15 +59,17 @@ def option(default, help: str, limits=None):
 
 @dataclass(frozen=True)
 class Config:
-    teacher: str = option("builtin", "teacher: directory or hub id; builtin: the shipped one")
+    teacher: str = option("", "teacher: directory or hub id; builtin: the shipped one")
     student: str = option("builtin", "student: directory or hub id; builtin: the shipped one")
-    prompts: str = option("", "JSONL of training prompts; empty: the built-in task")
+    prompts: str = option("", "JSONL of training prompts; builtin: running sums")
     eval_prompts: str = option("", "JSONL of evaluation prompts; empty: hold out of --prompts")
     eval_size: int = option(256, "evaluation prompts; at most a tenth of --prompts", EVAL_SIZE)
-    max_prompt_tokens: int = option(64, "longest prompt, tokens")
-    max_new_tokens: int = option(40, "longest response, tokens, stop token included")
+    chat_template_kwargs: str = option("{}", 'JSON: {"enable_thinking": false}, for all rows')
+    drop_long_prompts: bool = option(False, "leave longer prompts out")
+    max_prompt_tokens: int = option(1024, "longest prompt, tokens")
+    max_new_tokens: int = option(1024, "longest response, tokens, stop token included")
     plugin: str = option("", "FILE.py or module, imported first: it may add to losses.LOSSES")
-    loss: str = option("stratified_reverse_kl", f"of --plugin, or {', '.join(LOSSES)}")
+    loss: str = option("stratified_reverse_kl", f"one of {', '.join(LOSSES)} (two truncate)")
     top_k: int = option(16, "top ids a position; sampled_reverse_kl has none")
     num_samples: int = option(16, "draws a position, from 8 on with a baseline")
     temperature: float = option(1.0, "softmax temperature of sampling and loss", TEMPERATURE)
@@ -75,7 +79,7 @@ class Config:
     steps: int = option(200, "updates in total, those before --resume included")
     batch_size: int = option(64, "rollouts per update, over all ranks and nodes")
     samples_per_prompt: int = option(1, "rollouts per prompt and epoch")
-    lr: float = option(1e-3, "AdamW learning rate after warm-up", RATE)
+    lr: float = option(1e-6, "AdamW learning rate after warm-up", RATE)
     warmup_steps: int = option(10, "updates of linear warm-up, constant after", COUNT)
     max_grad_norm: float = option(1.0, "gradient clipping, global L2 norm", RATE)
     micro_batch_tokens: int = option(8192, "padded tokens of a forward pass")
@@ -86,45 +90,55 @@ class Config:
     teachers: int = option(1, "teacher processes of a node; --batch-size is a multiple", PROCESSES)
     teacher_gpus: int = option(1, "GPUs that each teacher is spread over")
     slots: int = option(64, "sequences that a generator decodes at once")
-    teacher_cache_mb: int = option(64, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
+    teacher_cache_mb: int = option(0, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
     answers: str = option("text", "judge of answers: text, contains, math, or FILE.py or module")
     dtype: str = option("auto", "auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16"))
     cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles", THREADS)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
     eval_every: int = option(50, "updates between greedy evaluations; 0: never", COUNT)
     save_every: int = option(100, "updates between checkpoints; 0: only at the end", COUNT)
-    keep_checkpoints: int = option(0, "checkpoints to keep beside the newest; 0: all", COUNT)
+    keep_checkpoints: int = option(2, "newest checkpoints to keep; 0: all", COUNT)
     resume: bool = option(False, "continue from the newest checkpoint in --output-dir")
 
     def __post_init__(self):
         for item in fields(self):
             check_value(new_option(item), getattr(self, item.name))
+        for name in ("teacher", "prompts", "output_dir"):
+            require(getattr(self, name), f"--{name.replace('_', '-')} is missing")
+        with refusal(f"--chat-template-kwargs is {self.chat_template_kwargs}, no JSON object"):
+            dict(json.loads(self.chat_template_kwargs))
         with refusal(f"--plugin {self.plugin}"):
             import_plugin(self.plugin)
         with refusal(f"--answers {self.answers}"):
             judge(self)
         with refusal(f"--loss {self.loss}"):
             make_loss(self).check()
-        require(
-            self.batch_size % (self.nodes * self.teachers) == 0,
-            f"--batch-size is {self.batch_size}, there are {self.nodes} nodes with --teachers "
-            f"{self.teachers}: take a multiple, so that all teachers score equally many",
-        )
+        share = self.nodes * self.teachers  # all teachers score equally many
+        fix = f"take a multiple of nodes times --teachers, {share}"
+        require(self.batch_size % share == 0, f"--batch-size is {self.batch_size}: {fix}")
         fix = f"the limit is {MAX_ROWS}: lower --batch-size or --max-staleness"
         require(self.table_rows <= MAX_ROWS, f"{self.table_rows} rollouts in flight, {fix}")
-        require(
-            self.max_sequence <= self.micro_batch_tokens,
-            f"--micro-batch-tokens is {self.micro_batch_tokens}, one sequence may have "
-            f"{self.max_sequence}: raise it or lower --max-prompt-tokens / --max-new-tokens",
-        )
+        budget = self.micro_batch_tokens
+        fix = f"one sequence may have {self.max_sequence}: raise it or lower --max-new-tokens"
+        require(self.max_sequence <= budget, f"--micro-batch-tokens is {budget}, {fix}")
 
     @property
     def teacher_path(self):
-        return model_path(self.teacher, "teacher")
+        return asset_path(self.teacher, "teacher")
 
     @property
     def student_path(self):
-        return model_path(self.student, "student")
+        return asset_path(self.student, "student")
+
+    @property
+    def prompts_path(self):
+        return asset_path(self.prompts, "prompts.jsonl")
+
+    @property
+    def eval_path(self):
+        """Empty: a part of the training prompts is held out."""
+        is_builtin = self.prompts == "builtin" and not self.eval_prompts
+        return asset_path("builtin" if is_builtin else self.eval_prompts, "eval.jsonl")
 
     @property
     def output(self):
@@ -172,8 +186,13 @@ def from_torchrun(name: str, alone: int):
     return int(os.environ.get(name, alone))
 
 
-def model_path(name: str, builtin: str):
+def asset_path(name: str, builtin: str):
     return str(ASSETS / builtin) if name == "builtin" else os.path.expanduser(name)
+
+
+def builtin(**changes):
+    """The settings of the built-in task, with changes."""
+    return Config(**yaml.safe_load((ASSETS / "builtin.yaml").read_text()) | changes)
 
 
 # ---- the command line -------------------------------------------------------------------------
@@ -189,45 +208,45 @@ def new_option(item):
 
 def check_value(option, value):
     """What click checks on the command line holds for a Config made in Python, too."""
-    try:
+    with refusal(f"{option.opts[0]} is {value}"):
         # Unequal: "7" for 7, and NaN.
-        is_same = option.type.convert(value, option, None) == value
-    except click.BadParameter as error:
-        raise InputError(error.format_message()) from None
-    kind = option.type.name
-    require(is_same and value != math.inf, f"{option.opts[0]} is {value!r}: {kind} is needed")
-    # `--output-dir --resume` would take the next flag for a directory.
-    is_missing = str(value).startswith("--") or (option.name == "output_dir" and value == "")
-    require(not is_missing, f"{option.opts[0]} is {value}: its own value is missing")
+        is_same = option.type.convert(value, option, None) == value != math.inf
+        require(is_same, f"{option.type.name} is needed")
+        # `--output-dir --resume` would take the next flag for a directory.
+        require(not str(value).startswith("--"), "its own value is missing")
 
 
-def read_yaml(context, _, path):
-    """--config: the values of a YAML file take the place of the defaults."""
-    if path is None:
-        return
+def read_yaml(path):
+    """The values of a YAML file by option names, as text."""
     with refusal(f"--config {path}"):
         values = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}  # scalars stay text
     require(isinstance(values, dict), f"--config {path}: a mapping of option names is needed")
-    context.default_map = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
+    named = {key.replace("-", "_"): value for key, value in values.items()}
+    for name, value in named.items():
         is_known = name in Config.__dataclass_fields__ and isinstance(value, str)
-        require(is_known, f"--config {path}: {key} is no option with one value, see --help")
-        context.default_map[name] = value
+        require(is_known, f"--config {path}: {name} is no option with one value, see --help")
+    return named
 
 
 def parse(argv=None):
-    """Command line to Config. Raises InputError on a setting that cannot work."""
-    from_file = click.Option(
-        ["--config"], metavar="FILE", help="YAML of options; flags win over it"
-    )
-    from_file.callback = read_yaml
-    from_file.is_eager = True  # before the others, whose defaults it sets
-    from_file.expose_value = False  # it is no field of Config
+    """Command line to Config. Raises InputError on a setting that cannot work.
+
+    Flags win over the file of --config, which wins over assets/builtin.yaml. `--resume` without
+    --config reads the file that the run has left.
+    """
+    from_file = click.Option(["--config"], metavar="FILE", help="YAML of options; flags win")
     params = [from_file, *map(new_option, fields(Config))]
-    command = click.Command("train.py", callback=Config, params=params, help=ABOUT)
+    command = click.Command("train.py", callback=dict, params=params, help=ABOUT)
     try:
         # --help prints and returns nothing.
-        return command.main(argv, standalone_mode=False) or sys.exit()
+        given = command.main(argv, standalone_mode=False) or sys.exit()
+        file, left = given["config"], Path(given["output_dir"], "config.yaml")
+        if file is None and given["resume"] and left.exists():
+            file = left
+        defaults = {} if file is None else read_yaml(file)
+        if given["student"] == defaults.get("student", "builtin") == "builtin":
+            defaults = read_yaml(ASSETS / "builtin.yaml") | defaults
+        values = command.main(argv, standalone_mode=False, default_map=defaults)
     except click.ClickException as error:
         raise InputError(error.format_message()) from None
+    return Config(**{name: value for name, value in values.items() if name != "config"})

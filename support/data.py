@@ -1,86 +1,98 @@
 """Prompts: the built-in task or JSONL files, and the order in which tickets visit them.
 
-Left out: streaming data sets, several tasks at once.
+The student sees every prompt as it was put in, or the line is refused. Left out: streaming data
+sets, several tasks at once.
 """
 
 import hashlib
 import json
+import math
+import os
+import re
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import torch
+from tqdm import tqdm
 
-from support import task
 from support.config import Config, refusal, require
 from support.load import shared_vocabulary
 
-BUILTIN_PROMPTS = 20_000
+KEYS = {"prompt", "messages", "answer", "tools", "chat_template_kwargs"}  # of a row
+AT_ONCE = 1000  # texts that are tokenized together
 
 
 @dataclass(frozen=True)
 class Prompt:
-    text: str  # as the model sees it, chat template applied
-    ids: list[int]
+    text: str  # with the chat template applied
+    ids: list[int]  # what the model sees
     answer: str | None = None
 
 
-def read_jsonl(path: str, tokenizer, limit: int):
+def load_prompts(config: Config, tokenizer, started: str = ""):
+    """(training prompts, evaluation prompts). No evaluation prompt occurs in training.
+
+    `started`: when the run began, in ISO 8601; empty: now. Chat templates print that date.
+    """
+    kwargs = json.loads(config.chat_template_kwargs)
+    vocab = shared_vocabulary(config)
+    options = (config.max_prompt_tokens, kwargs, config.drop_long_prompts, vocab)
+    with mock.patch("transformers.utils.chat_template_utils.datetime") as clock:
+        clock.now.return_value = datetime.fromisoformat(started or datetime.now().isoformat())
+        train = read_jsonl(config.prompts_path, tokenizer, *options)
+        held_out = hold_out(config, train)
+        if config.eval_path:
+            held_out = read_jsonl(config.eval_path, tokenizer, *options)
+    fix = "every evaluation prompt needs an `answer`"
+    require(all(p.answer is not None for p in held_out), f"{config.eval_path}: {fix}")
+    seen = {prompt.text for prompt in held_out}
+    train = [prompt for prompt in train if prompt.text not in seen]
+    require(train, f"{config.prompts_path}: all are evaluation prompts, none is left to train on")
+    return train, held_out[: config.eval_size]
+
+
+def read_jsonl(path: str, tokenizer, limit: int, kwargs=None, drop_long=False, vocab=math.inf):
     """The prompts of a UTF-8 file, one JSON object per line.
 
-    `prompt` is tokenized as plain text, with the tokenizer's own special tokens. `messages` go
-    through the chat template, which puts in its own. `limit`: most tokens that a prompt may have.
-    Raises InputError with the line that cannot be used.
+    `prompt` is text, or a chat list like `messages`. Text gets the tokenizer's own special tokens
+    before it. `messages` go through the chat template, with `kwargs` and the row's `tools` and
+    `chat_template_kwargs`. An assistant's turn at the end is the answer that the student has to
+    find: it is left out. `limit`: most tokens of a prompt; `drop_long` leaves longer ones out.
+    `vocab`: how many ids the models know. Raises InputError with the line that cannot be used.
     """
-    prompts = []
-    for where, item in json_lines(path):
-        text = prompt_text(where, item, tokenizer)
-        ids = tokenizer(text, add_special_tokens="prompt" in item).input_ids
-        check_prompt(where, text, ids, limit, tokenizer)
-        answer = item.get("answer")
-        prompts.append(Prompt(text, ids, None if answer is None else str(answer)))
+    rows = [(where, check_row(where, item)) for where, item in json_lines(path)]
+    answered = sum(drop_answer(where, row.get("messages", [])) for where, row in rows)
+    if answered:
+        print(f"note: {path}: {answered} rows end with the assistant's answer: it is left out")
+    unknown = sorted({key for _, row in rows for key in row} - KEYS)
+    if unknown:
+        print(f"note: {path}: these keys of its rows are not used: {', '.join(unknown)}")
+    bar = tqdm(rows, f"{path}: chat template", leave=False, disable=None)
+    texts = [render(where, row, tokenizer, kwargs or {}) for where, row in bar]
+    all_ids = tokenize(path, texts, ["messages" in row for _, row in rows], tokenizer)
+    for (where, _), text, ids in zip(rows, texts, all_ids):
+        check_ids(where, text, ids, tokenizer, vocab)
+    longest = max(map(len, all_ids), default=0)
+    count = sum(len(ids) > limit for ids in all_ids)
+    told = f"{path}: {count} of {len(rows)} prompts are longer than --max-prompt-tokens {limit}, "
+    told += f"the longest has {longest} tokens"
+    require(drop_long or not count, f"{told}: raise it, or --drop-long-prompts")
+    if count:
+        print(f"note: {told}: left out")
+    answers = [answer_of(where, row) for where, row in rows]
+    found = zip(texts, all_ids, answers)
+    prompts = [Prompt(text, ids, answer) for text, ids, answer in found if len(ids) <= limit]
     require(prompts, f"{path}: no prompts in it (up to {limit} tokens long)")
     return prompts
 
 
-def load_prompts(config: Config, tokenizer):
-    """(training prompts, evaluation prompts). No evaluation prompt occurs in training."""
-    limit = config.max_prompt_tokens
-    if config.prompts:
-        train = read_jsonl(config.prompts, tokenizer, limit)
-        held_out = hold_out(config, train)
-    else:
-        train, held_out = builtin_prompts(config, tokenizer)
-    if config.eval_prompts:
-        held_out = read_jsonl(config.eval_prompts, tokenizer, limit)
-        require(
-            all(prompt.answer is not None for prompt in held_out),
-            f"{config.eval_prompts}: every evaluation prompt needs an `answer`",
-        )
-    seen = {prompt.text for prompt in held_out}
-    train = [prompt for prompt in train if prompt.text not in seen]
-    require(train, f"{config.prompts}: all are evaluation prompts, none is left to train on")
-    check_ids(config, train + held_out)
-    return train, held_out[: config.eval_size]
-
-
-def builtin_prompts(config: Config, tokenizer):
-    """(training prompts, evaluation prompts) of the built-in task."""
-    train = task.running_sums(BUILTIN_PROMPTS, config.seed, heldout=False)
-    held_out = task.running_sums(config.eval_size, task.EVALUATION_SEED, heldout=True)
-    ids = tokenizer([text for text, _ in train + held_out]).input_ids
-    prompts = [Prompt(text, own, answer) for (text, answer), own in zip(train + held_out, ids)]
-    longest = max(map(len, ids))
-    limit = config.max_prompt_tokens
-    fix = f"--max-prompt-tokens is {limit}: raise it"
-    require(longest <= limit, f"built-in prompts have up to {longest} tokens, {fix}")
-    return prompts[: len(train)], prompts[len(train) :]
-
-
-def fingerprint(prompts: list[Prompt]):
-    """Equal for equal prompts in equal order."""
-    texts = [f"{prompt.text}\0{prompt.answer}" for prompt in prompts]
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+def fingerprint(config: Config):
+    """Of the prompt files as they are. What the chat template makes of them is another matter."""
+    files = [path for path in (config.prompts_path, config.eval_path) if os.path.isfile(path)]
+    return " ".join(hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files)
 
 
 def hold_out(config, prompts):
@@ -92,7 +104,7 @@ def hold_out(config, prompts):
     return [answered[texts[i]] for i in order[:count]]
 
 
-# ---- the order of prompts --------------------------------------------------------------------
+# ---- the order of prompts ---------------------------------------------------------------------
 
 
 def prompt_of(ticket: int, num_prompts: int, config: Config):
@@ -106,73 +118,130 @@ def permutation(count: int, seed: int):
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- prompt files ------------------------------------------------------------------------------
+# ---- rows of a file ---------------------------------------------------------------------------
 
 
 def json_lines(path: str):
     """Yield (where, object) for every line that is not blank."""
-    with refusal(f"{path}: a file of JSON lines in UTF-8 is needed"):
+    with refusal(f"{path}: a file of JSON lines in UTF-8 is needed{converter(path)}"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         if line.strip():
-            yield where, parse_line(where, line)
+            with refusal(f"{where}: one JSON object per line is needed{converter(path)}"):
+                item = json.loads(line)
+                json.dumps(item, ensure_ascii=False).encode()  # not of half a surrogate pair
+            yield where, item
 
 
-def parse_line(where, line):
-    with refusal(f"{where}: one JSON object per line is needed"):
-        item = json.loads(line)
-        json.dumps(item, ensure_ascii=False).encode()  # not of half a surrogate pair
-    require(
-        isinstance(item, dict) and ("prompt" in item) != ("messages" in item),
-        f"{where}: needs an object with either `prompt` (text) or `messages` (chat list), not both",
-    )
-    answer = item.get("answer", "")
-    require(
-        answer is None or isinstance(answer, (str, int, float)),
-        f"{where}: `answer` is {type(answer).__name__}, text or a number is needed",
-    )
-    return item
+def converter(path: str):
+    """The line of Python that makes JSON lines of another format, or of a data set of the hub."""
+    kind = Path(path).suffix[1:]
+    if kind == "jsonl" or Path(path).is_dir():
+        return ""
+    kind = kind if kind in ("parquet", "csv", "arrow") else "json"  # compressed or not
+    source = f"'{kind}', data_files='{path}'" if Path(path).exists() else f"'{path}'"
+    make = f"from datasets import load_dataset; load_dataset({source}, split='train')"
+    return f" (Python makes one: {make}.to_json('prompts.jsonl'))"
 
 
-def prompt_text(where, item, tokenizer):
-    """The `prompt`, or the `messages` through the chat template."""
-    text = item.get("prompt")
-    if "messages" in item:
-        text = apply_template(where, item["messages"], tokenizer)
-    require(
-        text and isinstance(text, str),
-        f"{where}: the prompt is empty or not text: {json.dumps(item)[:80]}",
-    )
+def check_row(where, item):
+    """The row as it is used, with its chat list under `messages`."""
+    fix = "needs an object with either `prompt` (text) or `messages` (chat list)"
+    is_row = isinstance(item, dict) and ("prompt" in item) != ("messages" in item)
+    require(is_row, f"{where}: {fix}: {json.dumps(item)[:80]}")
+    prompt = item.get("prompt")
+    if isinstance(prompt, str) and prompt:
+        return item
+    chat = item.get("messages", prompt)
+    require(isinstance(chat, list) and chat, f"{where}: the prompt is empty or not text: {item}")
+    return item | {"messages": [check_message(where, message) for message in chat]}
+
+
+def check_message(where, message):
+    """A message with its text parts joined."""
+    shown = json.dumps(message)[:80]
+    with refusal(f"{where}: a message needs a `role`, and text as `content`: {shown}"):
+        content = message.get("content")
+        if isinstance(content, list):
+            kinds = {part["type"] for part in content} - {"text"}
+            require(not kinds, f"parts of type {', '.join(kinds)} are not supported")
+            content = "".join(part["text"] for part in content)
+        is_call = content is None and "tool_calls" in message
+        require(is_call or isinstance(content, str), "its `content` is not text")
+        return {"role": str(message["role"])} | message | {"content": content}
+
+
+def drop_answer(where, messages):
+    """Take the assistant's turns off the end. Was there one?"""
+    count = len(messages)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    require(messages or not count, f"{where}: `messages` has nothing that the student could answer")
+    return len(messages) < count
+
+
+def answer_of(where, row):
+    """The reference answer as text, or None."""
+    answer = row.get("answer")
+    is_number = type(answer) in (int, float) and math.isfinite(answer)
+    is_usable = answer is None or is_number or (isinstance(answer, str) and answer.strip())
+    fix = "text or a number is needed, or no `answer`"
+    require(is_usable, f"{where}: `answer` is {answer!r}: {fix}")
+    return None if answer is None else str(answer)
+
+
+# ---- from rows to tokens ----------------------------------------------------------------------
+
+
+def render(where, row, tokenizer, kwargs):
+    """The text of a row: its `prompt`, or its `messages` through the chat template."""
+    if "messages" not in row:
+        return row["prompt"]
+    messages, tools = row["messages"], row.get("tools")
+    missing = "has `messages`, but the student's tokenizer has no chat template: use `prompt`"
+    require(tokenizer.chat_template, f"{where}: {missing}")
+    with refusal(f"{where}: the chat template refuses it"):
+        kwargs = kwargs | row.get("chat_template_kwargs", {})
+        template = tokenizer.get_chat_template(tools=tools)
+        for name in kwargs:
+            require(re.search(rf"\b{name}\b", template), f"it knows no `{name}`")
+        options = {"tokenize": False, "add_generation_prompt": True, **kwargs}
+        text = tokenizer.apply_chat_template(messages, tools=tools, **options)
+        # Does it show every message? Words that no template has stand for their texts.
+        marks = [m | {"content": m["content"] and f"text{i}."} for i, m in enumerate(messages)]
+        marked = tokenizer.apply_chat_template(marks, tools=tools, **options)
+        for mark in marks:
+            role = mark["role"]
+            require((mark["content"] or "") in marked, f"it leaves out what role `{role}` says")
+        is_shown = not tools or text != tokenizer.apply_chat_template(messages, **options)
+        require(is_shown, "it leaves out `tools`")
     return text
 
 
-def apply_template(where, messages, tokenizer):
-    require(
-        tokenizer.chat_template,
-        f"{where}: has `messages`, but the student's tokenizer has no chat template: use `prompt`",
-    )
-    refused = f"{where}: the chat template refuses `messages`"
-    require(isinstance(messages, list), f"{refused}: a list is needed")
-    with refusal(refused):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def tokenize(source, texts, is_chat, tokenizer):
+    """The ids of each text, for plain text with the special tokens that the tokenizer puts before.
+
+    Not twice, and none after it: a stop token would end the prompt.
+    """
+    special = tokenizer("a", return_special_tokens_mask=True)
+    before = special.input_ids[: special.special_tokens_mask.index(0)]
+    all_ids = []
+    for i in tqdm(range(0, len(texts), AT_ONCE), f"{source}: tokens", leave=False, disable=None):
+        all_ids += tokenizer(texts[i : i + AT_ONCE], add_special_tokens=False).input_ids
+    for ids, chat in zip(all_ids, is_chat):
+        if not chat and ids[: len(before)] != before:
+            ids[:0] = before
+    return all_ids
 
 
-def check_ids(config, prompts):
-    vocab = shared_vocabulary(config)
-    highest = max(max(prompt.ids) for prompt in prompts)
-    require(highest < vocab, f"a prompt has token {highest}, the models know {vocab} tokens")
-
-
-def check_prompt(where, text, ids, limit, tokenizer):
-    require(
-        len(ids) <= limit,
-        f"{where}: {len(ids)} tokens, --max-prompt-tokens is {limit}: raise it or drop the line",
-    )
+def check_ids(where, text, ids, tokenizer, vocab):
     require(ids, f"{where}: the prompt has no tokens: {text!r}")
-    ordinary = {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    is_known = tokenizer.unk_token_id in ordinary or tokenizer.unk_token_id not in ids
-    require(
-        is_known,
-        f"{where}: the prompt has characters that the tokenizer does not know: {text!r}",
-    )
+    highest = max(ids)
+    fix = f"the models know {vocab} tokens: take it out of the text"
+    require(highest < vocab, f"{where}: the prompt has token {highest}, {fix}")
+    unknown = tokenizer.unk_token_id
+    # A text may name it, as a separator; a tokenizer may begin every text with it.
+    named = text.count(tokenizer.unk_token or " ") + (unknown == tokenizer.bos_token_id)
+    fix = "the prompt has characters that the tokenizer does not know"
+    require(ids.count(unknown) <= named, f"{where}: {fix}: {text!r}")

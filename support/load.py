@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from losses import make_loss
 from support.config import Config, refusal, require
 
+NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal
 PROBE = "The 3 answers: 47+58=105, naïve 你好\n\tdef f(x): return x**2"  # for two tokenizers
 
 
@@ -27,30 +28,45 @@ def check_path(flag: str, path: str):
     place = Path(path)
     if path.count("/") == 1 and path[0] not in "./~" and not place.parent.is_dir():
         return  # a hub id
-    require(
-        (place / "config.json").is_file(),
-        f"{flag} {path}: no model there (config.json is missing in {place.absolute()}): "
-        "give a model directory or a hub id such as org/name",
-    )
+    missing = f"no model there (config.json is missing in {place.absolute()})"
+    fix = "give a model directory or a hub id such as org/name"
+    require((place / "config.json").is_file(), f"{flag} {path}: {missing}: {fix}")
 
 
 def load_tokenizer(flag: str, path: str):
     check_path(flag, path)
     with refusal(f"{flag} {path}: its config.json cannot be used"):
-        text_config(path)
+        try:
+            text_config(path)
+        except ValueError as error:
+            own = "it needs code of its own, which is never run: choose a model of transformers"
+            raise ValueError(own if "trust_remote_code" in str(error) else error) from error
     with refusal(f"{flag} {path}: no tokenizer there"):
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, **NO_CODE)
 
 
 def text_config(path: str):
     """The settings of a model's text part: it may have others."""
-    return AutoConfig.from_pretrained(path).get_text_config()
+    return AutoConfig.from_pretrained(path, **NO_CODE).get_text_config()
 
 
 def shared_vocabulary(config: Config):
-    """Number of ids that both heads know. Heads may be padded to different sizes."""
+    """How many ids, from 0 on, mean the same to both models. The others are never sampled.
+
+    Heads may be padded to different sizes, and one tokenizer may have more tokens at its end.
+    Raises InputError if tokens differ before that.
+    """
     paths = (config.student_path, config.teacher_path)
-    return min(text_config(path).vocab_size for path in paths)
+    size = min(text_config(path).vocab_size for path in paths)
+    tokenizers = (AutoTokenizer.from_pretrained(path, **NO_CODE) for path in paths)
+    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in tokenizers)
+    differ = [i for i in range(size) if ours.get(i) != theirs.get(i)]
+    first = min(differ, default=size)
+    shown = ", ".join(f"{i}: {ours.get(i)!r} and {theirs.get(i)!r}" for i in differ[:3])
+    why = f"the tokenizers of --student and --teacher differ at {len(differ)} ids ({shown}, ...)"
+    is_end = not any(i in ours and i in theirs for i in range(first, size))
+    require(is_end, f"{why}: choose two models of one family")
+    return first
 
 
 def stop_ids(path: str, tokenizer):
@@ -69,24 +85,20 @@ def check_models(config: Config):
     """Teacher and student must read text alike. Returns what the user should be told."""
     student = load_tokenizer("--student", config.student_path)
     teacher = load_tokenizer("--teacher", config.teacher_path)
-    same_ids = student.get_vocab() == teacher.get_vocab()
-    require(
-        same_ids and student(PROBE).input_ids == teacher(PROBE).input_ids,
-        f"--teacher {config.teacher_path} and --student {config.student_path} have different "
-        f"tokenizers ({len(teacher)} and {len(student)} tokens): choose two models of one family",
-    )
     check_config(config)
-    check_top_k(config)
+    check_top_k(config, shared_vocabulary(config))
+    ours, theirs = (t(PROBE, add_special_tokens=False).input_ids for t in (student, teacher))
+    why = "--student and --teacher have the same tokens, but split text differently"
+    require(ours == theirs, f"{why}: choose two models of one family")
     ours = stop_ids(config.student_path, student)
     theirs = stop_ids(config.teacher_path, teacher)
     if ours == theirs:
         return []
-    fix = "the student's are used, watch truncated_fraction"
+    fix = "the student's are used: write others into eos_token_id of its generation_config.json"
     return [f"student stops at {sorted(ours)}, teacher at {sorted(theirs)}: {fix}"]
 
 
-def check_top_k(config: Config):
-    vocab = shared_vocabulary(config)
+def check_top_k(config: Config, vocab: int):
     loss = make_loss(config)
     limit = vocab - (loss.tail.start < loss.tail.stop)  # a tail needs one id outside of the top
     fix = f"the vocabulary has {vocab} ids: {limit} is the most for {config.loss}"
@@ -101,11 +113,9 @@ def check_config(config: Config):
         rope = getattr(settings, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":  # a longer sequence changes all keys
             positions = rope["original_max_position_embeddings"]
-        require(
-            config.max_sequence <= positions,
-            f"{path}: a sequence may have {config.max_sequence} tokens, the model takes "
-            f"{positions}: lower --max-prompt-tokens or --max-new-tokens",
-        )
+        longest = f"a sequence may have {config.max_sequence} tokens, the model takes {positions}"
+        fix = "lower --max-prompt-tokens or --max-new-tokens"
+        require(config.max_sequence <= positions, f"{path}: {longest}: {fix}")
         is_quantised = getattr(settings, "quantization_config", None)
         require(not is_quantised, f"{path}: its weights are quantised: that is not supported")
 
@@ -121,7 +131,7 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device, gpus=1, leng
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options = {"dtype": dtype, "output_loading_info": True}
+    options = {"dtype": dtype, "output_loading_info": True, **NO_CODE}
     if gpus > 1:
         memory = torch.cuda.get_device_properties(device).total_memory
         own = range(device.index, device.index + gpus)
@@ -157,11 +167,9 @@ def check_head(model, length: int):
     logits = model(input_ids=ids[:, :8], use_cache=False).logits[0]  # [8,V]
     weight = model.get_output_embeddings().weight  # [V,F]
     require(logits.isfinite().all(), "its logits are not finite: damaged weights?")
-    require(
-        agree(logits, hidden @ weight.to(hidden).T),
-        "its logits are not hidden @ W^T (a bias, scale or soft-cap follows the head), or they "
-        f"change with the length of the sequence (compared: 8 and {ids.shape[1]} tokens)",
-    )
+    why = f"""its logits are not hidden @ W^T (a bias, scale or soft-cap follows the head), or they
+        change with the length of the sequence (compared: 8 and {ids.shape[1]} tokens)"""
+    require(agree(logits, hidden @ weight.to(hidden).T), why)
 
 
 def agree(a, b):

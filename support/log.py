@@ -79,7 +79,6 @@ class Log:
         self.last = time.monotonic()
         self.started = self.last - before
         self.seconds = channel.busy.clone()
-        self.busy = []  # of every role, before the last update
 
     def write(self, step, metrics):
         """Append the record of update number `step` and show it."""
@@ -88,9 +87,9 @@ class Log:
         self.last = now
         record = {"step": step, **metrics, "tokens_per_second": metrics["tokens"] / elapsed}
         seconds = self.channel.busy.clone()
-        self.busy = ((seconds - self.seconds) / elapsed).tolist()
+        busy = (seconds - self.seconds) / elapsed  # of every role
         self.seconds = seconds
-        parts = torch.tensor(self.busy).split((self.config.generators, self.config.teachers, 1))
+        parts = busy.split((self.config.generators, self.config.teachers, 1))
         for role, part in zip(ROLES, parts):
             record[f"{role}_busy"] = float(part.mean())
         hits, misses, used, evicted = self.channel.cache_stats.sum(0).tolist()

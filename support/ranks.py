@@ -49,7 +49,7 @@ class Ranks:
     def __post_init__(self):
         self.node, self.local_rank = divmod(self.rank, self.local_world_size)
         self.nodes = self.world_size // self.local_world_size
-        self.waited = 0.0  # seconds for other nodes, before the last update
+        self.waited = 0.0  # seconds for other nodes, in the last exchange
         self.arrival = None  # of all nodes at the exchange, as long as it is awaited
         if self.world_size > 1:
             numbers = torch.arange(self.world_size).view(self.nodes, -1).tolist()

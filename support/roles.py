@@ -98,11 +98,9 @@ def role_devices(config: Config, learners: int, gpus: int):
     """
     first = learners + config.generators
     needed = first + config.teachers * config.teacher_gpus
-    require(
-        config.teacher_gpus == 1 or needed <= gpus,
-        f"--teacher-gpus is {config.teacher_gpus}: then no GPU is shared and the roles need "
-        f"{needed}, there are {gpus}: lower it, --teachers, --generators or --nproc-per-node",
-    )
+    few = f"--teacher-gpus is {config.teacher_gpus}: then the roles share no GPU and need {needed}"
+    fix = "lower it, --teachers, --generators or --nproc-per-node"
+    require(config.teacher_gpus == 1 or needed <= gpus, f"{few}, there are {gpus}: {fix}")
     places = [*range(first), *range(first, needed, config.teacher_gpus)]
     return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in places]
 

@@ -35,7 +35,7 @@ from generate import Generator  # noqa: E402
 from kv_cache import switch_to_slots  # noqa: E402
 from losses import Greedy, Proposal, make_loss  # noqa: E402
 from model import head_weight  # noqa: E402
-from support.config import Config  # noqa: E402
+from support.config import Config, builtin  # noqa: E402
 from support.load import load_model  # noqa: E402
 
 torch.set_num_threads(1)
@@ -96,8 +96,9 @@ def model_dir(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def pair(model_dir):
-    """Flags that name a tiny student and another tiny teacher."""
-    return [f"--student={model_dir('qwen3', 0)}", f"--teacher={model_dir('qwen3', 1, hidden=40)}"]
+    """Flags that name a tiny student and another tiny teacher, for the built-in task."""
+    models = [f"--student={model_dir('qwen3', 0)}", f"--teacher={model_dir('qwen3', 1, hidden=40)}"]
+    return [f"--config={ROOT / 'assets' / 'builtin.yaml'}", *models]
 
 
 def load(path: str, dtype: torch.dtype = torch.float32):
@@ -123,7 +124,7 @@ def new_generator(
     **settings,
 ):
     """A generator that draws what the loss in `settings` wants, greedy if they name none."""
-    config = Config(max_prompt_tokens=max_prompt, max_new_tokens=max_new, **settings)
+    config = builtin(max_prompt_tokens=max_prompt, max_new_tokens=max_new, **settings)
     proposal = proposal or (make_loss(config) if "loss" in settings else Greedy())
     vocab = vocab or len(head_weight(model))
     return cls(
@@ -160,15 +161,15 @@ CORRECTED = [f"sampled_{signal}_{correction}" for signal in SIGNALS for correcti
 
 def corrected(name: str, **settings):
     """The settings of a loss of experiments/corrections.py."""
-    return Config(loss=name, plugin="experiments.corrections", **settings)
+    return builtin(loss=name, plugin="experiments.corrections", **settings)
 
 
 LOSS_CONFIGS = [
-    Config(loss="forward_kl", top_k=6),
-    Config(loss="sparse_reverse_kl", top_k=6),
-    *[Config(loss="sampled_reverse_kl", num_samples=n) for n in (1, 4)],
+    builtin(loss="forward_kl", top_k=6),
+    builtin(loss="sparse_reverse_kl", top_k=6),
+    *[builtin(loss="sampled_reverse_kl", num_samples=n) for n in (1, 4)],
     *[corrected(name, num_samples=n) for n in (1, 4) for name in CORRECTED],
-    Config(loss="stratified_reverse_kl", top_k=5, num_samples=3),
+    builtin(loss="stratified_reverse_kl", top_k=5, num_samples=3),
 ]
 SHIPPED = [config for config in LOSS_CONFIGS if not config.plugin]
 

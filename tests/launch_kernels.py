@@ -16,16 +16,16 @@ from triton.runtime import driver
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import head
 from losses import make_loss
-from support.config import Config
+from support.config import builtin
 
 ROWS, VOCAB = 3, 151_936
 CONFIGS = {
-    "forward_kl": Config(loss="forward_kl"),
-    "sparse_reverse_kl": Config(loss="sparse_reverse_kl"),
-    "sampled_reverse_kl": Config(loss="sampled_reverse_kl"),
-    "one sample": Config(loss="sampled_reverse_kl", num_samples=1),
-    "stratified_reverse_kl": Config(),
-    "given": Config(loss="sampled_rollout_ppo", plugin="experiments.corrections", num_samples=4),
+    "forward_kl": builtin(loss="forward_kl"),
+    "sparse_reverse_kl": builtin(loss="sparse_reverse_kl"),
+    "sampled_reverse_kl": builtin(loss="sampled_reverse_kl"),
+    "one sample": builtin(loss="sampled_reverse_kl", num_samples=1),
+    "stratified_reverse_kl": builtin(),
+    "given": builtin(loss="sampled_rollout_ppo", plugin="experiments.corrections", num_samples=4),
 }
 
 

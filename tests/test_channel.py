@@ -11,9 +11,9 @@ import torch.multiprocessing as mp
 
 import channel
 from channel import Channel, Field
-from support.config import Config
+from support.config import builtin
 
-CONFIG = Config(batch_size=4, max_staleness=2, max_prompt_tokens=8, max_new_tokens=8, slots=2)
+CONFIG = builtin(batch_size=4, max_staleness=2, max_prompt_tokens=8, max_new_tokens=8, slots=2)
 P = 200_000
 
 

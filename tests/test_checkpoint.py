@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import load
 from frozen import ROWS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_learner import config_for, new_learner, stale_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from learner import Learner
 from support.checkpoint import (
     check_output,
     checkpoints,
@@ -23,17 +25,17 @@ from support.checkpoint import (
     start_output,
     write,
 )
-from support.config import Config, InputError, parse
+from support.config import InputError, builtin, parse
 
 # ---- the output directory -----------------------------------------------------------------------
 
 
 def test_an_output_directory_that_holds_another_run_is_left_alone(tmp_path):
-    config = Config(output_dir=str(tmp_path))
-    assert check_output(config, "hash") == (None, [])
+    config = builtin(output_dir=str(tmp_path))
+    assert check_output(config, "hash") is None
     start_output(config, None)
     # Died before its first update: nothing to lose.
-    assert check_output(config, "hash") == (None, [])
+    assert check_output(config, "hash") is None
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(
         InputError,
@@ -86,8 +88,8 @@ def write_checkpoint(directory, config):
     return directory / "progress.yaml"
 
 
-def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, model_dir):
-    config = Config(output_dir=str(tmp_path), resume=True, steps=9)
+def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, model_dir, capsys):
+    config = builtin(output_dir=str(tmp_path), resume=True, steps=9)
     with pytest.raises(InputError, match="--resume: no checkpoint"):
         check_output(config, "hash")
     start_output(replace(config, resume=False), None)
@@ -100,9 +102,9 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
         check_output(replace(config, seed=5), "hash")
     with pytest.raises(InputError, match="has made 4 updates already, --steps is 4"):
         check_output(replace(config, steps=4), "hash")
-    checkpoint, notes = check_output(replace(config, lr=0.5), "hash")
+    checkpoint = check_output(replace(config, lr=0.5), "hash")
     assert checkpoint == tmp_path / "step_4"
-    assert notes == [f"resuming from {checkpoint}"]
+    assert capsys.readouterr().out == f"resuming from {checkpoint}\n"
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     start_output(config, tmp_path / "step_4")
     # Updates 5 and 6 are made again.
@@ -134,7 +136,7 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
 
 
 def test_of_several_changed_settings_the_first_that_must_match_is_named(tmp_path):
-    config = Config(output_dir=str(tmp_path), resume=True, steps=9)
+    config = builtin(output_dir=str(tmp_path), resume=True, steps=9)
     start_output(replace(config, resume=False), None)
     (tmp_path / "step_4").mkdir()
     write_checkpoint(tmp_path / "step_4", config)
@@ -152,7 +154,7 @@ def test_a_run_is_resumed_from_the_newest_checkpoint_that_is_whole(tmp_path):
 
 
 def test_metrics_that_are_damaged_are_refused_before_anything_is_written(tmp_path):
-    config = Config(output_dir=str(tmp_path), resume=True)
+    config = builtin(output_dir=str(tmp_path), resume=True)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish}\n')
     with pytest.raises(InputError, match="--resume: .*metrics.jsonl is damaged, move it away"):
         start_output(config, tmp_path / "step_4")
@@ -226,3 +228,37 @@ def test_a_checkpoint_holds_tied_weights_once_and_buffers_too(model_dir, tmp_pat
     tensors = load_file(tmp_path / "step_0" / "model.safetensors")
     assert set(tensors) == expected and "lm_head.weight" not in expected
     assert all(torch.equal(tensors[name], p) for name, p in learner.model.named_parameters())
+
+
+def test_parameters_that_never_had_a_gradient_resume_without_a_state(
+    model_dir, tmp_path, tokenizer
+):
+    """A vision tower, the routing biases of a mixture of experts. The others have theirs back."""
+
+    def with_idle(directory):
+        model = load(directory)
+        model.model.idle = torch.nn.Parameter(torch.ones(3))
+        return Learner(model, config_for("forward_kl", top_k=6), 173, torch.float32)
+
+    first = with_idle(model_dir())
+    for _ in range(2):
+        for name, p in first.model.named_parameters():
+            p.grad = None if "idle" in name else torch.ones_like(p)
+        first.optimizer.step()
+    first.version = 2
+    first.save(tmp_path, tokenizer, {})
+    again = with_idle(model_dir())
+    again.load(tmp_path / "step_2")
+    states = [
+        {n: l.optimizer.state.get(p, {}) for n, p in l.model.named_parameters()}
+        for l in (first, again)
+    ]
+    assert states[0].keys() == states[1].keys() and not states[1]["model.idle"]
+    for name, state in states[0].items():
+        assert all(torch.equal(value, states[1][name][key]) for key, value in state.items()), name
+    assert all(p.requires_grad for p in again.model.parameters())
+    state = torch.load(tmp_path / "step_2" / "training_state.pt")
+    del state["optimizer"]["state"]["model.norm.weight"]
+    torch.save(state, tmp_path / "step_2" / "training_state.pt")
+    with pytest.raises(InputError, match="training_state.pt is damaged, .*model.norm.weight"):
+        with_idle(model_dir()).load(tmp_path / "step_2")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from support.config import Config, InputError, parse
+from support.config import InputError, builtin, parse
 
 
 def refused(*argv):
@@ -51,7 +51,7 @@ def refused(*argv):
         ),
         (
             ["--teachers", "3"],
-            "--batch-size is 64, there are 1 nodes with --teachers 3: take a multiple",
+            "--batch-size is 64: take a multiple of nodes times --teachers, 3",
         ),
         (
             ["--max-new-tokens", "9000"],
@@ -75,7 +75,7 @@ def test_settings_made_in_code_are_checked_like_flags():
         ("teacher", None),
     ):
         with pytest.raises(InputError, match=f"--{name}"):
-            Config(**{name: value})
+            builtin(**{name: value})
 
 
 def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
@@ -91,9 +91,9 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     message = f"--config {path}: stepz is no option with one value, see --help"
     assert message in refused("--config", str(path))
     path.write_text("prompts:\n")
-    assert parse(["--config", str(path)]).prompts == ""
+    assert "--prompts is missing" in refused("--config", str(path))
     path.write_text("max-staleness: 3\nsteps: 8\n")
-    assert parse(["--config", str(path)]) == Config(max_staleness=3, steps=8)
+    assert parse(["--config", str(path)]) == builtin(max_staleness=3, steps=8)
     for text in ("steps: many", "steps: 7.5", "steps:"):
         path.write_text(text)
         assert "Invalid value for '--steps'" in refused("--config", str(path))
@@ -101,7 +101,7 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
         path.write_text(text)
         assert "a mapping of option names is needed" in refused("--config", str(path))
     path.write_text("output_dir: no\nresume: yes\n")
-    assert parse(["--config", str(path)]) == Config(output_dir="no", resume=True)
+    assert parse(["--config", str(path)]) == builtin(output_dir="no", resume=True)
     for text in ("steps: true", "prompts: [a]", "resume: maybe", "seed: {a: 1}"):
         path.write_text(text)
         assert text.split(":")[0] in refused("--config", str(path))
@@ -110,23 +110,52 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     assert "Is a directory" in refused("--config", "")
 
 
+def test_without_a_student_of_ones_own_the_defaults_are_those_of_the_built_in_task(tmp_path):
+    """A file or a flag that names another student gets the defaults for real models."""
+    path = tmp_path / "run.yaml"
+    own = ["--student=mine", "--teacher=theirs", "--prompts=p.jsonl"]
+    path.write_text("student: mine\nteacher: theirs\nprompts: p.jsonl\n")
+    for argv in (own, ["--config", str(path)], [*own, "--config", str(path)]):
+        config = parse(argv)
+        assert (config.student, config.lr, config.max_new_tokens) == ("mine", 1e-6, 1024)
+        assert config.keep_checkpoints == 2
+    assert parse([]) == builtin() and builtin().lr == 1e-3 and builtin().max_new_tokens == 40
+    path.write_text("lr: 0.5\n")
+    assert parse(["--config", str(path), "--steps=3"]) == builtin(lr=0.5, steps=3)
+    assert "--teacher is missing" in refused("--student=mine")
+    assert "--prompts is missing" in refused("--student=mine", "--teacher=theirs")
+
+
+def test_resume_reads_the_settings_that_the_run_has_left(tmp_path):
+    first = builtin(lr=0.5, batch_size=8, output_dir=str(tmp_path))
+    (tmp_path / "config.yaml").write_text(first.dump())
+    argv = ["--resume", f"--output-dir={tmp_path}"]
+    assert parse(argv) == replace(first, resume=True)
+    assert parse([*argv, "--steps=900"]) == replace(first, resume=True, steps=900)
+    (tmp_path / "other.yaml").write_text("lr: 0.25\n")
+    given = parse([*argv, f"--config={tmp_path}/other.yaml"])
+    assert given == builtin(lr=0.25, resume=True, output_dir=str(tmp_path))
+    elsewhere = parse(["--resume", f"--output-dir={tmp_path}/new"])
+    assert elsewhere == builtin(resume=True, output_dir=f"{tmp_path}/new")
+
+
 def test_every_option_has_a_help_text_and_a_flag(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
     text = capsys.readouterr().out
-    for name in yaml.safe_load(Config().dump()):
+    for name in yaml.safe_load(builtin().dump()):
         assert "--" + name.replace("_", "-") in text
 
 
 def test_a_batch_that_the_nodes_cannot_share_equally_is_refused(monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
-    message = "--batch-size is 64, there are 3 nodes with --teachers 1: take a multiple"
+    message = "--batch-size is 64: take a multiple of nodes times --teachers, 3"
     with pytest.raises(InputError, match=message):
-        Config()
+        builtin()
 
 
 def test_every_node_has_an_output_directory_of_its_own(monkeypatch):
-    config = Config(output_dir="runs/a")
+    config = builtin(output_dir="runs/a")
     places = []
     for node in ("0", "1", "12"):
         monkeypatch.setenv("GROUP_RANK", node)

@@ -249,6 +249,7 @@ def check_scores(trees, tmp_path, numbers):
             )
 
 
+@pytest.mark.slow
 def test_stubs_score_nothing_and_each_solution_its_own_points(trees, tmp_path):
     check_scores(trees, tmp_path, QUICK)
 
@@ -461,15 +462,10 @@ def processes():
     return found
 
 
-QUICK_ATTACKS = (  # one of each kind
-    "spins",
-    "leaves_a_process",
+QUICK_ATTACKS = (
     "exits_in_the_test",
-    "patches_torch",
     "kills_the_grader",
-    "sends_code",
     "reaches_out",
-    "sends_an_endless_message",
     "is_no_python",
 )
 
@@ -498,7 +494,7 @@ def outside():
 @pytest.mark.parametrize(
     "names",
     [QUICK_ATTACKS, pytest.param(tuple(ATTACKS), marks=pytest.mark.slow)],
-    ids=["one of each kind", "all"],
+    ids=["four", "all"],
 )
 def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(
     names, trees, tmp_path, outside, monkeypatch

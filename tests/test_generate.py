@@ -10,13 +10,13 @@ from torch.distributions import Chi2
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from assets.task import running_sums
 from channel import LENGTH, STOP, Rollout
 from generate import Sampler
 from losses import LOSSES, draw, find, make_loss
 from model import flatten_parameters
-from support.config import Config
+from support.config import builtin
 from support.data import Prompt
-from support.task import running_sums
 
 
 def prompts(count, seed=0, longest=20, vocab=173):
@@ -123,7 +123,7 @@ def test_new_weights_in_flight_keep_the_cache_and_each_token_records_its_version
 def test_column_0_is_the_emitted_token_and_columns_are_as_declared(loss, model_dir):
     model = load_with_slots(model_dir())
     generator = new_generator(model, loss=loss, top_k=6, num_samples=3)
-    columns = make_loss(Config(loss=loss, top_k=6, num_samples=3))
+    columns = make_loss(builtin(loss=loss, top_k=6, num_samples=3))
     # The teacher fills in its own top-K.
     written = 1 if loss == "forward_kl" else columns.num_columns
     assert columns.num_proposed == written
@@ -202,7 +202,7 @@ def test_stratified_candidates_follow_the_sampler_and_the_restricted_sampler(voc
     logits = (torch.randn(1, vocab, generator=generator) * 1.5).repeat(rows, 1)
     probs = logits[0].double().softmax(-1)
     uniforms = torch.rand(rows, 1 + n, dtype=torch.float64, generator=generator)
-    loss = make_loss(Config(loss="stratified_reverse_kl", top_k=k, num_samples=n))
+    loss = make_loss(builtin(loss="stratified_reverse_kl", top_k=k, num_samples=n))
     ids, logp = loss.propose(logits, uniforms)
     top = probs.topk(k).indices
     tail = probs.scatter(0, top, 0.0)
@@ -291,7 +291,7 @@ def test_sampling_passes_over_the_logits_at_most_a_dozen_times(loss, passes):
                 self.seen += sum(x.numel() >= rows * vocab for x in tensors)
             return out
 
-    proposal = make_loss(Config(loss=loss, top_k=28, num_samples=4))
+    proposal = make_loss(builtin(loss=loss, top_k=28, num_samples=4))
     logits, uniforms = (
         torch.randn(rows, vocab),
         torch.rand(rows, proposal.num_uniforms, dtype=torch.float64),
@@ -304,7 +304,7 @@ def test_sampling_passes_over_the_logits_at_most_a_dozen_times(loss, passes):
 def test_tail_log_mass_is_right_where_one_minus_the_top_mass_would_be_zero():
     logits = torch.zeros(1, 64)
     logits[0, :4] = 60.0  # the tail holds 60 / 4 e^-60 of the mass, far below float32's 1 - mass
-    loss = make_loss(Config(loss="stratified_reverse_kl", top_k=4, num_samples=1))
+    loss = make_loss(builtin(loss="stratified_reverse_kl", top_k=4, num_samples=1))
     ids, logp = loss.propose(logits, torch.tensor([[0.5, 0.25]], dtype=torch.float64))
     assert ids[0, 5] >= 4
     assert float(logp[0, 5]) == pytest.approx(-math.log(60), abs=1e-4)
@@ -334,7 +334,7 @@ def test_only_ids_below_the_shared_vocabulary_are_drawn(model_dir):
 def test_evaluation_between_rollouts_takes_their_slots_and_changes_none_of_them(
     model_dir, tokenizer
 ):
-    config = Config(
+    config = builtin(
         student=model_dir(),
         teacher=model_dir(),
         max_prompt_tokens=20,

@@ -15,7 +15,7 @@ from channel import Rollout
 from kernels.head import candidate_loss, head_logits, loss_and_gradient
 from kv_cache import switch_to_slots
 from losses import make_loss
-from support.config import Config
+from support.config import builtin
 from support.load import load_model
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +53,11 @@ def run(config, hidden, weight, ids, t, b, chunk=100):
     return total.detach(), *torch.autograd.grad(total, (hidden, weight)), s
 
 
-CONFIGS = [*LOSS_CONFIGS[:3], Config(loss="sampled_reverse_kl", num_samples=256), Config(top_k=60)]
+CONFIGS = [
+    *LOSS_CONFIGS[:3],
+    builtin(loss="sampled_reverse_kl", num_samples=256),
+    builtin(top_k=60),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,7 +110,7 @@ def test_every_entry_of_the_gradient_is_exact_up_to_its_own_rounding(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reruns_are_equal_to_the_last_bit(dtype):
     """A missing barrier would show as an error that moves."""
-    config = Config(loss="sampled_reverse_kl", num_samples=64)
+    config = builtin(loss="sampled_reverse_kl", num_samples=64)
     hidden, weight, ids, t, b = problem(config, dtype, positions=1024)
     gradients = []
     for _ in range(20):
@@ -117,7 +121,7 @@ def test_reruns_are_equal_to_the_last_bit(dtype):
 
 def test_peak_memory_grows_with_the_chunk_not_with_the_positions():
     def peak(positions, chunk):
-        config = Config(loss="sampled_reverse_kl", num_samples=4)
+        config = builtin(loss="sampled_reverse_kl", num_samples=4)
         inputs = problem(config, torch.bfloat16, positions)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -21,7 +21,7 @@ from kernels import fused_loss, head
 from kernels.head import candidate_loss, gather
 from kernels.terms import TERMS, given
 from losses import make_loss
-from support.config import Config
+from support.config import builtin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, D, V = 19, 13, 1271
@@ -156,7 +156,7 @@ def test_vocabularies_that_divide_by_nothing(vocab, hidden_dtype, triton_path):
     "loss", ["forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "stratified_reverse_kl"]
 )
 def test_from_1_to_256_candidates_repeated_ids_add_up(loss, candidates, triton_path):
-    config = Config(loss=loss, top_k=candidates, num_samples=candidates)
+    config = builtin(loss=loss, top_k=candidates, num_samples=candidates)
     for different_ids in (1, 50):
         assert_no_worse_than_torch(
             config, single(problem(config, positions=3, different_ids=different_ids)), triton_path
@@ -256,7 +256,7 @@ def test_a_loss_that_inherits_from_one_with_a_kernel_trains_its_own_value(triton
     parent = LOSS_CONFIGS[-1]
     inputs = single(problem(parent))
     expected = run(parent, *inputs)
-    found = run(Config(loss="twice", top_k=5, num_samples=3), *inputs)
+    found = run(builtin(loss="twice", top_k=5, num_samples=3), *inputs)
     assert set(calls[:3]) == {TERMS[losses.StratifiedReverseKL]} and set(calls[3:]) == {given}
     for ours, of_parent in zip(found[:3], expected):
         torch.testing.assert_close(ours, 2 * of_parent, rtol=1e-4, atol=1e-5)
@@ -402,13 +402,13 @@ def test_peak_memory_grows_with_the_chunk_not_with_the_positions():
 import re, torch
 from kernels.head import candidate_loss
 from losses import make_loss
-from support.config import Config
+from support.config import builtin
 torch.set_num_threads(1)
 def peak(positions, chunk):
     hidden = torch.randn(positions, 8, requires_grad=True)
     weight = torch.randn(8192, 8, requires_grad=True)
     ids, x = torch.randint(0, 8192, (positions, 4)), torch.full((positions, 4), -5.0)
-    loss = make_loss(Config(loss="sampled_reverse_kl"))
+    loss = make_loss(builtin(loss="sampled_reverse_kl"))
     candidate_loss(hidden, weight, ids, x, x, loss, 1.0, chunk)[0].backward()
     return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 1024
 print(peak(1024, 256), peak(8192, 256), peak(8192, 2048))

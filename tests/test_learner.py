@@ -13,7 +13,7 @@ from kernels.head import candidate_loss
 from learner import Learner
 from losses import LOSSES, make_loss
 from model import flatten_parameters, head_weight
-from support.config import Config
+from support.config import builtin
 
 
 def new_learner(path, config, **kwargs):
@@ -31,7 +31,7 @@ def gradients(learner):
 
 
 def config_for(loss, **kwargs):
-    return Config(loss=loss, max_grad_norm=1e9, **kwargs)
+    return builtin(loss=loss, max_grad_norm=1e9, **kwargs)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3"])
@@ -41,7 +41,7 @@ def config_for(loss, **kwargs):
         LOSS_CONFIGS[0],
         LOSS_CONFIGS[2],
         LOSS_CONFIGS[-1],
-        Config(loss="sparse_reverse_kl", top_k=4, temperature=0.7),
+        builtin(loss="sparse_reverse_kl", top_k=4, temperature=0.7),
     ],
     ids=label,
 )
@@ -221,7 +221,7 @@ def test_masters_are_float32_and_small_updates_are_not_lost_though_bfloat16_is_p
     assert changed > 0.5 * sum(p.numel() for p in before) and in_bfloat16 < 0.02 * changed
     count = sum(p.numel() for p in before)
     channel = Channel.create(
-        Config(batch_size=1, max_prompt_tokens=4, max_new_tokens=4), count, torch.bfloat16
+        builtin(batch_size=1, max_prompt_tokens=4, max_new_tokens=4), count, torch.bfloat16
     )
     learner.publish(channel)
     received = load(model_dir(seed=0), dtype=torch.bfloat16)

@@ -8,12 +8,15 @@ import pytest
 import torch
 from conftest import CPU, build_model, load
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from assets.tokenizer import build_tokenizer
+from channel import Rollout
 from generate import Sampler
 from losses import LOSSES, StratifiedReverseKL
-from support.config import Config, InputError
+from model import head_weight
+from support.config import InputError, builtin
 from support.load import check_models, load_model, load_tokenizer, shared_vocabulary, stop_ids
 
 # ---- tokenizers and settings --------------------------------------------------------------------
@@ -24,10 +27,10 @@ def test_a_missing_model_directory_is_refused_at_once():
         InputError,
         match=r"--teacher /nowhere: no model there \(config.json is missing in /nowhere\)",
     ):
-        check_models(Config(teacher="/nowhere"))
+        check_models(builtin(teacher="/nowhere"))
     # Not a hub id: tests is a directory here.
     with pytest.raises(InputError, match="--teacher tests/nowhere: no model there .*tests/nowhere"):
-        check_models(Config(teacher="tests/nowhere"))
+        check_models(builtin(teacher="tests/nowhere"))
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4}
@@ -69,27 +72,81 @@ def test_a_config_that_the_run_cannot_use_is_refused(settings, message, model_di
         json.dumps(json.loads((other / "config.json").read_text()) | settings)
     )
     with pytest.raises(InputError, match=message):
-        check_models(Config(student=model_dir(), teacher=str(other)))
+        check_models(builtin(student=model_dir(), teacher=str(other)))
     (other / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json cannot be used: "):
-        check_models(Config(student=model_dir(), teacher=str(other)))
+        check_models(builtin(student=model_dir(), teacher=str(other)))
 
 
-def test_different_tokenizers_are_refused(model_dir, tmp_path, tokenizer):
-    other = build_tokenizer()
-    other.add_tokens(["<new>"])
-    build_model("qwen3", vocab=174).save_pretrained(tmp_path)
-    other.save_pretrained(tmp_path)
+def save_pair(model_dir, tmp_path, tokenizer, vocab=190):
+    """A directory like model_dir(vocab=190), with another tokenizer."""
+    other = shutil.copytree(model_dir(vocab=vocab), tmp_path / "other", dirs_exist_ok=True)
+    tokenizer.save_pretrained(other)
+    return str(other)
+
+
+def renamed(old, new):
+    tokenizer = build_tokenizer()
+    text = tokenizer._tokenizer.to_str().replace(json.dumps(old) + ":", json.dumps(new) + ":")
+    return type(tokenizer)(
+        tokenizer_object=type(tokenizer._tokenizer).from_str(text),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<pad>",
+    )
+
+
+def test_tokenizers_that_differ_are_refused_with_the_tokens_that_do(model_dir, tmp_path):
+    other = save_pair(model_dir, tmp_path, renamed("a", "A"))
+    for pair in ((model_dir(vocab=190), other), (other, model_dir(vocab=190))):
+        with pytest.raises(
+            InputError, match=r"differ at 1 ids \(5: '[aA]' and '[aA]', ...\): choose"
+        ):
+            check_models(builtin(student=pair[0], teacher=pair[1]))
+
+
+def test_tokens_that_one_tokenizer_has_at_its_end_are_cut_off(model_dir, tmp_path):
+    """Both heads have rows for them, which padding would have, too. Nobody samples them."""
+    more = build_tokenizer()
+    more.add_tokens(["<new>", "<newer>"])
+    other = save_pair(model_dir, tmp_path, more)
+    for student, teacher in ((model_dir(vocab=190), other), (other, model_dir(vocab=190))):
+        config = builtin(student=student, teacher=teacher)
+        assert check_models(config) == [] and shared_vocabulary(config) == 173
+        sampler = Sampler(config, CPU, 4, [])
+        weight = head_weight(sampler.generator.model)
+        weight[173:] = 100 * weight[5:6]  # would win
+        rollouts = sampler.generator.generate([Rollout([5, 6], ticket=i) for i in range(4)])
+        assert max(rollout.candidate_ids.max() for rollout in rollouts) < 173
+
+
+def test_a_post_processor_that_only_one_has_does_no_harm(model_dir, tmp_path):
+    adds_bos = build_tokenizer()
+    adds_bos._tokenizer.post_processor = TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 1)]
+    )
+    other = save_pair(model_dir, tmp_path, adds_bos)
+    assert check_models(builtin(student=model_dir(vocab=190), teacher=other)) == []
+
+
+def test_a_model_with_code_of_its_own_is_refused_and_nothing_is_asked(
+    model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks on the terminal"))
+    other = shutil.copytree(model_dir(), tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
+    (other / "config.json").write_text(json.dumps(settings))
+    (other / "mine.py").write_text("raise SystemExit")
     with pytest.raises(
-        InputError,
-        match=r"different tokenizers \(174 and 173 tokens\): choose two models of one family",
+        InputError, match="--teacher .* it needs code of its own, which is never run"
     ):
-        check_models(Config(student=model_dir(), teacher=str(tmp_path)))
+        check_models(builtin(student=model_dir(), teacher=str(other)))
 
 
 def test_heads_padded_to_different_sizes_are_cut_to_the_smaller(model_dir):
     for sizes in ((190, 180), (180, 190)):
-        config = Config(student=model_dir(vocab=sizes[0]), teacher=model_dir(vocab=sizes[1]))
+        config = builtin(student=model_dir(vocab=sizes[0]), teacher=model_dir(vocab=sizes[1]))
         assert check_models(config) == [] and shared_vocabulary(config) == 180
         tokenizer = load_tokenizer("--student", config.student_path)
         assert stop_ids(config.student_path, tokenizer) == {1}
@@ -97,7 +154,7 @@ def test_heads_padded_to_different_sizes_are_cut_to_the_smaller(model_dir):
 
 @pytest.mark.parametrize("loss, limit", [("forward_kl", 173), ("stratified_reverse_kl", 172)])
 def test_a_top_k_above_the_vocabulary_is_refused(loss, limit, model_dir):
-    config = Config(student=model_dir(), teacher=model_dir(), loss=loss, top_k=limit)
+    config = builtin(student=model_dir(), teacher=model_dir(), loss=loss, top_k=limit)
     check_models(config)
     with pytest.raises(
         InputError,
@@ -114,7 +171,7 @@ def test_a_loss_of_ones_own_with_a_tail_leaves_an_id_for_it(model_dir, monkeypat
     with pytest.raises(
         InputError, match="--top-k is 173, the vocabulary has 173 ids: 172 is the most for mine"
     ):
-        check_models(Config(student=model_dir(), teacher=model_dir(), loss="mine", top_k=173))
+        check_models(builtin(student=model_dir(), teacher=model_dir(), loss="mine", top_k=173))
 
 
 def test_stop_ids_are_those_of_generation_config_and_tokenizer(tmp_path, tokenizer):
@@ -130,7 +187,7 @@ def test_different_stop_ids_of_teacher_and_student_are_said(tmp_path, tokenizer,
     model.generation_config.eos_token_id = [7]
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    notes = check_models(Config(student=model_dir(), teacher=str(tmp_path)))
+    notes = check_models(builtin(student=model_dir(), teacher=str(tmp_path)))
     assert "student stops at [1], teacher at [1, 7]" in notes[0]
 
 
@@ -221,9 +278,9 @@ def test_a_model_whose_early_tokens_change_with_the_length_is_refused_at_the_len
     load_model(str(tmp_path), torch.bfloat16, CPU, length=28)
     build_tokenizer().save_pretrained(tmp_path)
     sizes = {"student": str(tmp_path), "max_prompt_tokens": 12}
-    Sampler(Config(**sizes, max_new_tokens=4), CPU, 1, [])
+    Sampler(builtin(**sizes, max_new_tokens=4), CPU, 1, [])
     with pytest.raises(
         InputError,
         match=r"or they change with the length of the sequence \(compared: 8 and 28 tokens\)",
     ):
-        Sampler(Config(**sizes, max_new_tokens=16), CPU, 1, [])
+        Sampler(builtin(**sizes, max_new_tokens=16), CPU, 1, [])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from support.checkpoint import start_output
-from support.config import Config
+from support.config import builtin
 from support.log import Timeline, close_trace
 
 
@@ -15,7 +15,7 @@ def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_p
     # Begin and end of each span below.
     clock = iter([1.0, 1.5, 1.5005, 1.9, 2.1, 2.2, 5.0, 6.0, 6.0, 6.5])
     monkeypatch.setattr("support.log.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    ours, config = SimpleNamespace(busy=torch.zeros(3)), Config(output_dir=str(tmp_path))
+    ours, config = SimpleNamespace(busy=torch.zeros(3)), builtin(output_dir=str(tmp_path))
     start_output(config, None)
     first, second = (Timeline(config, ours, i, f"role {i}") for i in (0, 1))
     for timeline, name in (

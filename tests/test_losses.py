@@ -8,7 +8,7 @@ from conftest import LOSS_CONFIGS, corrected, label
 
 import losses
 from losses import LOSSES, Greedy, Loss, Proposal, make_loss
-from support.config import Config
+from support.config import builtin
 
 V = 8
 
@@ -269,7 +269,7 @@ SHIPPED = ("forward_kl", "sparse_reverse_kl", "sampled_reverse_kl", "stratified_
 
 def test_the_names_of_the_losses_are_those_of_their_classes():
     for name in SHIPPED:
-        assert type(make_loss(Config(loss=name))) is LOSSES[name]
+        assert type(make_loss(builtin(loss=name))) is LOSSES[name]
         assert LOSSES[name].__name__.lower() == name.replace("_", "")
 
 
@@ -301,11 +301,11 @@ def test_a_proposal_without_settings_is_the_emitted_token_alone():
 @pytest.mark.parametrize(
     "config",
     [
-        Config(loss="forward_kl", top_k=2),
-        Config(loss="sparse_reverse_kl", top_k=3),
-        Config(loss="sampled_reverse_kl", num_samples=2),
+        builtin(loss="forward_kl", top_k=2),
+        builtin(loss="sparse_reverse_kl", top_k=3),
+        builtin(loss="sampled_reverse_kl", num_samples=2),
         corrected("sampled_rollout_ppo", num_samples=1),
-        Config(loss="stratified_reverse_kl", top_k=3, num_samples=1),
+        builtin(loss="stratified_reverse_kl", top_k=3, num_samples=1),
     ],
     ids=label,
 )

@@ -24,7 +24,7 @@ from experiments import memory, splits
 from experiments.memory import GIB, USABLE, estimate, largest, model_size, needed
 from learner import Learner
 from support import load as loading
-from support.config import Config, InputError
+from support.config import InputError, builtin
 from support.roles import role_devices
 
 
@@ -98,7 +98,7 @@ def test_sizes_are_read_whatever_a_family_calls_them(kind, settings, tmp_path):
 
 
 def test_the_estimate_counts_masters_gradients_and_moments_and_shares_them_between_ranks(model_dir):
-    config = Config(student=model_dir(), teacher=model_dir(), micro_batch_tokens=104, head_chunk=1)
+    config = builtin(student=model_dir(), teacher=model_dir(), micro_batch_tokens=104, head_chunk=1)
     one, two = (needed(config, ranks, 4)["learner"] for ranks in (1, 2))
     learner = Learner(load(model_dir()), config, 173, torch.float32)
     count = sum(p.numel() for p in learner.parameters)
@@ -111,7 +111,7 @@ def test_the_estimate_counts_masters_gradients_and_moments_and_shares_them_betwe
 
 def test_the_parts_are_what_the_roles_hold(model_dir):
     """Weights, KV cache and logits of a generator, counted on one that has run."""
-    config = Config(student=model_dir(), teacher=model_dir(), slots=3, batch_size=64)
+    config = builtin(student=model_dir(), teacher=model_dir(), slots=3, batch_size=64)
     generator = new_generator(load_with_slots(model_dir()), slots=3, max_prompt=64, max_new=40)
     generator.generate([Rollout([5, 6, 7])])
     cache = sum(x.nbytes for layer in generator.cache.layers.values() for x in layer)
@@ -123,7 +123,7 @@ def test_the_parts_are_what_the_roles_hold(model_dir):
 
 def test_slots_beyond_the_rollouts_in_flight_take_no_memory(model_dir):
     paths = {"student": model_dir(), "teacher": model_dir()}
-    few, many = (Config(**paths, batch_size=8, slots=slots) for slots in (16, 1000))
+    few, many = (builtin(**paths, batch_size=8, slots=slots) for slots in (16, 1000))
     assert needed(few, 1, 4) == needed(many, 1, 4)
     shared = replace(few, generators=2)
     cache = [estimate(config, 1, 4)["generator"]["KV cache"] for config in (few, shared)]
@@ -132,7 +132,7 @@ def test_slots_beyond_the_rollouts_in_flight_take_no_memory(model_dir):
 
 def test_a_teacher_on_several_gpus_holds_its_share_of_the_parameters_on_each(model_dir):
     one, two = (
-        needed(Config(student=model_dir(), teacher=model_dir(), teacher_gpus=n), 1, 2)["teacher"]
+        needed(builtin(student=model_dir(), teacher=model_dir(), teacher_gpus=n), 1, 2)["teacher"]
         for n in (1, 2)
     )
     # Its activations are as large on every GPU.
@@ -236,7 +236,7 @@ def test_with_gpus_the_tool_takes_their_memory(tool, monkeypatch):
 
 
 def test_the_tool_refuses_what_train_refuses(tool):
-    with pytest.raises(SystemExit, match="--micro-batch-tokens is 8, one sequence may have 104"):
+    with pytest.raises(SystemExit, match="--micro-batch-tokens is 8, one sequence may have 2048"):
         tool("--micro-batch-tokens=8")
     with pytest.raises(SystemExit, match="sizes of the models cannot be estimated"):
         tool("--student=./nowhere")
@@ -248,17 +248,17 @@ def test_the_tool_refuses_what_train_refuses(tool):
 
 
 def test_a_teacher_gets_the_gpus_behind_its_own_and_none_of_its_neighbours():
-    config = Config(generators=3, teachers=2, teacher_gpus=2, batch_size=4)
+    config = builtin(generators=3, teachers=2, teacher_gpus=2, batch_size=4)
     names = [str(device) for device in role_devices(config, 1, gpus=8)]
     assert names == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:6"]
     held = memory.roles_on_gpus(config, 1, gpus=8)
     assert held[4:] == [[("teacher", 0)]] * 2 + [[("teacher", 1)]] * 2
-    config = Config(generators=8, teachers=2, batch_size=4)
+    config = builtin(generators=8, teachers=2, batch_size=4)
     names = [str(device) for device in role_devices(config, 1, gpus=8)]
     assert names == [f"cuda:{i % 8}" for i in range(11)]  # they share
-    config = Config(generators=3, teachers=2, teacher_gpus=3, batch_size=4)
+    config = builtin(generators=3, teachers=2, teacher_gpus=3, batch_size=4)
     match = (
-        "--teacher-gpus is 3: then no GPU is shared and the roles need 10, there are 8: "
+        "--teacher-gpus is 3: then the roles share no GPU and need 10, there are 8: "
         "lower it, --teachers"
     )
     with pytest.raises(InputError, match=match):
@@ -310,7 +310,7 @@ def test_the_head_of_a_model_on_several_gpus_is_checked_where_its_hidden_states_
 
 def test_recomputing_layers_changes_no_update(model_dir):
     for family in ("qwen3", "gemma3", "llama"):
-        config = Config(top_k=4, num_samples=2)
+        config = builtin(top_k=4, num_samples=2)
         table = frozen_table(model_dir(seed=0), model_dir(seed=1), config)
         plain, recomputing = (
             Learner(load(model_dir(family, seed=2)), settings, 173, torch.float32)
@@ -324,7 +324,7 @@ def test_recomputing_layers_changes_no_update(model_dir):
 def test_recomputing_keeps_one_tensor_a_layer(model_dir):
     model = qwen().requires_grad_(True)
     before = saved_bytes(model, 128)
-    Learner(model, Config(checkpoint_activations=True), 128, torch.float32)
+    Learner(model, builtin(checkpoint_activations=True), 128, torch.float32)
     assert saved_bytes(model, 128) < before / 4
 
 
@@ -342,5 +342,5 @@ def test_recomputing_switches_no_dropout_on():
     )
     model = OPTForCausalLM(settings).eval()
     before = model(input_ids=torch.arange(9)[None]).logits
-    Learner(model, Config(checkpoint_activations=True), 90, torch.float32)
+    Learner(model, builtin(checkpoint_activations=True), 90, torch.float32)
     assert torch.equal(model(input_ids=torch.arange(9)[None]).logits, before)

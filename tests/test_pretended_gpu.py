@@ -16,7 +16,7 @@ from kv_cache import switch_to_slots
 from learner import Learner, Student
 from losses import make_loss
 from model import flatten_parameters
-from support.config import Config
+from support.config import builtin
 from support.load import load_model
 from teacher import Teacher
 
@@ -25,11 +25,11 @@ SIZES = dict(
     batch_size=5, max_prompt_tokens=12, max_new_tokens=8, micro_batch_tokens=40, head_chunk=7
 )
 LOSSES = {
-    "forward_kl": Config(loss="forward_kl", top_k=5, **SIZES),
-    "sparse_reverse_kl": Config(loss="sparse_reverse_kl", top_k=5, **SIZES),
-    "sampled_reverse_kl": Config(loss="sampled_reverse_kl", num_samples=3, **SIZES),
+    "forward_kl": builtin(loss="forward_kl", top_k=5, **SIZES),
+    "sparse_reverse_kl": builtin(loss="sparse_reverse_kl", top_k=5, **SIZES),
+    "sampled_reverse_kl": builtin(loss="sampled_reverse_kl", num_samples=3, **SIZES),
     "m2po": corrected("sampled_current_m2po", num_samples=3, temperature=0.7, **SIZES),
-    "stratified_reverse_kl": Config(top_k=5, **SIZES),
+    "stratified_reverse_kl": builtin(top_k=5, **SIZES),
 }
 # Where the host may wait for the device: between steps, once a rollout, once a batch.
 # Never in `decode` or a layer.

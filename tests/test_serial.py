@@ -13,7 +13,7 @@ from runs import BASE, finish, metrics, start
 
 from model import flat_parameters
 from serial import Serial
-from support.config import Config, parse
+from support.config import builtin, parse
 from support.data import load_prompts
 from support.load import load_tokenizer
 
@@ -59,7 +59,7 @@ def test_the_command_line_prints_the_accuracy_before_and_after_training(pair, tm
 
 
 def test_the_shipped_models_learn_their_task_in_a_few_updates():
-    config = Config(steps=14, eval_size=64, seed=1, cpu_threads=1)
+    config = builtin(steps=14, eval_size=64, seed=1, cpu_threads=1)
     run = Serial(config, 0, *load_prompts(config, load_tokenizer("--student", config.student_path)))
     first, *_, last = [run.update()["reverse_kl"] for _ in range(config.steps)]
     assert 0 < last < 0.7 * first

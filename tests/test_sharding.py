@@ -24,17 +24,17 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from channel import Channel
 from learner import Learner, whole
 from model import layers_of
-from support.config import Config
+from support.config import builtin
 from support.load import load_model
 from support.ranks import Ranks
 
 # 28 padded tokens hold one or two rollouts: the ranks have different numbers of micro-batches.
 SIZES = dict(max_prompt_tokens=16, max_new_tokens=MAX_NEW, micro_batch_tokens=28, max_grad_norm=1e9)
-STRATIFIED = Config(loss="stratified_reverse_kl", top_k=4, num_samples=2, **SIZES)
+STRATIFIED = builtin(loss="stratified_reverse_kl", top_k=4, num_samples=2, **SIZES)
 CASES = [  # (family, config): every kind of loss; llama has a head of its own
-    ("qwen3", Config(loss="forward_kl", top_k=6, **SIZES)),
-    ("llama", Config(loss="sparse_reverse_kl", top_k=4, temperature=0.7, **SIZES)),
-    ("qwen3", Config(loss="sampled_reverse_kl", num_samples=8, **SIZES)),
+    ("qwen3", builtin(loss="forward_kl", top_k=6, **SIZES)),
+    ("llama", builtin(loss="sparse_reverse_kl", top_k=4, temperature=0.7, **SIZES)),
+    ("qwen3", builtin(loss="sampled_reverse_kl", num_samples=8, **SIZES)),
     ("qwen3", corrected("sampled_rollout_m2po", num_samples=3, **SIZES)),
     ("llama", corrected("sampled_current_m2po_areal", num_samples=3, **SIZES)),
     ("llama", STRATIFIED),
@@ -202,7 +202,7 @@ def of_several(paths, tables, of_one, tmp_path_factory):
     """of_several(nodes, ranks) -> (results of every rank, mailbox, directory of the checkpoint)."""
     made = {}
     count = sum(p.numel() for p in of_one[0][0].parameters)
-    small = Config(batch_size=1, max_prompt_tokens=4, max_new_tokens=4)
+    small = builtin(batch_size=1, max_prompt_tokens=4, max_new_tokens=4)
 
     def get(nodes, local):
         if (nodes, local) not in made:

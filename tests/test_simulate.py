@@ -10,7 +10,7 @@ from conftest import ROOT
 from experiments import scaling, validate
 from experiments.simulate import RESULTS, Cores, Machine, Queue, Result, Simulation
 from experiments.stages import H100, Model, Stages
-from support.config import Config
+from support.config import builtin
 from tickets import may_start
 
 PROMPTS = [SimpleNamespace(ids=[0] * 10)]
@@ -26,7 +26,7 @@ def simulate(
 ):
     settings = {"steps": 6, "batch_size": 4, "slots": 64, "max_staleness": 0} | settings
     simulation = Simulation(
-        Config(**settings), stages, lengths, PROMPTS, nodes, cores, stride, pool
+        builtin(**settings), stages, lengths, PROMPTS, nodes, cores, stride, pool
     )
     return simulation, simulation.run(skip)
 
@@ -189,7 +189,7 @@ def test_a_shared_pool_does_not_wait_for_the_slowest_node():
 
 
 def test_a_run_in_which_all_wait_for_ever_is_an_error():
-    simulation = Simulation(Config(steps=2, batch_size=4), FREE, lambda ticket: 8, PROMPTS)
+    simulation = Simulation(builtin(steps=2, batch_size=4), FREE, lambda ticket: 8, PROMPTS)
     simulation.at[0].channel.to_teachers[0].put = lambda rows: None  # lost on the way
     with pytest.raises(RuntimeError, match="all wait for each other after 0 updates"):
         simulation.run()
@@ -199,7 +199,7 @@ def test_scales_are_found_that_give_a_run_back(monkeypatch):
     """From other costs, without seeing these:
     the run of `truth` comes out, also at a staleness it was not fitted to."""
     truth = replace(SLOW, step=(0.05, 0.0, 0.0))
-    config = Config(steps=6, batch_size=4, max_staleness=0)
+    config = builtin(steps=6, batch_size=4, max_staleness=0)
 
     def run(config, stages, nodes=1, cores=2, skip=0):
         return Simulation(config, stages, lambda ticket: 8, PROMPTS, nodes, cores).run(skip)

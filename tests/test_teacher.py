@@ -10,7 +10,7 @@ from frozen import MAX_NEW, ROLLOUTS, ROWS, STOPS, full_logp, unscored_table
 from channel import Rollout
 from losses import make_loss
 from model import head_weight, predicting_positions, row_batches
-from support.config import Config
+from support.config import builtin
 from teacher import Teacher, TopKCache, ready_rows
 
 
@@ -33,7 +33,7 @@ def test_token_r_is_predicted_one_position_earlier_and_the_stop_token_is_include
 
 @pytest.mark.parametrize(
     "config",
-    [LOSS_CONFIGS[0], LOSS_CONFIGS[1], Config(loss="stratified_reverse_kl", temperature=0.6)],
+    [LOSS_CONFIGS[0], LOSS_CONFIGS[1], builtin(loss="stratified_reverse_kl", temperature=0.6)],
     ids=label,
 )
 def test_scores_equal_a_plain_forward_pass(config, model_dir):
@@ -48,7 +48,7 @@ def test_scores_equal_a_plain_forward_pass(config, model_dir):
 
 
 def test_for_forward_kl_the_teacher_proposes_its_own_top_k(model_dir):
-    config = Config(loss="forward_kl", top_k=6)
+    config = builtin(loss="forward_kl", top_k=6)
     table, _ = scored_table(model_dir(seed=0), model_dir(seed=1), config)
     for row in ROWS:
         count = int(table.length[row] - table.prompt_len[row])
@@ -86,7 +86,7 @@ def test_teacher_equal_to_student_agrees_at_every_candidate(config, model_dir):
 
 @pytest.mark.parametrize(
     "config",
-    [LOSS_CONFIGS[0], LOSS_CONFIGS[2], Config(loss="sparse_reverse_kl", top_k=45)],
+    [LOSS_CONFIGS[0], LOSS_CONFIGS[2], builtin(loss="sparse_reverse_kl", top_k=45)],
     ids=label,
 )
 def test_a_hit_gives_what_the_model_gave(config, model_dir):
@@ -129,7 +129,7 @@ def test_the_cache_is_bounded_in_bytes_and_drops_the_least_recently_used():
 
 
 def test_the_same_response_after_another_split_of_prompt_and_response_is_another_entry(model_dir):
-    config = Config(loss="forward_kl", top_k=4)
+    config = builtin(loss="forward_kl", top_k=4)
     table, teacher = scored_table(model_dir(seed=0), model_dir(seed=1), config)
     table.prompt_len[0] += 1
     assert not teacher.from_cache(table, 0)
@@ -148,7 +148,7 @@ def test_row_batches_cover_everything_within_the_budget_and_are_at_most_a_third_
 
 
 def test_in_batch_order_the_rows_scored_together_do_not_depend_on_timing():
-    config = Config(batch_size=8)
+    config = builtin(batch_size=8)
     groups = []
     waiting = {}
     for ticket in (1, 3, 0, 2, 7, 6, 4, 5):
@@ -163,15 +163,15 @@ def test_in_batch_order_the_rows_scored_together_do_not_depend_on_timing():
 def test_no_group_reaches_into_the_next_batch_and_arrival_order_scores_what_is_there():
     waiting = {ticket: ticket for ticket in range(20)}
     # The end of the first batch; the groups of this size have two.
-    assert ready_rows(waiting, 8, Config(batch_size=9)) == [8]
-    assert ready_rows(waiting, 9, Config(batch_size=9)) == [9, 10]
-    assert ready_rows({7: 1, 3: 2}, 0, Config(order="arrival")) == [2, 1] and not ready_rows(
-        {}, 0, Config(order="arrival")
+    assert ready_rows(waiting, 8, builtin(batch_size=9)) == [8]
+    assert ready_rows(waiting, 9, builtin(batch_size=9)) == [9, 10]
+    assert ready_rows({7: 1, 3: 2}, 0, builtin(order="arrival")) == [2, 1] and not ready_rows(
+        {}, 0, builtin(order="arrival")
     )
 
 
 def test_several_teachers_share_the_tickets_of_every_batch_and_score_them_in_order():
-    config = Config(batch_size=16, teachers=2)
+    config = builtin(batch_size=16, teachers=2)
     for teacher in range(2):
         waiting = {ticket // 2: ticket for ticket in range(teacher, 48, 2)}  # as `run` keys them
         turn, groups = 0, []

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support.config import Config
+from support.config import builtin
 from support.data import Prompt
 from teacher import ready_rows
 from tickets import Tickets, may_start, teacher_of
 
-CONFIG = Config(batch_size=4, max_staleness=2, max_prompt_tokens=8, max_new_tokens=8)
+CONFIG = builtin(batch_size=4, max_staleness=2, max_prompt_tokens=8, max_new_tokens=8)
 PROMPTS = [Prompt("x", [5, 6]), Prompt("y", [7])]
 
 
@@ -212,7 +212,7 @@ def test_no_node_starves_when_a_resume_changes_nodes_and_max_staleness_at_once(m
 
 def test_a_nodes_table_and_its_teachers_share_are_of_its_part_of_the_batch(monkeypatch):
     place(monkeypatch, 1, 2)
-    config = Config(batch_size=16, teachers=2, max_staleness=0, steps=2)
+    config = builtin(batch_size=16, teachers=2, max_staleness=0, steps=2)
     assert config.table_rows == 8
     assert ready_rows({0: "a", 1: "b"}, 0, config) == ["a"]  # a quarter of the share of 4 rows
 
@@ -220,7 +220,7 @@ def test_a_nodes_table_and_its_teachers_share_are_of_its_part_of_the_batch(monke
 @pytest.mark.parametrize("nodes, teachers", [(1, 1), (1, 3), (2, 2), (3, 2)])
 def test_the_teachers_of_a_node_take_its_tickets_in_turns(nodes, teachers, monkeypatch):
     place(monkeypatch, 0, nodes)
-    config = Config(batch_size=12, teachers=teachers)
+    config = builtin(batch_size=12, teachers=teachers)
     for node in range(nodes):
         turns = [[] for _ in range(teachers)]
         for ticket in range(node, 48, nodes):

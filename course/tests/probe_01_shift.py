@@ -30,12 +30,12 @@ def teacher_scores():
     """teacher_logp of the frozen table, as teacher.Teacher computes it with your functions."""
     import tiny
 
-    from support.config import Config
+    from support.config import builtin
     from teacher import Teacher
 
     table = tiny.frozen_table()
     table.teacher_logp = torch.zeros_like(table.teacher_logp)
-    config = Config(loss="stratified_reverse_kl", top_k=4, num_samples=4, teacher_cache_mb=0)
+    config = builtin(loss="stratified_reverse_kl", top_k=4, num_samples=4, teacher_cache_mb=0)
     model = tiny.builtin("teacher")
     teacher = Teacher(model, config, model.config.vocab_size)
     teacher.score(table, list(range(len(table.length))))

@@ -71,7 +71,7 @@ def rollouts(family: str, prompts, slots: int, max_new_tokens: int, stops, greed
     from channel import Rollout
     from generate import Generator
     from losses import Greedy, Proposal
-    from support.config import Config
+    from support.config import builtin
 
     class Anything(Proposal):
         def propose(self, logits, uniforms):
@@ -81,7 +81,7 @@ def rollouts(family: str, prompts, slots: int, max_new_tokens: int, stops, greed
     model = tiny.random_model(family)
     model.set_attn_implementation("kv_slots")
     longest = max(map(len, prompts))
-    config = Config(max_prompt_tokens=longest, max_new_tokens=max_new_tokens)
+    config = builtin(max_prompt_tokens=longest, max_new_tokens=max_new_tokens)
     proposal = Greedy() if greedy else Anything()
     vocab = model.config.vocab_size
     generator = Generator(model, proposal, config, set(stops), vocab, slots)

@@ -38,20 +38,20 @@ def new_tickets(config):
 
 def admitted(settings: dict, version: int, count: int, node: int = 0, nodes: int = 1):
     """The tickets below `count` that may_start admits to weights of `version`."""
-    from support.config import Config
+    from support.config import builtin
     from tickets import may_start
 
     with on_node(node, nodes):
-        config = Config(**settings)
+        config = builtin(**settings)
         return [ticket for ticket in range(count) if may_start(ticket, version, config)]
 
 
 def batches(settings: dict, version: int, arrivals, node: int = 0, nodes: int = 1):
     """What Tickets.batch returns after each arrival. `arrivals`: pairs of a ticket and its row."""
-    from support.config import Config
+    from support.config import builtin
 
     with on_node(node, nodes):
-        tickets = new_tickets(Config(**settings))
+        tickets = new_tickets(builtin(**settings))
         found = []
         for ticket, row in arrivals:
             tickets.channel.ticket[row] = ticket
@@ -68,10 +68,10 @@ def pipeline(settings: dict, responses: list[int], training: int):
     an update takes `training`. Scoring takes none. As in train.py, a ticket may start on the
     weights that the generator has, and these change when the refresh of the settings allows it.
     """
-    from support.config import Config
+    from support.config import builtin
     from tickets import may_start
 
-    config = Config(**settings)
+    config = builtin(**settings)
     tickets = new_tickets(config)
     channel = tickets.channel
     version = weights = 0  # of the learner, of the generator

@@ -8,9 +8,9 @@ def made_estimator():
     import estimator  # noqa: F401, which puts it into LOSSES
 
     from losses import LOSSES
-    from support.config import Config
+    from support.config import builtin
 
-    return LOSSES["mine"](Config())
+    return LOSSES["mine"](builtin())
 
 
 def estimator_columns():
