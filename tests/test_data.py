@@ -6,10 +6,12 @@ from dataclasses import replace
 from datetime import datetime
 
 import pytest
+from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from assets.make_assets import write_prompts
 from assets.task import ADDENDS, running_sums
 from assets.tokenizer import build_tokenizer
 from support.config import InputError, builtin
@@ -30,6 +32,12 @@ def test_running_sums_are_right_and_held_out_prompts_are_disjoint():
         )
     sizes = [prompt.count("+") + 1 for prompt in train]
     assert set(sizes) == set(ADDENDS) and sizes.count(2) > 1.5 * sizes.count(8)
+
+
+def test_the_built_in_files_are_what_the_task_makes(tmp_path):
+    write_prompts(tmp_path)
+    for name in ("prompts.jsonl", "eval.jsonl"):
+        assert (ROOT / "assets" / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
 
 def test_synonyms_decode_to_their_digit_and_prompts_survive_a_round_trip(tokenizer):
