@@ -134,7 +134,7 @@ class Learner:
         metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
         metrics |= {
             "tokens": tokens,
-            "truncated_fraction": truncated / sum(part["rows"] for part in parts),
+            "truncated_fraction": truncated / (len(rows) * len(parts)),
             "lag_mean": sum(part["lag_sum"] for part in parts) / tokens,
             "lag_max": max(part["lag_max"] for part in parts),
         }
@@ -147,7 +147,6 @@ class Learner:
         lag = self.version - of_responses(channel, rows, channel.weight_version)  # [T]
         return {
             "tokens": len(lag),
-            "rows": len(rows),
             "truncated": int((channel.finish[rows] == LENGTH).sum()),
             "lag_sum": int(lag.sum()),
             "lag_max": int(lag.max()),

@@ -63,16 +63,14 @@ def read_inputs(config: Config):
     """Check and read everything before a model is loaded. Raises InputError."""
     notes = check_models(config)
     tokenizer = load_tokenizer("--student", config.student_path)
-    now, mark = datetime.now(), fingerprint(config)
-    progress = {"started": now.isoformat(), "prompts": mark, "trained_ahead": []}
-    checkpoint = on_disk.check_output(config, mark)
+    progress = {"started": datetime.now(), "prompts": fingerprint(config), "trained_ahead": []}
+    checkpoint = on_disk.check_output(config, progress["prompts"])
     if checkpoint:
         progress = on_disk.read_progress(checkpoint)
     progress["settings"] = asdict(config)
     prompts, held_out = load_prompts(config, tokenizer, progress["started"])
     if config.eval_every and not held_out:
-        why = "fewer than 10 prompts, or none has an answer"
-        notes.append(f"no evaluation: {why}: give --eval-prompts, or --eval-every 0")
+        notes.append("no evaluation: give --eval-prompts with answers, or --eval-every 0")
     for note in notes:
         print(f"note: {note}")
     print(f"first prompt: {tokenizer.decode(prompts[0].ids)!r}")
@@ -242,15 +240,11 @@ class Leader:
 def run_rank(ranks: Ranks):
     """One learner rank: load the student, then lead the node or follow its leader."""
     inputs = None
-    try:
-        if ranks.rank == 0:
-            config = parse()
-            on_disk.lock_output(config.output)  # until this process ends
-            inputs = read_inputs(config)
-    finally:  # the others leave without a word if rank 0 has refused its input
-        inputs = broadcast(inputs)
-    if not inputs:
-        sys.exit(1)
+    if ranks.rank == 0:
+        config = parse()
+        on_disk.lock_output(config.output)  # until this process ends
+        inputs = read_inputs(config)
+    inputs = broadcast(inputs)
     config, checkpoint = inputs.config, inputs.checkpoint
     if ranks.node > 0:
         sys.stdout = open(os.devnull, "w")  # node 0 reports

@@ -1,9 +1,10 @@
 """`--answers text`: does a response conclude what the answer says, as numbers or else as text?
 
-Taken out of a response is, in this order: the last \\boxed{...}, what follows the last ####, what
-follows the last "answer is" or "answer:", the last number. A fraction, a power, a clock time or a
-mixed number is one value: no number is taken out of its middle. Wrappers such as `$...$`,
-\\text{...}, a currency sign or a unit come off both sides.
+Taken out of a response, without its thoughts, is in this order: the last \\boxed{...}, what follows
+the last ####, what follows the last "answer is" or "answer:", the last number. A fraction, a power,
+a clock time, a tuple or a mixed number is one value: no number is taken out of its middle, nor out
+of a term. Wrappers such as `$...$`, \\text{...} or a currency sign come off both sides. A unit
+counts only if both sides have one. In doubt a response is wrong.
 """
 
 import re
@@ -15,48 +16,65 @@ DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d)|\d+)"
 NUMBER = rf"(?:{DIGITS}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?"
 # A minus after a digit, a letter or a bracket is no sign. After = it may stand apart.
 SIGN = r"(?:(?<![\w)\]}])-|(?<== )- )?"
-# What stands for one value: the longest first.
+# What stands for one value: the longest first. `text`: a clock time or ratio, a tuple or set.
 VALUE = re.compile(
-    rf"(?P<text>\d+(?::\d+)+|\(-?{NUMBER}(?:, ?(?!\d{{3}}\b)-?{NUMBER})+\))"  # a time, a tuple
+    rf"(?P<text>\d+(?:(?: : |:)\d+)+|\\?[(\[{{]-?{NUMBER}(?:, ?(?!\d{{3}}\b)-?{NUMBER})+\\?[)\]}}])"
     rf"|(?P<sign>{SIGN})(?:"
     rf"(?:(?P<whole>\d+) )?(?P<numerator>{NUMBER}) ?/ ?(?P<denominator>{NUMBER})"
     rf"|(?P<factor>{NUMBER}) ?[*×x] ?10\^(?P<exponent>-?\d{{1,3}})"
     rf"|(?P<base>{NUMBER})\^(?P<power>\d{{1,2}})"
     rf"|(?P<number>{NUMBER}))"
 )
-OPERAND_BEFORE = re.compile(r"[\^_/:√{]-?$|[A-Za-z]\(?$|[\w)\]}] ?[-+*×÷] ?$")
-MANY = r"(?:hundred|thousand|million|billion|trillion|dozen)"  # no units
-OPERAND_AFTER = re.compile(rf" ?(?:[+*×÷^/\\π√]|-(?=[ \w])|{MANY})|:\w")
-UNIT = re.compile(rf"(?: ?(?!.*{MANY})[A-Za-z][A-Za-z /]*)?(?:\^\d)?")
+# Words that change a number, where a unit may stand.
+CHANGES = r"(?i:hundred|thousand|million|billion|trillion|dozen|(?:pi|sqrt|squared|cubed)\b)"
+# What a value stands beside when it is a part of something longer: an operator, an index, a root, a
+# bracket after a name, a variable.
+BEFORE = re.compile(r"[_^/:√±{]-?$|[A-Za-z\d^)][(\[]?$|[\w)\]}] ?[-+*/×÷^] ?$|\d : $|\\pm $")
+AFTER = re.compile(
+    rf" ?(?:[-+](?=[ \w(])|[*/×÷^\\π√]|{CHANGES})|:\w|[(½¼¾²³¹⁰-⁹]|\)[\^(]"
+    r"|[A-Za-z](?:\b|\d)"
+)
+UNIT = re.compile(
+    rf"(?!.*{CHANGES})(?:(?P<words>(?: |[A-Za-z](?=[A-Za-z]))[A-Za-z][A-Za-z /]*)(?:\^\d|[²³])?)?"
+)
 # What LaTeX and Markdown write, and what it means here.
 PLAIN = (
+    (r"(?m)^\s*[-*•] +", " "),  # an item of a list
     (r"(?<=\d)\*\*(?=\d)", "^"),
     (r"(?<=\d) ?(?=\\[dt]?frac)", " "),
-    (r"\\[dt]?frac ?\{([^{}]*)\} ?\{([^{}]*)\}", r"\1/\2"),
+    (r"\\[dt]?frac ?\{([^{}+-]+|-?[\d.,]+)\} ?\{([\d.,]+|\w)\}", r"\1/\2"),
     (r"\\[dt]?frac ?(\d) ?(\d)", r"\1/\2"),
     (r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname) ?\{([^{}]*)\}", r" \1"),
-    (r"\\(?:left|right|displaystyle)\b|\\[!;]|\\?\$|\*\*|~|\\[()\[\]]", ""),
+    (r"\\(?:left|right|displaystyle)\b|\\[!;]|\\?[$€£¥]|\*\*|~|\\[()\[\]]", ""),
     (r"(\d)(?:\{,\}|\\,)(?=\d{3})", r"\1,"),
     (r"\\,|\\ |\\quad\b", " "),
-    (r"\\(?:times|cdot)\b", "*"),
+    (r"\\(?:times|cdot)\b|[·⋅]", "*"),
+    (r"[⁄∕]", "/"),
+    (r"∶", ":"),
     (r"\\?[%°]|\^\{?\\circ\}?", ""),
     (r"\^\{(-?\d+)\}", r"^\1"),
     ("[\N{MINUS SIGN}\N{EN DASH}]", "-"),
+    (r"(?i)\b(?:negative|minus) (?=\d)", "-"),
 )
+HEDGES = r"(?i)^(?:(?:the|option|choice|about|approximately|roughly|exactly|equal to) )+"
+# The left side of an equation whose right side is the value: x = 5, f(x) = 5, 2 + 3 = 5.
+LEFT = r"^(?:[A-Za-z]\w?(?:\(\w\))?|[-\d\s+*/().,^×÷]+) ?(?:=|\\in\b) ?"
 
 
 def is_correct(response: str, answer: str):
     """An empty answer is never right.
 
-    >>> is_correct("So it is \\boxed{1{,}234}.", "1234")
+    >>> is_correct("So it is \\\\boxed{1{,}234}.", "1234")
     True
     """
-    response, answer = response.strip(), answer.strip()
-    wanted = value_of(gold(answer))
+    response, answer = response.rpartition("</think>")[2].strip(), answer.strip()
+    wanted, units = value_of(gold(answer))
     found = conclusion(response)
-    if re.fullmatch("[a-z]", str(wanted)):  # a choice: (B) Paris, B. Paris, B) Paris
-        found = re.sub(r"^\(?([A-Z])[.:)](?: .*)?$", r"\1", plain(found))
-    return bool(answer) and (response == answer or value_of(found) == wanted)
+    if isinstance(wanted, str) and re.fullmatch("[a-z]|yes|no|true|false", wanted):
+        found = choice(plain(stated(response) or response)) or found
+    value, others = value_of(found)
+    is_same = value == wanted != "" and (not units or not others or bool(units & others))
+    return bool(answer) and (response == answer or is_same)
 
 
 def gold(answer: str):
@@ -72,9 +90,7 @@ def conclusion(response: str):
     found = stated(response)
     if found is None:
         text = plain(response)
-        values = [match[0] for match in VALUE.finditer(text) if is_whole(match)]
-        values += [] if values else re.findall(r"(?i)^\W*(yes|no|true|false)\b", text)
-        found = (values or [text])[-1]
+        found = ([match[0] for match in VALUE.finditer(text) if is_whole(match)] or [text])[-1]
     return found
 
 
@@ -83,10 +99,10 @@ def stated(text: str):
     box = last_box(text)
     if box is not None:
         return box
-    marked = re.findall(r"####(.*)", text)
+    marked = re.findall(r"(?i)####[^\S\n]*(?:(?:final )?answer:?\s*)?(.*)", text)
     if not marked:  # up to the end of the sentence, or of the clause
-        clause = r"(.+?)(?=[.!;](?:\s|$)|, [A-Za-z]| because|$)"
-        marked = re.findall(rf"(?im)(?:answer|choice|option)(?: is|:)[: ]*{clause}", text)
+        clause = r"(\S.*?)(?=[.!;](?:\s|$)|, [A-Za-z]| because|$)"
+        marked = re.findall(rf"(?im)(?:answer|choice|option)(?: is|:)[:\s]*{clause}", text)
     return marked[-1] if marked else None
 
 
@@ -106,11 +122,17 @@ def last_box(text: str):
     return rest[1:]  # cut before the brace was closed
 
 
+def choice(text: str):
+    """The letter of "(B) Paris", "B. Paris" or "B) Paris"; the first word of "Yes, it is"."""
+    letter = re.match(r"(?:option |choice )?\(?([A-Z])(?:[.:)](?: |$)|$)", text)
+    word = re.match(r"(?i)\W*(yes|no|true|false)\b", text)
+    return letter[1] if letter else word and word[1]
+
+
 def is_whole(match):
-    """Not a part of something longer: an operand, an exponent of a unit, an index."""
+    """Not a part of something longer?"""
     text, start, end = match.string, *match.span()
-    before = text[max(0, start - 4) : start]
-    return not OPERAND_BEFORE.search(before) and not OPERAND_AFTER.match(text, end)
+    return not BEFORE.search(text[max(0, start - 4) : start]) and not AFTER.match(text, end)
 
 
 # ---- what a conclusion is worth ---------------------------------------------------------------
@@ -124,14 +146,17 @@ def plain(text: str):
 
 
 def value_of(text: str):
-    """A conclusion as a Fraction, or else as text without case, white space and brackets."""
+    """(a Fraction, the words of its unit) or else (text without case and white space, nothing)."""
+    text = re.sub(r"^\s*- (?=\d)", "-", text)  # no item of a list
     text = plain(text).lstrip(" ,;:'\"[`*").rstrip(" .,;:'\"]`*")
     text = re.sub(r"^\(([^(),]+)\)$", r"\1", text)  # (B)
-    text = re.sub(r"^[A-Za-z] ?(?:=|\\in\b) ?", "", text)  # x = 5
-    match = VALUE.match(re.sub(r"^- (?=\d)", "-", text))
-    if match and not match["text"] and UNIT.fullmatch(match.string, match.end()):
-        return number(match)
-    return re.sub(r"\s", "", text).casefold()
+    text = re.sub(LEFT, "", re.sub(HEDGES, "", text))
+    match = VALUE.match(text)
+    unit = match and not match["text"] and UNIT.fullmatch(match.string, match.end())
+    if unit:
+        words = (unit["words"] or "").casefold().split()
+        return number(match), {word.removesuffix("s") for word in words}
+    return re.sub(r"\s", "", text).casefold(), set()
 
 
 def number(match):

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import zipfile
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def start_output(config: Config, checkpoint: Path | None):
 
 def metrics_until(step: int, path: Path):
     """The lines of metrics.jsonl up to an update."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("}\n")]  # a crash may have cut the last one
     with refusal(f"--resume: {path} is damaged, move it away"):
         return [line for line in whole if json.loads(line)["step"] <= step]
@@ -118,11 +119,14 @@ def check_resume(config, checkpoint, fingerprint):
 
 
 def read_progress(checkpoint):
-    """{"settings": of the run, "started": when it began, as text, "prompts": their fingerprint,
+    """{"settings": of the run, "started": when it began, "prompts": their fingerprint,
     "trained_ahead": see Tickets}.
     """
     with refusal(f"--resume: {checkpoint} is damaged, or of an older version of this program"):
-        return dict(yaml.safe_load((checkpoint / "progress.yaml").read_text()))
+        progress = yaml.safe_load((checkpoint / "progress.yaml").read_text())
+        kinds = [type(progress[key]) for key in ("settings", "started", "prompts", "trained_ahead")]
+        require(kinds == [dict, datetime, str, list], "progress.yaml")
+        return progress
 
 
 # ---- checkpoints ------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class Config:
         for name in ("teacher", "prompts", "output_dir"):
             require(getattr(self, name), f"--{name.replace('_', '-')} is missing")
         with refusal(f"--chat-template-kwargs is {self.chat_template_kwargs}, no JSON object"):
-            dict(json.loads(self.chat_template_kwargs))
+            require(isinstance(json.loads(self.chat_template_kwargs), dict), "it is none")
         with refusal(f"--plugin {self.plugin}"):
             import_plugin(self.plugin)
         with refusal(f"--answers {self.answers}"):

@@ -32,16 +32,16 @@ class Prompt:
     answer: str | None = None
 
 
-def load_prompts(config: Config, tokenizer, started: str = ""):
+def load_prompts(config: Config, tokenizer, started: datetime | None = None):
     """(training prompts, evaluation prompts). No evaluation prompt occurs in training.
 
-    `started`: when the run began, in ISO 8601; empty: now. Chat templates print that date.
+    `started`: when the run began; None: now. Chat templates that print the date print that one.
     """
     kwargs = json.loads(config.chat_template_kwargs)
     vocab = shared_vocabulary(config)
     options = (config.max_prompt_tokens, kwargs, config.drop_long_prompts, vocab)
     with mock.patch("transformers.utils.chat_template_utils.datetime") as clock:
-        clock.now.return_value = datetime.fromisoformat(started or datetime.now().isoformat())
+        clock.now.return_value = started or datetime.now()
         train = read_jsonl(config.prompts_path, tokenizer, *options)
         held_out = hold_out(config, train)
         if config.eval_path:
@@ -82,8 +82,7 @@ def read_jsonl(path: str, tokenizer, limit: int, kwargs=None, drop_long=False, v
     require(drop_long or not count, f"{told}: raise it, or --drop-long-prompts")
     if count:
         print(f"note: {told}: left out")
-    answers = [answer_of(where, row) for where, row in rows]
-    found = zip(texts, all_ids, answers)
+    found = zip(texts, all_ids, [answer_of(where, row) for where, row in rows])
     prompts = [Prompt(text, ids, answer) for text, ids, answer in found if len(ids) <= limit]
     require(prompts, f"{path}: no prompts in it (up to {limit} tokens long)")
     return prompts
@@ -167,7 +166,7 @@ def check_message(where, message):
             kinds = {part["type"] for part in content} - {"text"}
             require(not kinds, f"parts of type {', '.join(kinds)} are not supported")
             content = "".join(part["text"] for part in content)
-        is_call = content is None and "tool_calls" in message
+        is_call = content is None and message.get("tool_calls")
         require(is_call or isinstance(content, str), "its `content` is not text")
         return {"role": str(message["role"])} | message | {"content": content}
 
@@ -175,7 +174,7 @@ def check_message(where, message):
 def drop_answer(where, messages):
     """Take the assistant's turns off the end. Was there one?"""
     count = len(messages)
-    while messages and messages[-1]["role"] == "assistant":
+    while messages and messages[-1]["role"] in ("assistant", "model"):  # Gemma's word
         messages.pop()
     require(messages or not count, f"{where}: `messages` has nothing that the student could answer")
     return len(messages) < count
@@ -184,7 +183,7 @@ def drop_answer(where, messages):
 def answer_of(where, row):
     """The reference answer as text, or None."""
     answer = row.get("answer")
-    is_number = type(answer) in (int, float) and math.isfinite(answer)
+    is_number = type(answer) in (int, float) and abs(answer) < math.inf
     is_usable = answer is None or is_number or (isinstance(answer, str) and answer.strip())
     fix = "text or a number is needed, or no `answer`"
     require(is_usable, f"{where}: `answer` is {answer!r}: {fix}")
@@ -196,17 +195,17 @@ def answer_of(where, row):
 
 def render(where, row, tokenizer, kwargs):
     """The text of a row: its `prompt`, or its `messages` through the chat template."""
-    if "messages" not in row:
-        return row["prompt"]
-    messages, tools = row["messages"], row.get("tools")
-    missing = "has `messages`, but the student's tokenizer has no chat template: use `prompt`"
-    require(tokenizer.chat_template, f"{where}: {missing}")
+    messages, tools = row.get("messages"), row.get("tools")
+    own = row.get("chat_template_kwargs") or {}
     with refusal(f"{where}: the chat template refuses it"):
-        kwargs = kwargs | row.get("chat_template_kwargs", {})
+        if messages is None:
+            require(not (tools or own), "`tools` and `chat_template_kwargs` need `messages`")
+            return row["prompt"]
         template = tokenizer.get_chat_template(tools=tools)
-        for name in kwargs:
-            require(re.search(rf"\b{name}\b", template), f"it knows no `{name}`")
-        options = {"tokenize": False, "add_generation_prompt": True, **kwargs}
+        for name in kwargs | own:
+            is_known = re.search(rf"(?<![\w<>/]){re.escape(name)}\b", template)
+            require(is_known, f"it knows no `{name}`")
+        options = {"tokenize": False, "add_generation_prompt": True, **kwargs, **own}
         text = tokenizer.apply_chat_template(messages, tools=tools, **options)
         # Does it show every message? Words that no template has stand for their texts.
         marks = [m | {"content": m["content"] and f"text{i}."} for i, m in enumerate(messages)]
@@ -214,8 +213,11 @@ def render(where, row, tokenizer, kwargs):
         for mark in marks:
             role = mark["role"]
             require((mark["content"] or "") in marked, f"it leaves out what role `{role}` says")
-        is_shown = not tools or text != tokenizer.apply_chat_template(messages, **options)
-        require(is_shown, "it leaves out `tools`")
+        if tools or any(m.get("tool_calls") for m in messages):
+            none = {"content": "", "tool_calls": []}
+            bare = [m | none if m.get("tool_calls") else m for m in messages]
+            is_shown = text != tokenizer.apply_chat_template(bare, **options)
+            require(is_shown, "it leaves out `tools` or `tool_calls`")
     return text
 
 
@@ -225,7 +227,7 @@ def tokenize(source, texts, is_chat, tokenizer):
     Not twice, and none after it: a stop token would end the prompt.
     """
     special = tokenizer("a", return_special_tokens_mask=True)
-    before = special.input_ids[: special.special_tokens_mask.index(0)]
+    before = special.input_ids[: (special.special_tokens_mask + [0]).index(0)]
     all_ids = []
     for i in tqdm(range(0, len(texts), AT_ONCE), f"{source}: tokens", leave=False, disable=None):
         all_ids += tokenizer(texts[i : i + AT_ONCE], add_special_tokens=False).input_ids

@@ -35,12 +35,8 @@ def check_path(flag: str, path: str):
 
 def load_tokenizer(flag: str, path: str):
     check_path(flag, path)
-    with refusal(f"{flag} {path}: its config.json cannot be used"):
-        try:
-            text_config(path)
-        except ValueError as error:
-            own = "it needs code of its own, which is never run: choose a model of transformers"
-            raise ValueError(own if "trust_remote_code" in str(error) else error) from error
+    with refusal(f"{flag} {path}: own code is never run; its config.json cannot be used"):
+        text_config(path).vocab_size  # what is no language model has none
     with refusal(f"{flag} {path}: no tokenizer there"):
         return AutoTokenizer.from_pretrained(path, **NO_CODE)
 
@@ -74,7 +70,7 @@ def stop_ids(path: str, tokenizer):
     try:
         named = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # no generation_config.json
-        named = AutoConfig.from_pretrained(path).eos_token_id
+        named = text_config(path).eos_token_id
     named = named if isinstance(named, list) else [named]
     ids = {tokenizer.eos_token_id, *named} - {None}
     require(ids, f"{path}: tokenizer and generation config name no stop token: add eos_token_id")
@@ -86,12 +82,14 @@ def check_models(config: Config):
     student = load_tokenizer("--student", config.student_path)
     teacher = load_tokenizer("--teacher", config.teacher_path)
     check_config(config)
-    check_top_k(config, shared_vocabulary(config))
+    vocab = shared_vocabulary(config)
+    check_top_k(config, vocab)
     ours, theirs = (t(PROBE, add_special_tokens=False).input_ids for t in (student, teacher))
     why = "--student and --teacher have the same tokens, but split text differently"
     require(ours == theirs, f"{why}: choose two models of one family")
     ours = stop_ids(config.student_path, student)
     theirs = stop_ids(config.teacher_path, teacher)
+    require(min(ours) < vocab, "the teacher knows no stop token of the student: give it one more")
     if ours == theirs:
         return []
     fix = "the student's are used: write others into eos_token_id of its generation_config.json"

@@ -8,8 +8,6 @@ import json
 import time
 from contextlib import contextmanager
 
-import torch
-
 from support.config import Config
 
 # ---- who works when ---------------------------------------------------------------------------
@@ -64,9 +62,6 @@ def close_trace(path):
 
 # ---- metrics and progress ---------------------------------------------------------------------
 
-ROLES = ("generator", "teacher", "learner")
-
-
 class Log:
     """metrics.jsonl and the progress. Busy: a fraction of the time since the last update."""
 
@@ -90,7 +85,7 @@ class Log:
         busy = (seconds - self.seconds) / elapsed  # of every role
         self.seconds = seconds
         parts = busy.split((self.config.generators, self.config.teachers, 1))
-        for role, part in zip(ROLES, parts):
+        for role, part in zip(("generator", "teacher", "learner"), parts):
             record[f"{role}_busy"] = float(part.mean())
         hits, misses, used, evicted = self.channel.cache_stats.sum(0).tolist()
         record |= {

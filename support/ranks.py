@@ -9,7 +9,7 @@ node. Once an update the leaders exchange what they have at hand. Words travel o
 waiting there costs no GPU. Gradients travel on NCCL.
 
 A process that dies closes its sockets, so who waits for it gets an error. A machine that vanishes
-without closing them is noticed after PATIENCE.
+without closing them is noticed after PATIENCE, a rank that dies before it has joined after JOINING.
 """
 
 import os
@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from support.config import from_torchrun, require
 
 DIMENSIONS = ("nodes", "ranks of a node")
+JOINING = timedelta(minutes=5)  # from the first rank's imports to the last's
 PATIENCE = timedelta(hours=1)  # of nodes for each other: the longest answers of an update
 WEEK = timedelta(days=7)  # of ranks for their leader, which watches itself and its roles
 
@@ -111,21 +112,25 @@ def join(parent: int):
     require(is_even, "the nodes have different --nproc-per-node: make them the same")
     fits = local_world_size <= gpus or gpus == 0
     require(fits, f"{local_world_size} learner ranks, {gpus} GPUs: lower --nproc-per-node")
-    check_torchrun()
+    wait_for_ranks(rank, world_size)
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     return Ranks(rank, world_size, local_world_size, parent)
 
 
-def check_torchrun():
-    """Raise RoleDied if its store is gone, where the ranks meet: they would wait for it."""
+def wait_for_ranks(rank: int, world_size: int):
+    """Raise RoleDied if torchrun's store is gone, where the ranks meet, or if one does not come."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        socket.create_connection(address, timeout=10).close()
-    except OSError as error:
-        raise RoleDied(f"torchrun died before the start: {error}") from None
+        socket.create_connection(address, timeout=10).close()  # the store would try again for long
+        store = dist.TCPStore(*address, is_master=False, timeout=JOINING)
+        store.set(f"rank {rank}", "is here")
+        store.wait([f"rank {number}" for number in range(world_size)])
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RoleDied(f"torchrun or a rank died before the start: {reason}") from None
 
 
 def broadcast(value=None, group=None):

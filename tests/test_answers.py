@@ -149,6 +149,74 @@ WHOLE = [
     ("Let n = 4. Then 2n = 8", "8", True),
 ]
 
+# What a hostile reader found: in doubt a response is wrong.
+FOUND = [
+    ("\\boxed{5x}", "5", False),
+    ("\\boxed{12x}", "12x^2", False),
+    ("\\boxed{5i}", "5", False),
+    ("\\boxed{2}", "y=2x", False),
+    ("\\boxed{4}", "4 pi", False),
+    ("The answer is 7 AM.", "7 PM", False),
+    ("The answer is 12 Monkeys.", "12 Angry Men", False),
+    ("\\boxed{3 \\text{ minutes}}", "3 hours", False),
+    ("$1.5 Million", "1.5", False),
+    ("\\boxed{x+\\frac{1}{2}}", "\\frac{x+1}{2}", False),
+    ("\\boxed{\\frac12}", "\\frac{1}{2x}", False),
+    ("x / 5", "5", False),
+    ("(-2)^2", "-2", False),
+    ("(1/2)^3", "1/2", False),
+    ("2^(3)", "3", False),
+    ("10³", "10", False),
+    ("3½ hours", "3", False),
+    ("2 : 3", "3", False),
+    ("2⁄3", "3", False),
+    ("2·3", "3", False),
+    ("\\sqrt[3]{2}", "3", False),
+    ("2(3+4)", "2", False),
+    ("x = ±5", "5", False),
+    ("4 sqrt(3)", "4", False),
+    ("[2, 3]", "3", False),
+    ("5h30", "5", False),
+    ("negative 5", "5", False),
+    ("5 squared", "5", False),
+    ("<think>maybe \\boxed{5}? no</think>The answer is 7.", "5", False),
+    ("<think>maybe \\boxed{5}? no</think>The answer is 7.", "7", True),
+    ("<think>so \\boxed{}.</think>The answer is 7.", "7", True),
+    ("5", "1e99^99", False),
+    ("", ".", False),
+    ("", "*", False),
+    ("", "$", False),
+    ("", "%", False),
+    ("(B) 42", "B", True),
+    ("B. 42", "B", True),
+    ("The answer is option B.", "B", True),
+    ("yes, because 3 > 2", "yes", True),
+    ("yes, because 3 > 2", "no", False),
+    ("\\boxed{€18}", "18", True),
+    ("£18", "18", True),
+    ("\\boxed{25 m²}", "25", True),
+    ("The answer is approximately 3.14.", "3.14", True),
+    ("The answer is 5 + 3 = 8.", "8", True),
+    ("#### Final Answer\n42", "42", True),
+    ("The values\n- 42", "42", True),
+    ("the answer is \n\n$$42$$", "42", True),
+    ("2n", "2", False),
+    ("72 clips", "72 clip", True),
+    ("5 kg", "5", True),
+    ("negative 5", "-5", True),
+    ("x - 5", "5", False),
+    ("3 + 4", "4", False),
+    ("it is -5", "-5", True),
+    ("(C)", "C", True),
+    ("C", "(C)", True),
+    ("I", "I", True),
+    ("A cat", "A", False),
+    ("Answer: A", "A", True),
+    ("The answer is A.", "A", True),
+    ("no", "no", True),
+    ("No idea", "no", True),
+]
+
 PLAIN = [
     ("501,691", "501,691", True),
     (" 501,691\n", "501,691", True),
@@ -187,7 +255,7 @@ PLAIN = [
 ]
 
 
-@pytest.mark.parametrize("response, answer, right", BROUGHT + WHOLE + PLAIN)
+@pytest.mark.parametrize("response, answer, right", BROUGHT + WHOLE + FOUND + PLAIN)
 def test_text_compares_what_a_response_concludes_with_the_answer(response, answer, right):
     assert is_correct(response, answer) == right
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,7 @@ def write_checkpoint(directory, config):
     """What check_output looks at."""
     torch.save({"version": 4}, directory / "training_state.pt")
     progress = {"settings": asdict(config), "prompts": "hash", "trained_ahead": []}
+    progress["started"] = datetime(2026, 11, 30)
     (directory / "progress.yaml").write_text(yaml.safe_dump(progress))
     return directory / "progress.yaml"
 
@@ -122,7 +124,7 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
         InputError, match="--resume: the prompts are not what they were: give the same files"
     ):
         check_output(config, "another hash")
-    for text in ("", "a: [", "- 1\n"):
+    for text in ("", "a: [", "- 1\n", "{}", "settings:\nstarted: x\nprompts: hash\n"):
         progress.write_text(text)
         with pytest.raises(
             InputError, match="--resume: .*step_4 is damaged, or of an older version"
@@ -171,12 +173,14 @@ def test_a_checkpoint_loads_with_transformers_and_continues_bit_for_bit(
     table = stale_table(model_dir, config)
     straight = new_learner(model_dir(seed=2), config)
     straight.update(table, ROWS[:4])
-    straight.save(tmp_path, tokenizer, progress={"trained_ahead": [9, 11]})
+    progress = {"settings": {"lr": 1.0}, "started": datetime(2026, 11, 30), "prompts": "hash"}
+    progress["trained_ahead"] = [9, 11]
+    straight.save(tmp_path, tokenizer, progress)
     saved = tmp_path / "step_1"
     assert checkpoints(tmp_path) == [saved]
     again = new_learner(str(saved), config)
     again.load(saved)
-    assert again.version == 1 and read_progress(saved) == {"trained_ahead": [9, 11]}
+    assert again.version == 1 and read_progress(saved) == progress
     first, second = straight.update(table, ROWS[4:]), again.update(table, ROWS[4:])
     assert first == second
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters, again.parameters))

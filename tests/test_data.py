@@ -81,6 +81,7 @@ def write_lines(path, *lines):
         ([{"prompt": "1", "answer": ["x"]}], r"line 1: `answer` is \['x'\]: text or a number"),
         ([{"prompt": "1", "answer": " "}], "line 1: `answer` is ' ': text or a number is needed"),
         (['{"prompt": "1", "answer": NaN}'], "line 1: `answer` is nan: text or a number is needed"),
+        (['{"prompt": "1", "answer": Infinity}'], "line 1: `answer` is inf: text or a number"),
         ([{"prompt": "1", "answer": True}], "line 1: `answer` is True: text or a number is needed"),
         ([{"messages": "hello"}], "line 1: the prompt is empty or not text"),
         (
@@ -150,7 +151,9 @@ def test_messages_need_a_chat_template(tmp_path):
     without = build_tokenizer()
     without.chat_template = None
     path = write_lines(tmp_path / "p.jsonl", {"messages": [{"role": "user", "content": "1+2="}]})
-    with pytest.raises(InputError, match="no chat template: use `prompt`"):
+    with pytest.raises(
+        InputError, match="chat template refuses it: .*tokenizer.chat_template is not set"
+    ):
         read_jsonl(path, without, 64)
 
 
@@ -364,6 +367,10 @@ def test_settings_of_the_template_come_from_the_row_or_for_all_rows(tmp_path):
     assert on == QUESTION + HEADER
     told = refusal_of(tmp_path, plain, byte_tokenizer(CHATML), kwargs=off)
     assert "the chat template refuses it: it knows no `enable_thinking`" in told
+    nearly = {"messages": [FIRST], "chat_template_kwargs": {"think": False}}
+    assert "it knows no `think`" in refusal_of(tmp_path, nearly, byte_tokenizer(ONLY_KNOWN))
+    nothing = {"messages": [FIRST], "chat_template_kwargs": None}
+    assert prompt_from(tmp_path, nothing, byte_tokenizer()) == QUESTION + HEADER
     assert "refuses it" in refusal_of(
         tmp_path, plain | {"chat_template_kwargs": "off"}, byte_tokenizer(ONLY_KNOWN)
     )
@@ -373,11 +380,19 @@ def test_tools_reach_the_template_or_the_row_is_refused(tmp_path):
     row = {"messages": [FIRST], "tools": [{"type": "function", "function": {"name": "multiply"}}]}
     assert "multiply" in prompt_from(tmp_path, row, byte_tokenizer(WITH_TOOLS))
     assert "it leaves out `tools`" in refusal_of(tmp_path, row, byte_tokenizer(CHATML))
+    plain = {"prompt": "6*7?", "tools": row["tools"]}
+    assert "need `messages`" in refusal_of(tmp_path, plain, byte_tokenizer(CHATML))
+    assert prompt_from(tmp_path, {"prompt": "6*7?", "tools": None}, byte_tokenizer()) == "6*7?"
     call = {"role": "assistant", "tool_calls": [{"name": "multiply"}]}
     uses = CHATML.replace("m['content']", "(m['content'] or m.tool_calls | tojson)")
     chat = [FIRST, call, {"role": "tool", "content": "42"}]
     text = prompt_from(tmp_path, {"messages": chat}, byte_tokenizer(uses))
     assert "multiply" in text and "42" in text
+    chat[1] = call | {"content": ""}
+    told = refusal_of(tmp_path, {"messages": chat}, byte_tokenizer(CHATML))
+    assert "it leaves out `tools` or `tool_calls`" in told
+    nothing = {"role": "user", "content": None, "tool_calls": None}
+    assert "not text" in refusal_of(tmp_path, {"messages": [nothing]}, byte_tokenizer())
 
 
 def test_keys_that_are_not_used_are_named_once(tmp_path, capsys):
@@ -420,8 +435,8 @@ def test_the_date_is_that_of_the_start_of_the_run(tmp_path, model_dir):
     config = builtin(prompts=path, **models)
     tokenizer = byte_tokenizer(DATED)
     for started, shown in (
-        ("2024-02-29T23:59:59", "29 Feb 2024"),
-        ("", f"{datetime.now():%d %b %Y}"),
+        (datetime(2024, 2, 29, 23, 59, 59), "29 Feb 2024"),
+        (None, f"{datetime.now():%d %b %Y}"),
     ):
         train, _ = load_prompts(replace(config, max_prompt_tokens=512), tokenizer, started)
         assert train[0].text == f"{shown}\n{QUESTION}{HEADER}"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +121,16 @@ def test_tokens_that_one_tokenizer_has_at_its_end_are_cut_off(model_dir, tmp_pat
         assert max(rollout.candidate_ids.max() for rollout in rollouts) < 173
 
 
+def test_a_stop_token_that_would_be_cut_off_is_refused(model_dir, tmp_path):
+    """As a chat format that was added to the student's tokenizer alone."""
+    more = build_tokenizer()
+    more.add_special_tokens({"eos_token": "<|im_end|>"})
+    other = save_pair(model_dir, tmp_path, more)
+    (Path(other) / "generation_config.json").write_text('{"eos_token_id": 173}')
+    with pytest.raises(InputError, match="the teacher knows no stop token of the student"):
+        check_models(builtin(student=other, teacher=model_dir(vocab=190)))
+
+
 def test_a_post_processor_that_only_one_has_does_no_harm(model_dir, tmp_path):
     adds_bos = build_tokenizer()
     adds_bos._tokenizer.post_processor = TemplateProcessing(
@@ -139,7 +150,7 @@ def test_a_model_with_code_of_its_own_is_refused_and_nothing_is_asked(
     (other / "config.json").write_text(json.dumps(settings))
     (other / "mine.py").write_text("raise SystemExit")
     with pytest.raises(
-        InputError, match="--teacher .* it needs code of its own, which is never run"
+        InputError, match="own code is never run; its config.json cannot be used: .*custom code"
     ):
         check_models(builtin(student=model_dir(), teacher=str(other)))
 

@@ -477,7 +477,6 @@ def test_bad_input_gives_one_line_also_with_two_ranks(tmp_path):
     assert run.returncode
     assert run.stderr.count("train.py: error: --teacher /nowhere: no model there") == 1
     assert "run_rank" not in run.stderr  # the other rank waited in there
-    assert "a rank or a node died" not in run.stderr + run.stdout
 
 
 @slow
