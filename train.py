@@ -70,7 +70,7 @@ def read_inputs(config: Config):
     progress["settings"] = asdict(config)
     prompts, held_out = load_prompts(config, tokenizer, progress["started"])
     if config.eval_every and not held_out:
-        notes.append("no evaluation: give --eval-prompts with answers, or --eval-every 0")
+        notes.append("no evaluation: too few prompts have an answer, see --eval-prompts")
     for note in notes:
         print(f"note: {note}")
     print(f"first prompt: {tokenizer.decode(prompts[0].ids)!r}")

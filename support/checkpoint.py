@@ -104,8 +104,8 @@ def check_output(config, fingerprint):
 
 def check_resume(config, checkpoint, fingerprint):
     output = config.output
-    missing = f"--resume: no checkpoint (step_N) in --output-dir {output}: choose a new directory"
-    require(checkpoint, missing)
+    fix = "start without --resume, or choose a new directory"
+    require(checkpoint, f"--resume: no checkpoint (step_N) in --output-dir {output}: {fix}")
     done = step_of(checkpoint)
     progress = read_progress(checkpoint)
     for name in MUST_MATCH:

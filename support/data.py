@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -75,10 +75,9 @@ def read_jsonl(path: str, tokenizer, limit: int, kwargs=None, drop_long=False, v
     all_ids = tokenize(path, texts, ["messages" in row for _, row in rows], tokenizer)
     for (where, _), text, ids in zip(rows, texts, all_ids):
         check_ids(where, text, ids, tokenizer, vocab)
-    longest = max(map(len, all_ids), default=0)
     count = sum(len(ids) > limit for ids in all_ids)
     told = f"{path}: {count} of {len(rows)} prompts are longer than --max-prompt-tokens {limit}, "
-    told += f"the longest has {longest} tokens"
+    told += f"the longest has {max(map(len, all_ids), default=0)} tokens"
     require(drop_long or not count, f"{told}: raise it, or --drop-long-prompts")
     if count:
         print(f"note: {told}: left out")
@@ -141,7 +140,7 @@ def converter(path: str):
     kind = kind if kind in ("parquet", "csv", "arrow") else "json"  # compressed or not
     source = f"'{kind}', data_files='{path}'" if Path(path).exists() else f"'{path}'"
     make = f"from datasets import load_dataset; load_dataset({source}, split='train')"
-    return f" (Python makes one: {make}.to_json('prompts.jsonl'))"
+    return f" (`pip install datasets`, then in Python: {make}.to_json('prompts.jsonl'))"
 
 
 def check_row(where, item):
@@ -161,6 +160,7 @@ def check_message(where, message):
     """A message with its text parts joined."""
     shown = json.dumps(message)[:80]
     with refusal(f"{where}: a message needs a `role`, and text as `content`: {shown}"):
+        require(message["role"] not in ("human", "gpt"), "call the roles user and assistant")
         content = message.get("content")
         if isinstance(content, list):
             kinds = {part["type"] for part in content} - {"text"}
@@ -168,7 +168,7 @@ def check_message(where, message):
             content = "".join(part["text"] for part in content)
         is_call = content is None and message.get("tool_calls")
         require(is_call or isinstance(content, str), "its `content` is not text")
-        return {"role": str(message["role"])} | message | {"content": content}
+        return message | {"content": content}
 
 
 def drop_answer(where, messages):
@@ -185,8 +185,7 @@ def answer_of(where, row):
     answer = row.get("answer")
     is_number = type(answer) in (int, float) and abs(answer) < math.inf
     is_usable = answer is None or is_number or (isinstance(answer, str) and answer.strip())
-    fix = "text or a number is needed, or no `answer`"
-    require(is_usable, f"{where}: `answer` is {answer!r}: {fix}")
+    require(is_usable, f"{where}: `answer` is {answer!r}: text or a number is needed, or none")
     return None if answer is None else str(answer)
 
 
@@ -206,18 +205,19 @@ def render(where, row, tokenizer, kwargs):
             is_known = re.search(rf"(?<![\w<>/]){re.escape(name)}\b", template)
             require(is_known, f"it knows no `{name}`")
         options = {"tokenize": False, "add_generation_prompt": True, **kwargs, **own}
-        text = tokenizer.apply_chat_template(messages, tools=tools, **options)
+        apply = partial(tokenizer.apply_chat_template, **options)
+        text = apply(messages, tools=tools)
         # Does it show every message? Words that no template has stand for their texts.
         marks = [m | {"content": m["content"] and f"text{i}."} for i, m in enumerate(messages)]
-        marked = tokenizer.apply_chat_template(marks, tools=tools, **options)
-        for mark in marks:
-            role = mark["role"]
-            require((mark["content"] or "") in marked, f"it leaves out what role `{role}` says")
-        if tools or any(m.get("tool_calls") for m in messages):
-            none = {"content": "", "tool_calls": []}
-            bare = [m | none if m.get("tool_calls") else m for m in messages]
-            is_shown = text != tokenizer.apply_chat_template(bare, **options)
-            require(is_shown, "it leaves out `tools` or `tool_calls`")
+        marked = apply(marks, tools=tools)
+        lost = [m["role"] for m in marks if (m["content"] or "") not in marked]
+        require(not lost, f"it leaves out what role `{'`, `'.join(lost)}` says")
+        none = {"content": "", "tool_calls": []}
+        bare = [m | none if m.get("tool_calls") else m for m in messages]
+        fix = "drop them from the row, or change the template"
+        require(not tools or text != apply(messages), f"it leaves out `tools`: {fix}")
+        is_shown = bare == messages or text != apply(bare, tools=tools)
+        require(is_shown, f"it leaves out `tool_calls`: {fix}")
     return text
 
 

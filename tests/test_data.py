@@ -307,7 +307,7 @@ def test_an_answer_at_the_end_of_a_chat_is_left_out_and_said(template, tmp_path,
     )
 
 
-@pytest.mark.parametrize("role", ["human", "developer", "gpt", "function"])
+@pytest.mark.parametrize("role", ["developer", "function", "critic"])
 def test_a_role_that_the_template_leaves_out_is_named(role, tmp_path):
     for chat in ([{"role": role, "content": "Be brief."}], [{"role": role, "content": "x"}, FIRST]):
         message = refusal_of(tmp_path, {"messages": chat}, byte_tokenizer(ONLY_KNOWN))
@@ -349,7 +349,16 @@ def test_text_parts_are_joined_and_other_parts_refused(template, tmp_path):
 
 
 def test_a_message_of_another_format_is_refused_with_what_it_needs(tmp_path):
-    for message in ({"from": "human", "value": "6*7?"}, {"content": "6*7?"}, "6*7?", ["user"]):
+    sharegpt = {"role": "human", "content": "6*7?"}  # no template has that role
+    found = {"from": "human", "value": "6*7?"}
+    for message in (
+        sharegpt,
+        found,
+        {"content": "6*7?"},
+        "6*7?",
+        ["user"],
+        sharegpt | {"role": "gpt"},
+    ):
         told = refusal_of(tmp_path, {"messages": [message]}, byte_tokenizer())
         assert "line 1: a message needs a `role`, and text as `content`" in told, told
 
@@ -390,7 +399,11 @@ def test_tools_reach_the_template_or_the_row_is_refused(tmp_path):
     assert "multiply" in text and "42" in text
     chat[1] = call | {"content": ""}
     told = refusal_of(tmp_path, {"messages": chat}, byte_tokenizer(CHATML))
-    assert "it leaves out `tools` or `tool_calls`" in told
+    assert "it leaves out `tool_calls`: drop them" in told
+    told = refusal_of(
+        tmp_path, {"messages": chat, "tools": row["tools"]}, byte_tokenizer(WITH_TOOLS)
+    )
+    assert "it leaves out `tool_calls`: drop them" in told  # though it shows the tools
     nothing = {"role": "user", "content": None, "tool_calls": None}
     assert "not text" in refusal_of(tmp_path, {"messages": [nothing]}, byte_tokenizer())
 
@@ -463,6 +476,7 @@ def test_other_formats_are_refused_with_the_line_that_makes_json_lines(
         read_jsonl(path, byte_tokenizer(), 512)
     make = f"from datasets import load_dataset; load_dataset({source.format(path)}, split='train')"
     assert make + ".to_json('prompts.jsonl')" in str(refused.value)
+    assert "pip install datasets" in str(refused.value)
 
 
 def test_many_rows_are_tokenized_as_one_by_one(tmp_path):
