@@ -12,11 +12,10 @@ import torch
 from channel import STOP, Rollout, available_memory
 from experiments.memory import needed
 from generate import Generator
-from judges.text import is_correct
 from kv_cache import switch_to_slots
 from losses import Greedy, Proposal
 from model import compute_dtype, head_weight
-from support.config import asset_path, builtin, refusal, require
+from support.config import asset_path, builtin, judge, refusal, require
 from support.data import read_jsonl
 from support.load import check_config, load_model, load_tokenizer, stop_ids, text_config
 
@@ -36,6 +35,7 @@ def parse_args():
     option("--max-new-tokens", type=int, help="longest response, tokens; default 256 or what fits")
     option("--slots", type=int, default=64, help="sequences decoded at once")
     option("--seed", type=int, default=0, help="seed of sampling")
+    option("--answers", default="text", help="judge of answers, as for train.py")
     args = parser.parse_args()
     new_tokens = 1 if args.max_new_tokens is None else args.max_new_tokens
     if min(args.max_prompt_tokens, new_tokens, args.slots) < 1:
@@ -98,6 +98,7 @@ def main():
     args = parse_args()
     correct = []
     try:
+        is_correct = judge(builtin(answers=args.answers))
         for prompt, rollout, response in sample(args):
             result = {
                 "prompt": prompt.text,
