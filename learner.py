@@ -134,7 +134,7 @@ class Learner:
         metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
         metrics |= {
             "tokens": tokens,
-            "truncated_fraction": truncated / (len(rows) * len(parts)),
+            "truncated_fraction": truncated / sum(part["rows"] for part in parts),
             "lag_mean": sum(part["lag_sum"] for part in parts) / tokens,
             "lag_max": max(part["lag_max"] for part in parts),
         }
@@ -147,6 +147,7 @@ class Learner:
         lag = self.version - of_responses(channel, rows, channel.weight_version)  # [T]
         return {
             "tokens": len(lag),
+            "rows": len(rows),
             "truncated": int((channel.finish[rows] == LENGTH).sum()),
             "lag_sum": int(lag.sum()),
             "lag_max": int(lag.max()),
@@ -196,8 +197,7 @@ class Learner:
         Every rank of the node takes part, one parameter after the other. The leader writes.
         """
         started = time.monotonic()
-        dtype = channel.weights.dtype
-        parts = (whole(p.detach().to(dtype)) for p in self.parameters)
+        parts = (whole(p.detach().to(channel.weights.dtype)) for p in self.parameters)
         if self.ranks.local_rank == 0:
             channel.publish(parts, self.version)
         else:

@@ -462,10 +462,7 @@ def processes():
     return found
 
 
-QUICK_ATTACKS = (
-    "kills_the_grader",
-    "reaches_out",
-)
+QUICK_ATTACKS = ("reaches_out",)
 
 
 @pytest.fixture
@@ -492,7 +489,7 @@ def outside():
 @pytest.mark.parametrize(
     "names",
     [QUICK_ATTACKS, pytest.param(tuple(ATTACKS), marks=pytest.mark.slow)],
-    ids=["two", "all"],
+    ids=["one", "all"],
 )
 def test_an_attack_on_the_grader_gains_nothing_and_harms_nobody_else(
     names, trees, tmp_path, outside, monkeypatch

@@ -205,6 +205,7 @@ def short_run(loss, lag, seed):
     return run((Job("weak", loss, lag, seed), 2, 2, 1.0))
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_result_and_another_seed_another():
     first, again, other = (short_run("forward KL 16", 2, seed) for seed in (0, 0, 1))
     assert (
@@ -350,6 +351,7 @@ def test_every_claim_can_be_rerun_and_its_cells_are_those_of_the_study():
                 assert c.a[0] in METHODS and c.b[0] in METHODS and {c.a[1], c.b[1]} <= set(LAGS)
 
 
+@pytest.mark.slow
 def test_the_flags_of_a_method_start_a_run_in_a_new_process():
     """There nothing but --plugin imports the losses of the studies."""
     code = "import sys; from support.config import parse; print(parse(sys.argv[1:]).num_candidates)"
