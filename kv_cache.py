@@ -149,9 +149,9 @@ def switch_to_slots(model, length: int):
     expected = last_hidden(model, ids)[0, -1]  # [F]
     model.set_attn_implementation("kv_slots")
     with refusal(f"{model.name_or_path} is not supported"):
-        fix = """the KV slots do not hold all that it remembers of earlier tokens (recurrent or
+        why = """the KV slots do not hold all that it remembers of earlier tokens (recurrent or
             convolution layers, or a window that its attention layers do not pass on)"""
-        require(agree(expected, last_through_slots(model, ids)), fix)
+        require(agree(expected, last_through_slots(model, ids)), why)
 
 
 def last_through_slots(model, ids):

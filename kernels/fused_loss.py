@@ -124,6 +124,7 @@ def fused_loss(terms, logits, ids, t, b, dtype, first, first_draw):
     student_logp, c = logits.new_empty(2, *ids.shape, dtype=torch.float32)
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     grad = logits.view(dtype)[:, :V]  # [G,V]; a narrower dtype has more columns, V are used
+    # In the order of the kernel's arguments.
     tables = (logits, grad, ids, t, b, loss, student_logp, c)
     sizes = (V, C, grad.stride(0), first, first_draw)
     loss_kernel[(len(logits),)](*tables, *sizes, terms, **launch_shape(V, C))  # a program a row

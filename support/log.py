@@ -62,6 +62,7 @@ def close_trace(path):
 
 # ---- metrics and progress ---------------------------------------------------------------------
 
+
 class Log:
     """metrics.jsonl and the progress. Busy: a fraction of the time since the last update."""
 
