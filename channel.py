@@ -135,10 +135,11 @@ class Channel:
 
     # ---- the weight mailbox -------------------------------------------------------------------
 
-    def pin(self):
-        """Lock the mailbox into memory, so that a GPU copies it at the speed of the bus."""
-        memory = (self.weights.data_ptr(), self.weights.nbytes)
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(*memory, 0))
+    def pin(self, device):
+        """For a GPU: lock the mailbox into memory, so that it is copied at the speed of the bus."""
+        if device.type == "cuda":
+            memory = (self.weights.data_ptr(), self.weights.nbytes)
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(*memory, 0))
 
     def publish(self, parts, version: int):
         """Leader: write the student's parameters, then raise the version.
@@ -202,19 +203,8 @@ def check_memory(needed: int, config: Config):
 
 
 def available_memory():
-    """Bytes that may still be used: what the kernel calls available, or a cgroup's limit."""
-    free = 1024 * number_after("MemAvailable:", Path("/proc/meminfo"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        # The kernel gives up cached files when a process needs the memory.
-        return min(free, limit - used + number_after("inactive_file", group / "memory.stat"))
-    except (OSError, ValueError):  # no cgroup, or its limit is "max"
-        return free
-
-
-def number_after(name: str, path: Path):
-    return int(re.search(rf"^{name}\s+(\d+)", path.read_text(), re.MULTILINE)[1])
+    """Bytes that may still be used: what the kernel calls available."""
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
 
 
 # ---- one rollout ------------------------------------------------------------------------------

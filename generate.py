@@ -205,7 +205,7 @@ class Sampler:
 
     def __init__(self, config: Config, device, slots: int, held_out):
         """`slots`: for training, `config.slots` at most. `held_out`: evaluation prompts."""
-        path = config.student_path
+        path = config.path("student")
         self.tokenizer = load_tokenizer("--student", path)
         self.held_out = held_out
         self.is_correct = judge(config)
@@ -213,7 +213,7 @@ class Sampler:
         model = load_model(path, dtype, device, length=config.max_sequence)
         switch_to_slots(model, config.max_sequence)
         self.weights = flatten_parameters(model)  # [P]
-        stops = stop_ids(path, self.tokenizer)
+        stops = stop_ids(path, self.tokenizer, config.stop_token)
         vocab = shared_vocabulary(config)
         slots = min(config.slots, slots)
         self.generator = Generator(model, make_loss(config), config, stops, vocab, slots)
@@ -248,8 +248,7 @@ def run(config: Config, channel: Channel, device, number: int, held_out):
     sampler = Sampler(config, device, share, held_out)
     generator = sampler.generator
     generator.version = -1  # the first weights have version 0
-    if device.type == "cuda":
-        channel.pin()
+    channel.pin(device)
     timeline = Timeline(config, channel, number, f"generator {number}")
     waiting: deque[Rollout] = deque()
     while channel.running():

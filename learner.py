@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,7 +30,7 @@ from losses import make_loss
 from model import head_weight, layers_of, response_hidden, row_batches
 from support.checkpoint import load_optimizer, save, step_of
 from support.config import Config
-from support.ranks import Ranks, from_every_rank
+from support.ranks import Ranks
 
 # Metrics that are summed over positions, in the order that Learner.backward returns.
 SUMMED = """loss reverse_kl drift_kl drift_k3
@@ -122,15 +121,14 @@ class Learner:
         batches = self.micro_batches(channel, rows)[self.ranks.local_rank]
         batches += [[] for _ in range(passes - len(batches))]
         tables = (self.student(channel, batch)[1:] for batch in batches)
-        self.loss.look_ahead(tables, from_every_rank)
+        self.loss.look_ahead(tables, self.ranks.gather)
         self.optimizer.zero_grad()
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches, 1):
             if self.ranks.world_size > 1:  # the nodes add their gradients up once, at the end
                 self.student.set_requires_all_reduce(number == passes)
             sums += self.backward(channel, batch, tokens)
-        if self.ranks.world_size > 1:
-            dist.all_reduce(sums)
+        sums = sum(self.ranks.gather(sums.cpu()))
         metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
         metrics |= {
             "tokens": tokens,

@@ -47,10 +47,12 @@ class Serial:
         `prompts`, `held_out`: data.Prompt objects to train on and to evaluate on.
         """
         self.config = config = replace(config, max_staleness=0, order="batch")
-        student = load_model(config.student_path, torch.float32, CPU)
+        student = load_model(config.path("student"), torch.float32, CPU)
         vocab = shared_vocabulary(config)
         self.learner = Learner(student, config, vocab, torch.float32)
-        self.teacher = Teacher(load_model(config.teacher_path, torch.float32, CPU), config, vocab)
+        self.teacher = Teacher(
+            load_model(config.path("teacher"), torch.float32, CPU), config, vocab
+        )
         self.sampler = Sampler(config, CPU, config.batch_size, held_out)
         self.lag = lag
         first = flat_parameters(student)
@@ -89,7 +91,7 @@ class Serial:
 def train(config: Config):
     for note in check_models(config):
         print(f"note: {note}")
-    prompts, held_out = load_prompts(config, load_tokenizer("--student", config.student_path))
+    prompts, held_out = load_prompts(config, load_tokenizer("--student", config.path("student")))
     run = Serial(config, config.max_staleness, prompts, held_out)
     if held_out:
         print(f"accuracy before training {run.accuracy():.1%}")

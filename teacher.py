@@ -170,7 +170,7 @@ def run(config: Config, channel: Channel, device: torch.device, number: int, nex
     1. take finished rows   2. score those that are ready   3. pass them on to the learner
     """
     dtype = compute_dtype(config, device)
-    model = load_model(config.teacher_path, dtype, device, gpus=config.teacher_gpus)
+    model = load_model(config.path("teacher"), dtype, device, gpus=config.teacher_gpus)
     teacher = Teacher(model, config, shared_vocabulary(config))
     timeline = Timeline(config, channel, config.generators + number, f"teacher {number}")
     _, next_turn = teacher_of(next_ticket, config)

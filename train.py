@@ -37,9 +37,9 @@ from model import compute_dtype
 from support import checkpoint as on_disk
 from support.config import Config, InputError, parse
 from support.data import Prompt, fingerprint, load_prompts
-from support.load import check_models, load_model, load_tokenizer, shared_vocabulary
+from support.load import check_models, load_model, load_tokenizer, shared_vocabulary, stop_ids
 from support.log import Log, Timeline, close_trace
-from support.ranks import Interrupted, Ranks, RoleDied, broadcast, from_every_rank, join
+from support.ranks import Interrupted, Ranks, RoleDied, join
 from support.roles import OUT_OF_MEMORY, Roles, ignore_interrupts, on_interrupt
 from support.roles import role_devices, set_up_process
 from tickets import Tickets
@@ -61,16 +61,18 @@ class Inputs:
 
 def read_inputs(config: Config):
     """Check and read everything before a model is loaded. Raises InputError."""
+    on_disk.lock_output(config.output)  # until this process ends
     notes = check_models(config)
-    tokenizer = load_tokenizer("--student", config.student_path)
+    tokenizer = load_tokenizer("--student", config.path("student"))
     progress = {"started": datetime.now(), "prompts": fingerprint(config), "trained_ahead": []}
     checkpoint = on_disk.check_output(config, progress["prompts"])
     if checkpoint:
         progress = on_disk.read_progress(checkpoint)
     progress["settings"] = asdict(config)
     prompts, held_out = load_prompts(config, tokenizer, progress["started"])
-    if config.eval_every and not held_out:
-        notes.append("no evaluation: too few prompts have an answer, see --eval-prompts")
+    if config.eval_every and len(held_out) < 20:
+        fix = "--eval-prompts gives more, --eval-every 0 evaluates never"
+        notes.append(f"accuracy is measured on {len(held_out)} prompts: {fix}")
     for note in notes:
         print(f"note: {note}")
     print(f"first prompt: {tokenizer.decode(prompts[0].ids)!r}")
@@ -165,7 +167,7 @@ class Leader:
         with self.timeline.span("update"):
             metrics = self.learner.update(self.channel, rows, parts)
         self.tickets.trained([ticket for part in parts for ticket in part["tickets"]])
-        return metrics | {"nodes_wait_seconds": self.ranks.waited}
+        return metrics
 
     def evaluate(self, name: str):
         """Greedy accuracy of the published weights. We wait, so that they stay these weights."""
@@ -194,8 +196,9 @@ class Leader:
         except Interrupted:
             self.leave("interrupted")
         except BaseException as error:
-            if isinstance(error, FloatingPointError):
-                self.set_aside()
+            if isinstance(error, FloatingPointError):  # the weights themselves are at fault
+                self.saved_version = self.learner.version
+                on_disk.set_aside(self.config.output / f"step_{self.saved_version}")
             # Amid a broken update the ranks are out of step: they cannot save together.
             if not isinstance(error, RuntimeError) or self.ranks.world_size == 1:
                 self.leave(str(error) or "an error")
@@ -228,11 +231,6 @@ class Leader:
         self.saved_version = self.learner.version
         on_disk.drop_old(self.config.output, self.config.keep_checkpoints)
 
-    def set_aside(self):
-        """The present weights have no finite gradient: do not save them, nor resume from them."""
-        self.saved_version = self.learner.version
-        on_disk.set_aside(self.config.output / f"step_{self.learner.version}")
-
 
 # ---- every rank -------------------------------------------------------------------------------
 
@@ -240,11 +238,13 @@ class Leader:
 def run_rank(ranks: Ranks):
     """One learner rank: load the student, then lead the node or follow its leader."""
     inputs = None
-    if ranks.rank == 0:
-        config = parse()
-        on_disk.lock_output(config.output)  # until this process ends
-        inputs = read_inputs(config)
-    inputs = broadcast(inputs)
+    try:
+        if ranks.rank == 0:
+            inputs = read_inputs(parse())
+    finally:
+        inputs = ranks.broadcast(inputs, ranks.everyone)
+    if not inputs:
+        sys.exit(1)  # rank 0 says why
     config, checkpoint = inputs.config, inputs.checkpoint
     if ranks.node > 0:
         sys.stdout = open(os.devnull, "w")  # node 0 reports
@@ -252,18 +252,22 @@ def run_rank(ranks: Ranks):
     device = devices[ranks.local_rank]
     set_up_process(config, device, len(devices))
     dtype = compute_dtype(config, device)
-    model = load_model(str(checkpoint or config.student_path), torch.float32, device)
+    model = load_model(str(checkpoint or config.path("student")), torch.float32, device)
+    stops = stop_ids(config.path("student"), inputs.tokenizer, config.stop_token)
+    model.generation_config.eos_token_id = sorted(stops)  # of its checkpoints
     learner = Learner(model, config, shared_vocabulary(config), dtype, ranks)
     if checkpoint:
         learner.load(checkpoint)
-    from_every_rank(None)  # all have loaded it: from now on it may be dropped
+    ranks.gather(None)  # all have loaded it: from now on it may be dropped
     if ranks.local_rank > 0:
         follow(learner, ranks.tell())
         return
     count = sum(p.numel() for p in learner.parameters)
+    usual = 0.1 / count**0.5  # 1e-5 for 100M parameters, 1e-6 for 10B
+    if not usual / 30 < config.lr < usual * 30:
+        print(f"note: --lr is {config.lr:g}: for {count:,} parameters {usual:.0e} is usual")
     channel = ranks.tell(Channel.create(config, count, dtype))
-    if device.type == "cuda":
-        channel.pin()
+    channel.pin(device)
     print(f"learners, generators, teachers on {', '.join(map(str, devices))}")
     leader = Leader(inputs, learner, channel, devices)
     try:

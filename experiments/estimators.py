@@ -283,7 +283,7 @@ def at_snapshots(job: tuple[int, tuple[int, ...], int]) -> list[dict]:
     torch.set_num_threads(1)
     config = replace(BASE, seed=seed, lr=3e-4, steps=max(updates), **METHODS[TRAINING])
     lagged = Lagged(config, 0, *task(), keep=max(LAGS))
-    sampler = load_model(config.student_path, torch.float32, CPU)
+    sampler = load_model(config.path("student"), torch.float32, CPU)
     weights, lines = flatten_parameters(sampler), []
     for update, lag in itertools.product(updates, LAGS):
         while lagged.learner.version < update:

@@ -53,8 +53,8 @@ def estimate(config: Config, ranks: int, size: int):
 
     `ranks`: learner ranks of a node. `size`: bytes of a value in the forward pass.
     """
-    count, layers, features, saved, keys = model_size(config.student_path)
-    teacher_count, _, _, teacher_saved, _ = model_size(config.teacher_path)
+    count, layers, features, saved, keys = model_size(config.path("student"))
+    teacher_count, _, _, teacher_saved, _ = model_size(config.path("teacher"))
     vocab = shared_vocabulary(config)
     chunk = 4 * vocab * config.head_chunk  # of logits, float32
     tokens = size * config.micro_batch_tokens
@@ -272,8 +272,8 @@ def main():
         own, config = parse_args()
         memory, note = gpu_memory(config, own.nproc_per_node, own.gpus, own.gpu_gib)
         with refusal("the sizes of the models cannot be estimated"):
-            shared_vocabulary(config), model_size(config.student_path)
-            model_size(config.teacher_path)
+            shared_vocabulary(config), model_size(config.path("student"))
+            model_size(config.path("teacher"))
         print(note + "\n".join(report(config, own.nproc_per_node, memory)))
     except InputError as error:
         sys.exit(f"experiments.memory: error: {error}")

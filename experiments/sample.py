@@ -15,7 +15,7 @@ from generate import Generator
 from kv_cache import switch_to_slots
 from losses import Greedy, Proposal
 from model import compute_dtype, head_weight
-from support.config import asset_path, builtin, judge, refusal, require
+from support.config import builtin, judge, refusal, require
 from support.data import read_jsonl
 from support.load import check_config, load_model, load_tokenizer, stop_ids, text_config
 
@@ -35,6 +35,7 @@ def parse_args():
     option("--max-new-tokens", type=int, help="longest response, tokens; default 256 or what fits")
     option("--slots", type=int, default=64, help="sequences decoded at once")
     option("--seed", type=int, default=0, help="seed of sampling")
+    option("--stop-token", action="append", default=[], help="one more that ends a response")
     option("--answers", default="text", help="judge of answers, as for train.py")
     args = parser.parse_args()
     new_tokens = 1 if args.max_new_tokens is None else args.max_new_tokens
@@ -50,9 +51,11 @@ def parse_args():
 def sample(args):
     """Yield (prompt, finished rollout, response text) for every prompt of the file, in order."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = asset_path(args.model, "student")
+    path = builtin(student=args.model).path("student")
     tokenizer = load_tokenizer("--model", path)
-    prompts = read_jsonl(args.prompts, tokenizer, args.max_prompt_tokens)
+    prompts = read_jsonl(
+        args.prompts, tokenizer, args.max_prompt_tokens, drop_long=args.drop_long_prompts
+    )
     longest = max(len(prompt.ids) for prompt in prompts)
     positions = getattr(text_config(path), "max_position_embeddings", None) or longest + 256
     max_new_tokens = args.max_new_tokens or max(1, min(256, positions - longest))
@@ -73,7 +76,8 @@ def sample(args):
     model = load_model(path, dtype, device, length=config.max_sequence)
     switch_to_slots(model, config.max_sequence)
     proposal = Proposal() if args.temperature > 0 else Greedy()
-    stops, vocab = stop_ids(path, tokenizer), len(head_weight(model))
+    stops = stop_ids(path, tokenizer, args.stop_token)
+    vocab = len(head_weight(model))
     slots = min(args.slots, len(prompts))
     generator = Generator(model, proposal, config, stops, vocab, slots)
     rollouts = [Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)]

@@ -130,7 +130,7 @@ def measured(configs: list[Config], updates: int = 5) -> Stages:
 
 
 def watch_serial(watch: Stopwatch, config: Config, updates: int):
-    prompts, held_out = load_prompts(config, load_tokenizer("--student", config.student_path))
+    prompts, held_out = load_prompts(config, load_tokenizer("--student", config.path("student")))
     serial = Serial(config, 0, prompts, held_out)
     serial.update()  # sets libraries up
     generator, learner, teacher = serial.sampler.generator, serial.learner, serial.teacher

@@ -40,7 +40,7 @@ RESULTS = study.RESULTS / "staleness.csv"
 def task() -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, 128 evaluation prompts):
     the part of the built-in task with ADDENDS addends, the same for every seed."""
-    tokenizer = load_tokenizer("--student", BASE.student_path)
+    tokenizer = load_tokenizer("--student", BASE.path("student"))
     pairs = running_sums(8000, 0, heldout=False), running_sums(1000, 12345, heldout=True)
     train, held = (
         [(text, answer) for text, answer in part if text.count("+") + 1 in ADDENDS]

@@ -70,7 +70,7 @@ RUNS = {  # name -> (nodes, flags)
 @cache
 def inputs(config: Config):
     """(prompts, ticket -> response tokens), sampled with the student: what a run with it draws."""
-    prompts, _ = load_prompts(config, load_tokenizer("--student", config.student_path))
+    prompts, _ = load_prompts(config, load_tokenizer("--student", config.path("student")))
     torch.set_num_threads(1)
     count = (config.steps + config.max_staleness) * config.batch_size
     sampler = Sampler(config, torch.device("cpu"), config.slots, [])
@@ -115,7 +115,7 @@ def exchange(node: int, port: int, config: Config):
     rows = list(range(serial.config.table_rows))
     store = dist.TCPStore("127.0.0.1", port)
     dist.init_process_group("gloo", store=store, rank=node, world_size=2)
-    model = load_model(config.student_path, torch.float32, torch.device("cpu"))
+    model = load_model(config.path("student"), torch.float32, torch.device("cpu"))
     ranks = Ranks(rank=node, world_size=2)
     together = Learner(model, config, serial.learner.vocab, torch.float32, ranks)
     seconds = [
@@ -138,7 +138,7 @@ def update_seconds(learner: Learner, channel, rows: list[int], ranks: Ranks):
 
 
 def serial_run(config: Config):
-    prompts, _ = load_prompts(config, load_tokenizer("--student", config.student_path))
+    prompts, _ = load_prompts(config, load_tokenizer("--student", config.path("student")))
     return Serial(replace(config, batch_size=32, steps=10_000), 0, prompts, [])
 
 

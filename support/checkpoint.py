@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import zipfile
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -103,9 +102,8 @@ def check_output(config, fingerprint):
 
 
 def check_resume(config, checkpoint, fingerprint):
-    output = config.output
     fix = "start without --resume, or choose a new directory"
-    require(checkpoint, f"--resume: no checkpoint (step_N) in --output-dir {output}: {fix}")
+    require(checkpoint, f"--resume: no checkpoint (step_N) in --output-dir {config.output}: {fix}")
     done = step_of(checkpoint)
     progress = read_progress(checkpoint)
     for name in MUST_MATCH:
@@ -114,7 +112,7 @@ def check_resume(config, checkpoint, fingerprint):
     changed = "--resume: the prompts are not what they were: give the same files"
     require(progress["prompts"] == fingerprint, changed)
     fix = f"--steps is {config.steps}: raise it"
-    require(done < config.steps, f"--resume: {output} has made {done} updates already, {fix}")
+    require(done < config.steps, f"--resume: {config.output} has made {done} updates, {fix}")
     print(f"resuming from {checkpoint}")
 
 
@@ -124,8 +122,8 @@ def read_progress(checkpoint):
     """
     with refusal(f"--resume: {checkpoint} is damaged, or of an older version of this program"):
         progress = yaml.safe_load((checkpoint / "progress.yaml").read_text())
-        kinds = [type(progress[key]) for key in ("settings", "started", "prompts", "trained_ahead")]
-        require(kinds == [dict, datetime, str, list], "progress.yaml")
+        missing = {"settings", "started", "prompts", "trained_ahead"} - progress.keys()
+        require(not missing, f"progress.yaml lacks {missing}")
         return progress
 
 
@@ -152,9 +150,6 @@ def save(target: Path, model, optimizer, tokenizer, progress):
         tokenizer.save_pretrained(unfinished)
         torch.save(state, unfinished / "training_state.pt")
         (unfinished / "progress.yaml").write_text(yaml.safe_dump(progress))
-        usual = (unfinished / "config.json").stat().st_mode
-        for path in unfinished.glob("*.safetensors"):  # which only the owner could read
-            path.chmod(usual)
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
     except Exception as error:  # torch and safetensors have their own for a full disk

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import click
@@ -19,12 +19,9 @@ from losses import LOSSES, import_plugin, make_loss
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MAX_ROWS = 16_384  # of the rollout table: their numbers fit into a pipe
-EVAL_SIZE = click.IntRange(1, 10_000)
 TEMPERATURE = click.FloatRange(1e-3)
 RATE = click.FloatRange(1e-12)
 COUNT = click.IntRange(0)
-THREADS = click.IntRange(0, 1024)
-PROCESSES = click.IntRange(1, 256)
 ABOUT = """Asynchronous on-policy distillation. torchrun --nproc-per-node=N starts N learner ranks.
 The defaults are for models that people use. A run without --student reads assets/builtin.yaml."""
 
@@ -49,12 +46,16 @@ def refusal(what: str):
 
 
 def option(default, help: str, limits=None):
-    """A setting. `limits`: choices, or click's type. An integer without is at least 1."""
+    """A setting. `limits`: choices, or click's type. An integer without is at least 1.
+
+    A tuple has one value for each time that the flag is given.
+    """
     if isinstance(limits, tuple):
         limits = click.Choice(limits)
     elif limits is None and type(default) is int:  # a bool is an int, too
         limits = click.IntRange(1)
-    return field(default=default, metadata={"help": help, "type": limits})
+    settings = {"help": help, "type": limits, "multiple": default == ()}
+    return field(default=default, metadata=settings)
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,12 @@ class Config:
     student: str = option("builtin", "student: directory or hub id; builtin: the shipped one")
     prompts: str = option("", "JSONL of training prompts; builtin: running sums")
     eval_prompts: str = option("", "JSONL of evaluation prompts; empty: hold out of --prompts")
-    eval_size: int = option(256, "evaluation prompts; at most a tenth of --prompts", EVAL_SIZE)
+    eval_size: int = option(256, "evaluation prompts; at most a tenth of --prompts")
     chat_template_kwargs: str = option("{}", 'JSON: {"enable_thinking": false}, for all rows')
     drop_long_prompts: bool = option(False, "leave longer prompts out")
     max_prompt_tokens: int = option(1024, "longest prompt, tokens")
     max_new_tokens: int = option(1024, "longest response, tokens, stop token included")
+    stop_token: tuple = option((), "one more token that ends a response; repeatable")
     plugin: str = option("", "FILE.py or module, imported first: it may add to losses.LOSSES")
     loss: str = option("stratified_reverse_kl", f"{', '.join(LOSSES)} or of --plugin")
     top_k: int = option(16, "top ids a position; forward_kl and sparse_reverse_kl see no others")
@@ -86,14 +88,14 @@ class Config:
     checkpoint_activations: bool = option(False, "recompute layers backwards: less memory, slower")
     head_chunk: int = option(1024, "positions whose logits exist at once")
     seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
-    generators: int = option(1, "generation processes of a node", PROCESSES)
-    teachers: int = option(1, "teacher processes of a node; --batch-size is a multiple", PROCESSES)
+    generators: int = option(1, "generation processes of a node")
+    teachers: int = option(1, "teacher processes of a node; --batch-size is a multiple")
     teacher_gpus: int = option(1, "GPUs that each teacher is spread over")
     slots: int = option(64, "sequences that a generator decodes at once")
     teacher_cache_mb: int = option(0, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
     answers: str = option("text", "judge of answers: text, contains, math, or FILE.py or module")
     dtype: str = option("auto", "auto: bfloat16 on a GPU", ("auto", "float32", "bfloat16"))
-    cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles", THREADS)
+    cpu_threads: int = option(0, "CPU threads of each role; 0: cores / roles", COUNT)
     output_dir: str = option("runs/default", "metrics.jsonl, trace.json, config.yaml, step_N/")
     eval_every: int = option(50, "updates between greedy evaluations; 0: never", COUNT)
     save_every: int = option(100, "updates between checkpoints; 0: only at the end", COUNT)
@@ -122,23 +124,13 @@ class Config:
         fix = f"one sequence may have {self.max_sequence}: raise it or lower --max-new-tokens"
         require(self.max_sequence <= budget, f"--micro-batch-tokens is {budget}, {fix}")
 
-    @property
-    def teacher_path(self):
-        return asset_path(self.teacher, "teacher")
-
-    @property
-    def student_path(self):
-        return asset_path(self.student, "student")
-
-    @property
-    def prompts_path(self):
-        return asset_path(self.prompts, "prompts.jsonl")
-
-    @property
-    def eval_path(self):
-        """Empty: a part of the training prompts is held out."""
-        is_builtin = self.prompts == "builtin" and not self.eval_prompts
-        return asset_path("builtin" if is_builtin else self.eval_prompts, "eval.jsonl")
+    def path(self, name: str):
+        """Where `student`, `teacher`, `prompts` or `eval_prompts` lie; "": nowhere."""
+        value = getattr(self, name)
+        if name == "eval_prompts" and self.prompts == "builtin":
+            value = value or "builtin"
+        file = {"prompts": "prompts.jsonl", "eval_prompts": "eval.jsonl"}.get(name, name)
+        return str(ASSETS / file) if value == "builtin" else os.path.expanduser(value)
 
     @property
     def output(self):
@@ -169,10 +161,8 @@ class Config:
         return make_loss(self).num_columns
 
     def dump(self):
-        """YAML that starts an equal run. `resume` is left out: it says how a run was started."""
-        values = asdict(self)
-        del values["resume"]
-        return yaml.safe_dump(values, sort_keys=False)
+        """YAML that starts an equal run, anew."""
+        return yaml.safe_dump(asdict(replace(self, resume=False)), sort_keys=False)
 
 
 def judge(config: Config):
@@ -184,10 +174,6 @@ def judge(config: Config):
 def from_torchrun(name: str, alone: int):
     """A number that torchrun gives to all processes of a run; `alone`: without torchrun."""
     return int(os.environ.get(name, alone))
-
-
-def asset_path(name: str, builtin: str):
-    return str(ASSETS / builtin) if name == "builtin" else os.path.expanduser(name)
 
 
 def builtin(**changes):
@@ -208,23 +194,25 @@ def new_option(item):
 
 def check_value(option, value):
     """What click checks on the command line holds for a Config made in Python, too."""
-    with refusal(f"{option.opts[0]} is {value}"):
-        # Unequal: "7" for 7, and NaN.
-        is_same = option.type.convert(value, option, None) == value != math.inf
-        require(is_same, f"{option.type.name} is needed")
-        # `--output-dir --resume` would take the next flag for a directory.
-        require(not str(value).startswith("--"), "its own value is missing")
+    for one in value if option.multiple else [value]:
+        with refusal(f"{option.opts[0]} is {one}"):
+            # Unequal: "7" for 7, and NaN.
+            is_same = option.type.convert(one, option, None) == one != math.inf
+            require(is_same, f"{option.type.name} is needed")
+            # `--output-dir --resume` would take the next flag for a directory.
+            require(not str(one).startswith("--"), "its own value is missing")
 
 
 def read_yaml(path):
-    """The values of a YAML file by option names, as text."""
+    """The values of a YAML file by option names, as text; a list where an option is repeatable."""
     with refusal(f"--config {path}"):
         values = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}  # scalars stay text
     require(isinstance(values, dict), f"--config {path}: a mapping of option names is needed")
     named = {key.replace("-", "_"): value for key, value in values.items()}
+    kinds = {item.name: list if item.default == () else str for item in fields(Config)}
     for name, value in named.items():
-        is_known = name in Config.__dataclass_fields__ and isinstance(value, str)
-        require(is_known, f"--config {path}: {name} is no option with one value, see --help")
+        fix = f"no option with {'a list' if isinstance(value, list) else 'one value'}, see --help"
+        require(isinstance(value, kinds.get(name, ())), f"--config {path}: {name} is {fix}")
     return named
 
 

@@ -22,6 +22,7 @@ from support.config import Config, refusal, require
 from support.load import shared_vocabulary
 
 KEYS = {"prompt", "messages", "answer", "tools", "chat_template_kwargs"}  # of a row
+KINDS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}  # of `datasets`
 AT_ONCE = 1000  # texts that are tokenized together
 
 
@@ -42,15 +43,15 @@ def load_prompts(config: Config, tokenizer, started: datetime | None = None):
     options = (config.max_prompt_tokens, kwargs, config.drop_long_prompts, vocab)
     with mock.patch("transformers.utils.chat_template_utils.datetime") as clock:
         clock.now.return_value = started or datetime.now()
-        train = read_jsonl(config.prompts_path, tokenizer, *options)
+        train = read_jsonl(config.path("prompts"), tokenizer, *options)
         held_out = hold_out(config, train)
-        if config.eval_path:
-            held_out = read_jsonl(config.eval_path, tokenizer, *options)
+        if config.path("eval_prompts"):
+            held_out = read_jsonl(config.path("eval_prompts"), tokenizer, *options)
     fix = "every evaluation prompt needs an `answer`"
-    require(all(p.answer is not None for p in held_out), f"{config.eval_path}: {fix}")
+    require(all(p.answer is not None for p in held_out), f"{config.path('eval_prompts')}: {fix}")
     seen = {prompt.text for prompt in held_out}
     train = [prompt for prompt in train if prompt.text not in seen]
-    require(train, f"{config.prompts_path}: all are evaluation prompts, none is left to train on")
+    require(train, f"{config.path('prompts')}: all are evaluation prompts, give it more")
     return train, held_out[: config.eval_size]
 
 
@@ -71,7 +72,8 @@ def read_jsonl(path: str, tokenizer, limit: int, kwargs=None, drop_long=False, v
     if unknown:
         print(f"note: {path}: these keys of its rows are not used: {', '.join(unknown)}")
     bar = tqdm(rows, f"{path}: chat template", leave=False, disable=None)
-    texts = [render(where, row, tokenizer, kwargs or {}) for where, row in bar]
+    seen = set()
+    texts = [render(where, row, tokenizer, kwargs or {}, seen) for where, row in bar]
     all_ids = tokenize(path, texts, ["messages" in row for _, row in rows], tokenizer)
     for (where, _), text, ids in zip(rows, texts, all_ids):
         check_ids(where, text, ids, tokenizer, vocab)
@@ -89,7 +91,7 @@ def read_jsonl(path: str, tokenizer, limit: int, kwargs=None, drop_long=False, v
 
 def fingerprint(config: Config):
     """Of the prompt files as they are. What the chat template makes of them is another matter."""
-    files = [path for path in (config.prompts_path, config.eval_path) if os.path.isfile(path)]
+    files = filter(os.path.isfile, map(config.path, ("prompts", "eval_prompts")))
     return " ".join(hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files)
 
 
@@ -134,10 +136,9 @@ def json_lines(path: str):
 
 def converter(path: str):
     """The line of Python that makes JSON lines of another format, or of a data set of the hub."""
-    kind = Path(path).suffix[1:]
-    if kind == "jsonl" or Path(path).is_dir():
+    if Path(path).suffix == ".jsonl" or Path(path).is_dir():
         return ""
-    kind = kind if kind in ("parquet", "csv", "arrow") else "json"  # compressed or not
+    kind = next((KINDS[s] for s in Path(path).suffixes if s in KINDS), "json")  # or compressed
     source = f"'{kind}', data_files='{path}'" if Path(path).exists() else f"'{path}'"
     make = f"from datasets import load_dataset; load_dataset({source}, split='train')"
     return f" (`pip install datasets`, then in Python: {make}.to_json('prompts.jsonl'))"
@@ -145,7 +146,7 @@ def converter(path: str):
 
 def check_row(where, item):
     """The row as it is used, with its chat list under `messages`."""
-    fix = "needs an object with either `prompt` (text) or `messages` (chat list)"
+    fix = "needs an object with either `prompt` (text) or `messages` (chat list): rename its keys"
     is_row = isinstance(item, dict) and ("prompt" in item) != ("messages" in item)
     require(is_row, f"{where}: {fix}: {json.dumps(item)[:80]}")
     prompt = item.get("prompt")
@@ -192,11 +193,15 @@ def answer_of(where, row):
 # ---- from rows to tokens ----------------------------------------------------------------------
 
 
-def render(where, row, tokenizer, kwargs):
-    """The text of a row: its `prompt`, or its `messages` through the chat template."""
+def render(where, row, tokenizer, kwargs, seen):
+    """The text of a row: its `prompt`, or its `messages` through the chat template.
+
+    `seen`: rows but for their texts, for which the template is known to show all.
+    """
     messages, tools = row.get("messages"), row.get("tools")
     own = row.get("chat_template_kwargs") or {}
     with refusal(f"{where}: the chat template refuses it"):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
         if messages is None:
             require(not (tools or own), "`tools` and `chat_template_kwargs` need `messages`")
             return row["prompt"]
@@ -209,6 +214,9 @@ def render(where, row, tokenizer, kwargs):
         text = apply(messages, tools=tools)
         # Does it show every message? Words that no template has stand for their texts.
         marks = [m | {"content": m["content"] and f"text{i}."} for i, m in enumerate(messages)]
+        shape = json.dumps([marks, tools, own])
+        if shape in seen:
+            return text
         marked = apply(marks, tools=tools)
         lost = [m["role"] for m in marks if (m["content"] or "") not in marked]
         require(not lost, f"it leaves out what role `{'`, `'.join(lost)}` says")
@@ -218,6 +226,7 @@ def render(where, row, tokenizer, kwargs):
         require(not tools or text != apply(messages), f"it leaves out `tools`: {fix}")
         is_shown = bare == messages or text != apply(bare, tools=tools)
         require(is_shown, f"it leaves out `tool_calls`: {fix}")
+    seen.add(shape)
     return text
 
 
@@ -242,6 +251,9 @@ def check_ids(where, text, ids, tokenizer, vocab):
     highest = max(ids)
     fix = f"the models know {vocab} tokens: take it out of the text"
     require(highest < vocab, f"{where}: the prompt has token {highest}, {fix}")
+    is_over = len(ids) > 1 and text.rstrip().endswith(tokenizer.eos_token or " ")
+    fix = f"nothing follows {tokenizer.eos_token}: end with the header of the assistant's turn"
+    require(not is_over, f"{where}: {fix}: {text[-80:]!r}")
     unknown = tokenizer.unk_token_id
     # A text may name it, as a separator; a tokenizer may begin every text with it.
     named = text.count(tokenizer.unk_token or " ") + (unknown == tokenizer.bos_token_id)

@@ -7,6 +7,8 @@ Every message names the value, the limit and the fix.
 Left out: quantised models, adapters, teacher and student with different tokenizers.
 """
 
+import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -52,7 +54,7 @@ def shared_vocabulary(config: Config):
     Heads may be padded to different sizes, and one tokenizer may have more tokens at its end.
     Raises InputError if tokens differ before that.
     """
-    paths = (config.student_path, config.teacher_path)
+    paths = (config.path("student"), config.path("teacher"))
     size = min(text_config(path).vocab_size for path in paths)
     tokenizers = (AutoTokenizer.from_pretrained(path, **NO_CODE) for path in paths)
     ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in tokenizers)
@@ -65,35 +67,51 @@ def shared_vocabulary(config: Config):
     return first
 
 
-def stop_ids(path: str, tokenizer):
-    """Every id that ends a response: those of the generation config, and the tokenizer's."""
+def stop_ids(path: str, tokenizer, more=()):
+    """Every id that ends a response: the generation config's, the tokenizer's, of tokens `more`."""
     try:
         named = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # no generation_config.json
         named = text_config(path).eos_token_id
     named = named if isinstance(named, list) else [named]
-    ids = {tokenizer.eos_token_id, *named} - {None}
-    require(ids, f"{path}: tokenizer and generation config name no stop token: add eos_token_id")
+    known = tokenizer.get_vocab()
+    for token in more:
+        require(token in known, f"--stop-token {token}: {path} has no such token in its tokenizer")
+    ids = {tokenizer.eos_token_id, *named, *map(known.get, more)} - {None}
+    require(ids, f"{path}: no stop token in tokenizer and generation config: give --stop-token")
     return ids
 
 
 def check_models(config: Config):
     """Teacher and student must read text alike. Returns what the user should be told."""
-    student = load_tokenizer("--student", config.student_path)
-    teacher = load_tokenizer("--teacher", config.teacher_path)
+    student = load_tokenizer("--student", config.path("student"))
+    teacher = load_tokenizer("--teacher", config.path("teacher"))
     check_config(config)
     vocab = shared_vocabulary(config)
     check_top_k(config, vocab)
     ours, theirs = (t(PROBE, add_special_tokens=False).input_ids for t in (student, teacher))
     why = "--student and --teacher have the same tokens, but split text differently"
     require(ours == theirs, f"{why}: choose two models of one family")
-    ours = stop_ids(config.student_path, student)
-    theirs = stop_ids(config.teacher_path, teacher)
-    require(min(ours) < vocab, "the teacher knows no stop token of the student: give it one more")
-    if ours == theirs:
-        return []
-    fix = "the student's are used: write others into eos_token_id of its generation_config.json"
-    return [f"student stops at {sorted(ours)}, teacher at {sorted(theirs)}: {fix}"]
+    notes = []
+    ours = stop_ids(config.path("student"), student, config.stop_token)
+    theirs = stop_ids(config.path("teacher"), teacher)
+    require(min(ours) < vocab, "the teacher knows no stop token of the student: give --stop-token")
+    if ours != theirs:
+        shown = [student.convert_ids_to_tokens(sorted(ids)) for ids in (ours, theirs)]
+        fix = "add --stop-token, or write eos_token_id into the student's generation_config.json"
+        notes.append("student stops at {}, teacher at {}: {}".format(*shown, fix))
+    ours, theirs = (chat_of(t, json.loads(config.chat_template_kwargs)) for t in (student, teacher))
+    if ours and theirs and ours != theirs:
+        shown = f"{ours!r}, the teacher's would be {theirs!r}"
+        notes.append(f"both models read what the student's chat template writes: {shown}")
+    return notes
+
+
+def chat_of(tokenizer, kwargs):
+    """The probe as the chat template writes it. None: it has none, or wants other messages."""
+    with suppress(Exception):
+        options = {"tokenize": False, "add_generation_prompt": True, **kwargs}
+        return tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], **options)
 
 
 def check_top_k(config: Config, vocab: int):
@@ -105,7 +123,7 @@ def check_top_k(config: Config, vocab: int):
 
 def check_config(config: Config):
     """Both models must take the longest sequence, and must not be quantised."""
-    for path in (config.student_path, config.teacher_path):
+    for path in (config.path("student"), config.path("teacher")):
         settings = text_config(path)
         positions = getattr(settings, "max_position_embeddings", None) or config.max_sequence
         rope = getattr(settings, "rope_parameters", None) or {}

@@ -6,6 +6,7 @@ it in Perfetto to see who waits for whom.
 
 import json
 import time
+from collections import deque
 from contextlib import contextmanager
 
 from support.config import Config
@@ -75,6 +76,7 @@ class Log:
         self.last = time.monotonic()
         self.started = self.last - before
         self.seconds = channel.busy.clone()
+        self.reverse_kl = deque(maxlen=20)
 
     def write(self, step, metrics):
         """Append the record of update number `step` and show it."""
@@ -97,6 +99,7 @@ class Log:
         }
         self.file.write(json.dumps(record) + "\n")
         self.show(record)
+        self.advise(record)
 
     def show(self, record):
         text = (
@@ -107,3 +110,13 @@ class Log:
         if "eval_accuracy" in record:
             text += f"  accuracy {record['eval_accuracy']:.1%}"
         print(text, flush=True)
+
+    def advise(self, record):
+        """Say once what looks wrong, and which option changes it."""
+        if record["step"] == 3 and record["truncated_fraction"] > 0.5:
+            print("note: most responses are cut at --max-new-tokens: raise it")
+        self.reverse_kl.append(record["reverse_kl"])
+        values = list(self.reverse_kl)
+        if len(values) == 20 and sum(values[10:]) > 1.2 * sum(values[:10]) + 0.5:
+            print("note: the reverse KL has risen over 20 updates: lower --lr")
+            self.reverse_kl = deque(maxlen=0)  # say it once

@@ -9,11 +9,11 @@ node. Once an update the leaders exchange what they have at hand. Words travel o
 waiting there costs no GPU. Gradients travel on NCCL.
 
 A process that dies closes its sockets, so who waits for it gets an error. A machine that vanishes
-without closing them is noticed after PATIENCE, a rank that dies before it has joined after JOINING.
+without closing them is noticed after PATIENCE. Who dies before all have joined is waited for
+during JOINING.
 """
 
 import os
-import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -50,9 +50,10 @@ class Ranks:
     def __post_init__(self):
         self.node, self.local_rank = divmod(self.rank, self.local_world_size)
         self.nodes = self.world_size // self.local_world_size
-        self.waited = 0.0  # seconds for other nodes, in the last exchange
         self.arrival = None  # of all nodes at the exchange, as long as it is awaited
+        self.own_node = self.everyone = None
         if self.world_size > 1:
+            self.everyone = dist.new_group(timeout=PATIENCE)
             numbers = torch.arange(self.world_size).view(self.nodes, -1).tolist()
             same_node = dist.new_subgroups_by_enumeration(numbers, WEEK)
             same_local_rank = dist.new_subgroups_by_enumeration([*zip(*numbers)], PATIENCE)
@@ -68,11 +69,23 @@ class Ranks:
         groups = [self.across, self.own_node]
         return DeviceMesh.from_group(groups, device_type, self.numbers, mesh_dim_names=DIMENSIONS)
 
+    def broadcast(self, value, group):
+        """The value of the group's first rank, on every rank of it."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, group=group, group_src=0)
+        return box[0]
+
     def tell(self, value=None):
         """The leader's value, on every rank of its node."""
-        if self.local_world_size == 1:
-            return value
-        return broadcast(value, self.own_node)
+        return self.broadcast(value, self.own_node)
+
+    def gather(self, value):
+        """The values of all ranks of all nodes, in their order."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.everyone)
+        return values
 
     def exchange(self, part: dict, check=lambda: None):
         """Leaders: wait for the other nodes; returns the parts of all, in their order.
@@ -82,7 +95,6 @@ class Ranks:
         """
         parts = [part] * self.nodes
         if self.nodes > 1:
-            started = time.monotonic()
             try:
                 if not self.arrival:
                     zero = torch.zeros(1)
@@ -95,7 +107,6 @@ class Ranks:
                 dist.all_gather_object(parts, part, group=self.across)
             except RuntimeError:
                 raise RoleDied("another node is gone: its torchrun says how") from None
-            self.waited = time.monotonic() - started
         for node, other in enumerate(parts):
             if node != self.node and "leaves" in other:
                 raise RoleDied(f"node {node} leaves: {other['leaves']}")
@@ -112,39 +123,7 @@ def join(parent: int):
     require(is_even, "the nodes have different --nproc-per-node: make them the same")
     fits = local_world_size <= gpus or gpus == 0
     require(fits, f"{local_world_size} learner ranks, {gpus} GPUs: lower --nproc-per-node")
-    wait_for_ranks(rank, world_size)
-    if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    # Of one rank, too: it ends if the store of a dead torchrun does not answer.
+    if world_size > 1 or dist.is_torchelastic_launched():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=JOINING)
     return Ranks(rank, world_size, local_world_size, parent)
-
-
-def wait_for_ranks(rank: int, world_size: int):
-    """Raise RoleDied if torchrun's store is gone, where the ranks meet, or if one does not come."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        socket.create_connection(address, timeout=10).close()  # the store would try again for long
-        store = dist.TCPStore(*address, is_master=False, timeout=JOINING)
-        store.set(f"rank {rank}", "is here")
-        store.wait([f"rank {number}" for number in range(world_size)])
-    except (OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RoleDied(f"torchrun or a rank died before the start: {reason}") from None
-
-
-def broadcast(value=None, group=None):
-    """The value of the group's first rank, on every rank of it; of all, without a group."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, group=group, group_src=0)
-    return box[0]
-
-
-def from_every_rank(value):
-    """The values of all ranks of all nodes, in their order."""
-    values = [value]
-    if dist.is_initialized():
-        values *= dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values

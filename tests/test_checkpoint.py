@@ -102,7 +102,7 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
     )
     with pytest.raises(InputError, match="--resume: seed was 0 and is now 5: keep it"):
         check_output(replace(config, seed=5), "hash")
-    with pytest.raises(InputError, match="has made 4 updates already, --steps is 4"):
+    with pytest.raises(InputError, match="has made 4 updates, --steps is 4"):
         check_output(replace(config, steps=4), "hash")
     checkpoint = check_output(replace(config, lr=0.5), "hash")
     assert checkpoint == tmp_path / "step_4"

@@ -34,8 +34,8 @@ def refused(*argv):
             "Invalid value for '--seed': 4294967296 is not in the range 0<=x<=4294967295.",
         ),
         (
-            ["--eval-size", "1000000"],
-            "Invalid value for '--eval-size': 1000000 is not in the range 1<=x<=10000.",
+            ["--eval-size", "0"],
+            "Invalid value for '--eval-size': 0 is not in the range x>=1.",
         ),
         (["--resume", "false"], "Got unexpected extra argument (false)"),
         (["--loss", "kl"], "--loss kl: one of forward_kl, sparse_reverse_kl, "),
@@ -90,6 +90,9 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     path.write_text("stepz: 7\n")
     message = f"--config {path}: stepz is no option with one value, see --help"
     assert message in refused("--config", str(path))
+    path.write_text("steps: [7]\n")
+    message = f"--config {path}: steps is no option with a list, see --help"
+    assert message in refused("--config", str(path))
     path.write_text("prompts:\n")
     assert "--prompts is missing" in refused("--config", str(path))
     path.write_text("max-staleness: 3\nsteps: 8\n")
@@ -108,6 +111,24 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     path.write_text("a: [")
     assert f"--config {path}: while parsing" in refused("--config", str(path))
     assert "Is a directory" in refused("--config", "")
+
+
+def test_a_repeatable_option_is_a_list_in_yaml_and_flags_win(tmp_path):
+    path = tmp_path / "run.yaml"
+    assert parse([]).stop_token == ()
+    config = parse(["--stop-token", "<|im_end|>", "--stop-token=</s>"])
+    assert config == builtin(stop_token=("<|im_end|>", "</s>"))
+    path.write_text(config.dump())
+    assert parse(["--config", str(path)]) == config
+    assert parse(["--config", str(path), "--stop-token", "x"]) == builtin(stop_token=("x",))
+    path.write_text("stop-token: <eos>\n")
+    message = f"--config {path}: stop_token is no option with one value, see --help"
+    assert message in refused("--config", str(path))
+    assert "--stop-token is --resume: its own value is missing" in refused(
+        "--stop-token", "--resume"
+    )
+    with pytest.raises(InputError, match="--stop-token is 7: text is needed"):
+        builtin(stop_token=(7,))
 
 
 def test_without_a_student_of_ones_own_the_defaults_are_those_of_the_built_in_task(tmp_path):

@@ -73,7 +73,10 @@ def write_lines(path, *lines):
         ),
         (["[" * 100_000], "line 1: one JSON object .*recursion"),
         ([""], r"no prompts in it \(up to 64 tokens long\)"),
-        ([{"text": "hello"}], "line 1: needs an object with either `prompt`"),
+        (
+            [{"question": "1+1?", "answer": "#### 2"}],
+            "line 1: needs an object with either `prompt` .*: rename its keys: {.question",
+        ),
         ([{"prompt": "a", "messages": []}], "line 1: needs an object with either"),
         ([["a"]], "line 1: needs an object"),
         ([{"prompt": ""}], "line 1: the prompt is empty or not text"),
@@ -200,9 +203,7 @@ def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
     no_answer = write_lines(tmp_path / "n.jsonl", {"prompt": "5+5="})
     with pytest.raises(InputError, match="every evaluation prompt needs an `answer`"):
         load_prompts(builtin(prompts=path, eval_prompts=no_answer), tokenizer)
-    with pytest.raises(
-        InputError, match="e.jsonl: all are evaluation prompts, none is left to train on"
-    ):
+    with pytest.raises(InputError, match="e.jsonl: all are evaluation prompts, give it more"):
         load_prompts(builtin(prompts=held_path, eval_prompts=held_path), tokenizer)
     assert load_prompts(builtin(prompts=no_answer), tokenizer)[1] == []
 
@@ -404,8 +405,45 @@ def test_tools_reach_the_template_or_the_row_is_refused(tmp_path):
         tmp_path, {"messages": chat, "tools": row["tools"]}, byte_tokenizer(WITH_TOOLS)
     )
     assert "it leaves out `tool_calls`: drop them" in told  # though it shows the tools
+    as_text = row | {"tools": json.dumps(row["tools"])}  # as columns of a table have them
+    shown = prompt_from(tmp_path, row, byte_tokenizer(WITH_TOOLS))
+    assert prompt_from(tmp_path, as_text, byte_tokenizer(WITH_TOOLS)) == shown
+    told = refusal_of(tmp_path, row | {"tools": "multiply"}, byte_tokenizer(WITH_TOOLS))
+    assert "line 1: the chat template refuses it: Expecting value" in told
     nothing = {"role": "user", "content": None, "tool_calls": None}
     assert "not text" in refusal_of(tmp_path, {"messages": [nothing]}, byte_tokenizer())
+
+
+def test_every_shape_of_a_row_is_checked_once(tmp_path):
+    """Whether the template shows all of a row does not depend on its texts: 3 rows, 4 renderings.
+
+    A row of another shape is checked, though it comes late.
+    """
+    tokenizer = byte_tokenizer(ONLY_KNOWN)
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("a", "b", "c")]
+    path = write_lines(tmp_path / "p.jsonl", *rows)
+    real, calls = tokenizer.apply_chat_template, []
+    tokenizer.apply_chat_template = lambda *a, **k: calls.append(a) or real(*a, **k)
+    prompts = read_jsonl(path, tokenizer, 512)
+    assert [p.text for p in prompts] == [QUESTION.replace("6*7?", t) + HEADER for t in "abc"]
+    assert len(calls) == 4
+    lost = {"messages": [{"role": "critic", "content": "a"}, *rows[0]["messages"]]}
+    with pytest.raises(InputError, match="line 4: .*it leaves out what role `critic` says"):
+        read_jsonl(write_lines(tmp_path / "p.jsonl", *rows, lost), tokenizer, 512)
+
+
+def test_a_prompt_after_which_nothing_is_left_to_say_is_refused(tmp_path):
+    """The finished answer stands in the text, or the header of the assistant's turn is missing."""
+    over = QUESTION + HEADER + "42.<|im_end|>\n"
+    for row, template in (
+        ({"prompt": over}, CHATML),
+        ({"prompt": QUESTION}, CHATML),
+        ({"messages": [FIRST]}, CHATML.split("{% if add_generation_prompt")[0]),
+    ):
+        told = refusal_of(tmp_path, row, byte_tokenizer(template))
+        assert "line 1: nothing follows <|im_end|>: end with the header" in told
+    assert prompt_from(tmp_path, {"prompt": "<|im_end|>"}, byte_tokenizer()) == "<|im_end|>"
+    assert prompt_from(tmp_path, {"prompt": over + HEADER}, byte_tokenizer()) == over + HEADER
 
 
 def test_keys_that_are_not_used_are_named_once(tmp_path, capsys):
@@ -461,6 +499,8 @@ def test_the_date_is_that_of_the_start_of_the_run(tmp_path, model_dir):
         ("rows.parquet", b"PAR1\xff\xfe", "'parquet', data_files='{}'"),
         ("rows.jsonl.gz", b"\x1f\x8b\x08", "'json', data_files='{}'"),
         ("rows.csv", b"prompt,answer\n1,2\n", "'csv', data_files='{}'"),
+        ("rows.csv.gz", b"\x1f\x8b\x08", "'csv', data_files='{}'"),
+        ("rows.txt", b"one plus one\n", "'text', data_files='{}'"),
         ("rows.json", b'[\n{"prompt": "1"}\n]', "'json', data_files='{}'"),
         (None, None, "'openai/gsm8k'"),
     ],

@@ -623,7 +623,7 @@ def test_prefix_noise_is_the_sample_variance_of_gradients_per_token():
 
 def test_folding_keeps_inner_products_of_gradients(monkeypatch):
     monkeypatch.setattr(real_model, "FOLDED", 4096)
-    student = load_model(BASE.student_path, torch.float32, CPU).requires_grad_(True)
+    student = load_model(BASE.path("student"), torch.float32, CPU).requires_grad_(True)
     ids = task()[0][0].ids
     rollout = Rollout(ids, candidate_ids=torch.tensor(ids[:12])[:, None])
     pullback = real_model.Pullback(student)

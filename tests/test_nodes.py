@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import time
 from datetime import timedelta
 
 import pytest
@@ -95,7 +94,6 @@ def exchange_twice(ranks, place):
     for update in (3, 4):
         parts = ranks.exchange({"node": ranks.node, "update": update})
         found.append(ranks.tell((ranks.node, parts)))
-    assert ranks.waited >= 0.0
     return found
 
 
@@ -148,7 +146,7 @@ def test_who_waits_for_another_node_looks_after_its_own_and_can_still_say_that_i
 def test_one_node_has_nobody_to_wait_for():
     alone = Ranks()
     assert alone.exchange({"leaves": "interrupted"}) == [{"leaves": "interrupted"}]
-    assert alone.tell("word") == "word" and alone.waited == 0.0
+    assert alone.tell("word") == "word"
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
@@ -175,9 +173,6 @@ def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(
     assert not checkpoints(output / "node_1")
     agents[1].communicate()
     assert not any(still_alive(family) for family in families)
-    record = metrics(output)[-1]
-    # Generator, teacher, learner.
-    assert record["nodes_wait_seconds"] >= 0.0
     json.loads((output / "node_1" / "trace.json").read_text())
 
 
@@ -210,27 +205,11 @@ def test_an_agent_that_is_killed_during_the_imports_ends_both_nodes(node, pair, 
     outs = [agent.communicate(timeout=PATIENCE)[0] for agent in agents]
     assert not any(still_alive(family) for family in families)
     reasons = (
-        "torchrun or a rank died before the start",
         "a rank or a node died",
         "another node is gone",
     )
     reasons += (f"node {node} leaves: interrupted",)
     assert any(f"train.py: error: {reason}" in outs[1 - node] for reason in reasons), outs
-
-
-@slow
-def test_a_node_that_is_held_back_shows_in_the_metrics(pair, tmp_path):
-    """Its generator stands still for three seconds. So the other node has waited, not this one."""
-    agents = start_nodes(2, tmp_path / "run", *pair, *SYNC, "--steps=12", "--eval-every=0")
-    read_until(agents[0], r"update +3/")
-    _, generator, _ = forked(agents[1])
-    os.kill(generator, signal.SIGSTOP)
-    time.sleep(3.0)  # what is measured
-    os.kill(generator, signal.SIGCONT)
-    assert [finish(agent) for agent in agents]
-    places = tmp_path / "run", tmp_path / "run" / "node_1"
-    mine, its = (max(r["nodes_wait_seconds"] for r in metrics(place)) for place in places)
-    assert mine > 2.0 and its < 1.0
 
 
 @slow
@@ -360,6 +339,7 @@ def test_a_gradient_that_is_not_finite_is_said_once_by_every_leader(nodes, ranks
         out = finish(agent, expect=1)
         assert len(re.findall(r"error: update 2: gradient norm is (nan|inf): lower", out)) == 1, out
         assert "died" not in out and "leaves" not in out, out
+        assert out.count("note: --lr is 1e+30: for ") == (out.count("update    1/") > 0), out
     assert not checkpoints(output) and len([*output.glob("diverged_1_*")]) == 1
 
 

@@ -217,7 +217,7 @@ def test_the_example_of_the_readme_trains(example, model_dir, tokenizer):
     )
     prompts = [Prompt(text, tokenizer(text).input_ids) for text in ("a12+b34=", "a56+b78+c90=")]
     run = Serial(config, 0, prompts, [])
-    reference = type(run.learner.model).from_pretrained(config.student_path)
+    reference = type(run.learner.model).from_pretrained(config.path("student"))
     rows = []
     batch = run.tickets.batch
     run.tickets.batch = lambda version: rows.append(batch(version)) or rows[-1]

@@ -23,7 +23,7 @@ SYNC = ["--max-staleness=0", "--steps=3", "--eval-every=3", "--slots=5"]
 def new_serial(flags, lag):
     config = parse([*BASE, *flags])
     return Serial(
-        config, lag, *load_prompts(config, load_tokenizer("--student", config.student_path))
+        config, lag, *load_prompts(config, load_tokenizer("--student", config.path("student")))
     )
 
 
@@ -60,7 +60,9 @@ def test_the_command_line_prints_the_accuracy_before_and_after_training(pair, tm
 
 def test_the_shipped_models_learn_their_task_in_a_few_updates():
     config = builtin(steps=14, eval_size=64, seed=1, cpu_threads=1)
-    run = Serial(config, 0, *load_prompts(config, load_tokenizer("--student", config.student_path)))
+    run = Serial(
+        config, 0, *load_prompts(config, load_tokenizer("--student", config.path("student")))
+    )
     first, *_, last = [run.update()["reverse_kl"] for _ in range(config.steps)]
     assert 0 < last < 0.7 * first
 

@@ -476,7 +476,8 @@ def test_bad_input_gives_one_line_also_with_two_ranks(tmp_path):
     run = subprocess.run(line, capture_output=True, text=True)
     assert run.returncode
     assert run.stderr.count("train.py: error: --teacher /nowhere: no model there") == 1
-    assert "run_rank" not in run.stderr  # the other rank waited in there
+    assert run.stderr.count("train.py: error") == 1  # the other rank has nothing to add
+    assert "run_rank" not in run.stderr  # it waited in there
 
 
 @slow
@@ -493,8 +494,11 @@ def test_a_second_run_in_one_directory_is_refused(pair, tmp_path):
     os.close(lock_output(tmp_path / "run"))  # the kernel has freed it
 
 
-def test_a_run_whose_prompts_have_changed_is_not_resumed(pair, tmp_path):
+def test_a_run_whose_prompts_have_changed_is_not_resumed(
+    pair, tmp_path, monkeypatch, capsys
+):
     """As rank 0 reads its input, before any model is loaded."""
+    monkeypatch.setattr("support.checkpoint.lock_output", lambda output: None)  # three runs in one
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(5)))
     output = f"--output-dir={tmp_path}/run"
@@ -504,7 +508,9 @@ def test_a_run_whose_prompts_have_changed_is_not_resumed(pair, tmp_path):
     checkpoint.mkdir(parents=True)
     torch.save({}, checkpoint / "training_state.pt")
     (checkpoint / "progress.yaml").write_text(yaml.safe_dump(first.progress))
-    again = train.read_inputs(replace(config, resume=True))
+    again = train.read_inputs(replace(config, resume=True, eval_every=5))
+    few = "note: accuracy is measured on 0 prompts: --eval-prompts gives more"
+    assert capsys.readouterr().out.count(few) == 1  # not where nothing is to be evaluated
     assert first.checkpoint is None and again.checkpoint == checkpoint
     prompts.write_text(prompts.read_text() + '{"prompt": "7+8="}\n')
     with pytest.raises(InputError, match="--resume: the prompts are not what they were"):
@@ -541,11 +547,17 @@ def test_weights_that_diverged_are_set_aside_and_good_ones_are_left(sync_run, pa
     assert checkpoints(output) == [output / "step_6"]
 
 
-def test_what_diverged_is_not_saved_at_the_end(new_leader):
+def test_what_diverged_is_not_saved_at_the_end(new_leader, monkeypatch):
+    def diverge():
+        leader.learner.version = 3  # without `save`
+        raise FloatingPointError("update 4: gradient norm is nan")
+
     leader = new_leader()
-    leader.learner.version = 3  # without `save`
-    leader.set_aside()
-    leader.save()
+    (leader.config.output / "step_3").mkdir()
+    monkeypatch.setattr(leader, "main_loop", diverge)
+    with pytest.raises(FloatingPointError, match="update 4"):
+        leader.lead()
+    assert not (leader.config.output / "step_3").exists()
 
 
 def test_a_save_that_failed_is_made_again_at_the_end(new_leader):

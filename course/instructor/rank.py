@@ -59,7 +59,7 @@ def train(tree: str, loss: str, lag: str, updates: str, seed: str):
     flags += ["--max-staleness", lag, "--steps", updates, "--seed", seed]
     config = parse(flags)
     losses.LOSSES[loss].propose = losses.Proposal.propose  # no other counts
-    tokenizer = load_tokenizer("--student", config.student_path)
+    tokenizer = load_tokenizer("--student", config.path("student"))
     run = Serial(config, int(lag), *load_prompts(config, tokenizer))
     found = []
     for _ in range(config.steps):

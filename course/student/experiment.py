@@ -30,7 +30,7 @@ def train(label: str, flags: list[str]):
     """Lines of curves.csv of one run."""
     config = parse(["--steps", "100", "--max-staleness", "0", *flags])
     torch.set_num_threads(config.cpu_threads or torch.get_num_threads())
-    prompts, held_out = load_prompts(config, load_tokenizer("--student", config.student_path))
+    prompts, held_out = load_prompts(config, load_tokenizer("--student", config.path("student")))
     run = Serial(config, config.max_staleness, prompts, held_out)
     lines = []
     for update in range(1, config.steps + 1):
