@@ -58,6 +58,8 @@ class Generator:
         longest = self.config.max_new_tokens
         columns = self.proposal.num_proposed
         self.cache = KVCache(self.slots, self.config.max_prompt_tokens + longest)
+        for name, x in self.model.slot_states.items():
+            self.cache.states[name] = x.new_zeros(self.slots, *x.shape[1:])
         self.active: list[Rollout] = []  # slot i holds active[i]
         self.graphs = {}  # (slots, length) -> CUDA graph
         self.pool = None  # the memory that the graphs share
@@ -94,10 +96,15 @@ class Generator:
             self.last_token[slot] = rollout.prompt_ids[-1]
             self.position[slot] = len(rollout.prompt_ids) - 1
             self.r[slot] = 0
+        for state in self.cache.states.values():
+            state[first : len(self.active)] = 0  # keys and values may stay: they are masked
         waiting = [slot for slot in range(first, len(self.active)) if self.prefill_len(slot)]
         waiting.sort(key=self.prefill_len)
         while waiting:  # longest first, as many as fit the token budget at that width
-            count = max(1, self.config.micro_batch_tokens // self.prefill_len(waiting[-1]))
+            longest = self.prefill_len(waiting[-1])
+            count = max(1, self.config.micro_batch_tokens // longest)
+            if self.cache.states:  # a recurrent state would run on through padding
+                count = min(count, [*map(self.prefill_len, waiting)].count(longest))
             self.prefill(waiting[-count:])
             del waiting[-count:]
 
@@ -110,15 +117,13 @@ class Generator:
         prompts = [torch.tensor(self.active[slot].prompt_ids[:-1]) for slot in slots]
         ids = pad_sequence(prompts, batch_first=True).to(self.device)  # [slots,longest]
         step = Prefill(self.cache, torch.tensor(slots, device=self.device))
-        last_hidden(self.model, ids, slot_step=step)
+        last_hidden(self.model, ids, slot_step=step, past_key_values=step)
 
     # ---- one token for every active slot ------------------------------------------------------
 
     @torch.no_grad()
     def step(self):
         """Draw one token for every active slot; return the rollouts that it finished."""
-        if not self.active:
-            return []
         length = max(rollout.length for rollout in self.active)
         if self.device.type == "cuda":
             self.replay(len(self.active), length)
@@ -143,7 +148,8 @@ class Generator:
         position = self.position[:active]
         step = Decode(self.cache, position, length)
         tokens = self.last_token[:active, None]  # [A,1]
-        hidden = last_hidden(self.model, tokens, position_ids=position[:, None], slot_step=step)
+        memory = {"slot_step": step, "past_key_values": step}
+        hidden = last_hidden(self.model, tokens, position_ids=position[:, None], **memory)
         weight = head_weight(self.model)[: self.vocab]
         logits = head_logits(hidden[:, 0], weight, 1.0 / self.config.temperature)  # [A,V]
         ids, logp = self.proposal.propose(logits, self.uniforms[slots, r])  # [A,C]
@@ -281,8 +287,7 @@ def run(config: Config, channel: Channel, device, number: int, held_out):
 def take_rows(channel: Channel, generator: Generator, waiting: deque[Rollout]):
     """Rows for the slots that may be filled. Waits a little if there is nothing else to do."""
     while len(waiting) < generator.room:
-        is_idle = not generator.active and not waiting
-        row = channel.to_generator.get(0.02 if is_idle else 0.0)
+        row = channel.to_generator.get(0.0 if generator.active or waiting else 0.02)
         if row is None:
             return
         waiting.append(read_rollout(channel, row))

@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from channel import LENGTH, Channel
 from kernels.head import candidate_loss
 from losses import make_loss
-from model import head_weight, layers_of, response_hidden, row_batches
+from model import head_weight, layers_of, response_hidden, row_batches, trained_part
 from support.checkpoint import load_optimizer, save, step_of
 from support.config import Config
 from support.ranks import Ranks
@@ -93,15 +94,17 @@ class Learner:
 
     def __post_init__(self):
         self.device = self.model.device
-        self.model.requires_grad_(True)
+        trained_part(self.model).requires_grad_(True)
         self.student = Student(self.model, self.config, self.vocab, self.dtype)
         self.loss = self.student.loss
         if self.config.checkpoint_activations:
             for layer in layers_of(self.model):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if self.ranks.world_size > 1:
-            shard(self.student, self.ranks.mesh(self.device.type))
-        self.parameters = list(self.model.parameters())
+            sizes = (self.ranks.nodes, self.ranks.local_world_size)
+            mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=("nodes", "ranks"))
+            shard(self.student, mesh)
+        self.parameters = list(trained_part(self.model).parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.95), weight_decay=0.0)
 
     # ---- one update ---------------------------------------------------------------------------
@@ -182,7 +185,7 @@ class Learner:
             group["lr"] = lr
         norm = float(whole(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         if not norm < float("inf"):  # nor is NaN
-            fix = "lower --lr; --resume takes the checkpoint before, if there is one"
+            fix = f"lower --lr and --resume; if it fails again, remove step_{self.version} before"
             raise FloatingPointError(f"update {self.version + 1}: gradient norm is {norm}: {fix}")
         self.optimizer.step()
         return {"grad_norm": norm, "lr": lr}

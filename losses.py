@@ -76,9 +76,6 @@ class Proposal:
 
     def __init__(self, draws=1, top=0, tail=0, teacher_top=False):
         """How many columns of each kind. `teacher_top`: the top ids are the teacher's."""
-        if not isinstance(draws, int):  # the settings, because a Loss has no __init__ of its own
-            fix = "give it an __init__(self, config) with super().__init__(draws=, top=, tail=)"
-            raise TypeError(f"{type(self).__name__} does not say which candidates it wants: {fix}")
         self.draws = slice(0, draws)
         self.top = slice(draws, draws + top)
         self.tail = slice(draws + top, draws + top + tail)
@@ -121,11 +118,10 @@ class Greedy(Proposal):
 
 
 class Loss(Proposal):
-    """Base class. A loss says its candidates in __init__ and its value in `value`."""
+    """Base class. A loss says its candidates in `__init__(self, config)`, by super().__init__.
 
-    def value(self, s, t, b):
-        """Loss of each position, differentiable in s: [T,C] each -> [T]."""
-        raise NotImplementedError(f"{type(self).__name__} has no `value`")
+    Its `value(self, s, t, b)` is the loss of each position, differentiable in s: [T,C] each -> [T].
+    """
 
     def check(self):
         """Raise ValueError unless `propose` fills its columns and `value` gives [T] and a gradient.
@@ -139,11 +135,8 @@ class Loss(Proposal):
             raise ValueError(f"`propose` of 2 slots gives {shapes}, not [2,{self.num_proposed}]")
         t = torch.full((5, self.num_columns), -1.0)
         value = self.value(t.clone().requires_grad_(), t, t)
-        shape = tuple(getattr(value, "shape", ()))
-        if shape != (5,):
-            raise ValueError(f"`value` of 5 positions gives shape {shape}, not [5]: one a position")
-        if not value.requires_grad:
-            raise ValueError("`value` has no gradient to s")
+        if not torch.is_tensor(value) or value.shape != (5,) or not value.requires_grad:
+            raise ValueError(f"`value` of 5 positions gives {value}, not [5] with a gradient")
 
     def look_ahead(self, tables, gather):
         """Called before every update, for losses that judge it as a whole.

@@ -4,6 +4,7 @@ Letters of shapes: serial.py. support/load.py loads a model and makes sure that 
 """
 
 import torch
+from torch import nn
 from torch.nn.utils import vector_to_parameters
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -71,18 +72,26 @@ def layers_of(model):
 
 
 def compute_dtype(config: Config, device: torch.device):
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, auto if config.dtype == "auto" else config.dtype)
+
+
+def trained_part(model):
+    """The text decoder and the head. An image tower beside them has no gradient."""
+    return nn.ModuleList([model.get_decoder(), model.get_output_embeddings()])
 
 
 def flat_parameters(model, dtype=torch.float32):
-    """A copy of all parameters [P]. Tied weights occur once."""
-    return torch.cat([p.detach().to(dtype).flatten() for p in model.parameters()])
+    """A copy of all trained parameters [P]. Tied weights occur once."""
+    parameters = trained_part(model).parameters()
+    return torch.cat([p.detach().to(dtype).flatten() for p in parameters])
 
 
 def flatten_parameters(model):
-    """Move all parameters into one buffer [P] and make them views of it. One copy refreshes all."""
+    """Move the trained parameters into one buffer [P] and make them views of it.
+
+    One copy then refreshes all.
+    """
     flat = flat_parameters(model, head_weight(model).dtype)
-    vector_to_parameters(flat, model.parameters())
+    vector_to_parameters(flat, trained_part(model).parameters())
     return flat

@@ -8,7 +8,7 @@ lists the settings.
 How a run ends:
   1. all updates are made, or `Leader.check`, which every wait calls, raises
   2. what was learned is saved
-  3. the other nodes are told, then the ranks that follow
+  3. the ranks that follow are told; other nodes notice that this one is gone
   4. generators and teachers see that `channel.stop` is set, and leave
 
 Left out: starting a role again that died. The run ends and can be resumed.
@@ -38,7 +38,7 @@ from support import checkpoint as on_disk
 from support.config import Config, InputError, parse
 from support.data import Prompt, fingerprint, load_prompts
 from support.load import check_models, load_model, load_tokenizer, shared_vocabulary, stop_ids
-from support.log import Log, Timeline, close_trace
+from support.log import Log, Timeline
 from support.ranks import Interrupted, Ranks, RoleDied, join
 from support.roles import OUT_OF_MEMORY, Roles, ignore_interrupts, on_interrupt
 from support.roles import role_devices, set_up_process
@@ -71,8 +71,7 @@ def read_inputs(config: Config):
     progress["settings"] = asdict(config)
     prompts, held_out = load_prompts(config, tokenizer, progress["started"])
     if config.eval_every and len(held_out) < 20:
-        fix = "--eval-prompts gives more, --eval-every 0 evaluates never"
-        notes.append(f"accuracy is measured on {len(held_out)} prompts: {fix}")
+        notes.append(f"accuracy is measured on {len(held_out)} prompts: --eval-prompts gives more")
     for note in notes:
         print(f"note: {note}")
     print(f"first prompt: {tokenizer.decode(prompts[0].ids)!r}")
@@ -162,7 +161,7 @@ class Leader:
         """One update, on every rank of every node."""
         part = self.learner.describe(self.channel, rows)
         part["tickets"] = self.channel.ticket[rows].tolist()
-        parts = self.ranks.exchange(part, self.check)
+        parts = self.ranks.exchange(part)
         self.ranks.tell(("update", rows, parts))
         with self.timeline.span("update"):
             metrics = self.learner.update(self.channel, rows, parts)
@@ -194,30 +193,25 @@ class Leader:
         try:
             self.main_loop()
         except Interrupted:
-            self.leave("interrupted")
+            pass
         except BaseException as error:
-            if isinstance(error, FloatingPointError):  # the weights themselves are at fault
-                self.saved_version = self.learner.version
-                on_disk.set_aside(self.config.output / f"step_{self.saved_version}")
+            if isinstance(error, FloatingPointError):
+                self.saved_version = self.learner.version  # ruined weights are not saved
             # Amid a broken update the ranks are out of step: they cannot save together.
             if not isinstance(error, RuntimeError) or self.ranks.world_size == 1:
-                self.leave(str(error) or "an error")
+                self.leave()
             raise
-        else:
-            self.leave()
+        self.leave()
         end = "done" if self.learner.version == self.config.steps else "interrupted"
         where = (on_disk.checkpoints(self.config.output) or ["no checkpoint"])[-1]
         print(f"{end} after update {self.learner.version}: {where}")
 
-    def leave(self, reason=""):
-        """Save, tell the other nodes why we leave before the end, and send the ranks home."""
+    def leave(self):
+        """Save, and send the ranks home. The other nodes notice that this one is gone."""
         try:
             self.save()
         finally:
             self.timeline.flush()
-            if reason:
-                with suppress(RoleDied):  # they leave, too
-                    self.ranks.exchange({"leaves": reason})
             self.ranks.tell(None)
 
     def save(self):
@@ -263,9 +257,9 @@ def run_rank(ranks: Ranks):
         follow(learner, ranks.tell())
         return
     count = sum(p.numel() for p in learner.parameters)
-    usual = 0.1 / count**0.5  # 1e-5 for 100M parameters, 1e-6 for 10B
-    if not usual / 30 < config.lr < usual * 30:
-        print(f"note: --lr is {config.lr:g}: for {count:,} parameters {usual:.0e} is usual")
+    ratio = config.lr / (0.1 / count**0.5)  # to what is usual: 1e-5 for 100M, 1e-6 for 10B
+    if not 1 / 30 < ratio < 30:
+        print(f"note: --lr is {config.lr:g}, for {count:,} parameters {ratio:,.2g} times the usual")
     channel = ranks.tell(Channel.create(config, count, dtype))
     channel.pin(device)
     print(f"learners, generators, teachers on {', '.join(map(str, devices))}")
@@ -274,7 +268,6 @@ def run_rank(ranks: Ranks):
         leader.lead()
     finally:
         leader.roles.stop()
-        close_trace(config.output / "trace.json")
 
 
 def follow(learner: Learner, channel: Channel):

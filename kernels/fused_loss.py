@@ -134,8 +134,5 @@ def fused_loss(terms, logits, ids, t, b, dtype, first, first_draw):
 def launch_shape(vocab, candidates):
     """One shape per V: LANES * DEPTH logits a step, up to 16 a thread, 8 to 32 warps."""
     lanes = min(8192, max(256, triton.next_power_of_2(vocab) // 8))
-    return {
-        "LANES": lanes,
-        "CANDIDATES": triton.next_power_of_2(candidates),
-        "num_warps": max(8, min(32, lanes // 256)),
-    }
+    warps = max(8, min(32, lanes // 256))
+    return {"LANES": lanes, "CANDIDATES": triton.next_power_of_2(candidates), "num_warps": warps}

@@ -103,9 +103,8 @@ class CandidateLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=kind)  # [V,F]
         compute_weight = weight.to(hidden.dtype)  # the float32 master, rounded once for all chunks
         for part, logits in logit_chunks(hidden, compute_weight, scale, chunk):
-            value, student_logp[part], g = loss_and_gradient(
-                loss, logits, ids[part], t[part], b[part], hidden.dtype
-            )
+            tables = (ids[part], t[part], b[part])
+            value, student_logp[part], g = loss_and_gradient(loss, logits, *tables, hidden.dtype)
             total += value.sum(dtype=torch.float64)
             grad_hidden[part] = torch.mm(g, compute_weight).mul_(scale)
             add_product(grad_weight, g.t(), hidden[part], scale)

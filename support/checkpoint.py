@@ -167,17 +167,12 @@ def load_optimizer(checkpoint: Path, model, optimizer):
     with refusal(f"--resume: {path} is damaged, move {checkpoint} away"):
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         named = dict(model.named_parameters())
-        for name in state["untrained"]:
-            named[name].requires_grad_(False)
+        idle = [named[name] for name in state["untrained"] if named[name].requires_grad]
+        for parameter in idle:
+            parameter.requires_grad_(False)
         state_dict.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
-        for name in state["untrained"]:
-            named[name].requires_grad_(True)
-
-
-def set_aside(checkpoint: Path):
-    """Rename a checkpoint whose weights turned out to be ruined, so that none resumes from it."""
-    if checkpoint.exists():
-        checkpoint.rename(checkpoint.with_name(f"diverged_{step_of(checkpoint)}_{os.getpid()}"))
+        for parameter in idle:
+            parameter.requires_grad_(True)
 
 
 def drop_old(output: Path, keep: int):

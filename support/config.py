@@ -19,11 +19,9 @@ from losses import LOSSES, import_plugin, make_loss
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MAX_ROWS = 16_384  # of the rollout table: their numbers fit into a pipe
-TEMPERATURE = click.FloatRange(1e-3)
 RATE = click.FloatRange(1e-12)
 COUNT = click.IntRange(0)
-ABOUT = """Asynchronous on-policy distillation. torchrun --nproc-per-node=N starts N learner ranks.
-The defaults are for models that people use. A run without --student reads assets/builtin.yaml."""
+ABOUT = "Asynchronous on-policy distillation. torchrun --nproc-per-node=N starts N learner ranks."
 
 
 class InputError(ValueError):
@@ -60,8 +58,8 @@ def option(default, help: str, limits=None):
 
 @dataclass(frozen=True)
 class Config:
-    teacher: str = option("", "teacher: directory or hub id; builtin: the shipped one")
-    student: str = option("builtin", "student: directory or hub id; builtin: the shipped one")
+    teacher: str = option("", "directory or hub id; builtin: the shipped one")
+    student: str = option("builtin", "directory or hub id; builtin: read assets/builtin.yaml")
     prompts: str = option("", "JSONL of training prompts; builtin: running sums")
     eval_prompts: str = option("", "JSONL of evaluation prompts; empty: hold out of --prompts")
     eval_size: int = option(256, "evaluation prompts; at most a tenth of --prompts")
@@ -74,7 +72,7 @@ class Config:
     loss: str = option("stratified_reverse_kl", f"{', '.join(LOSSES)} or of --plugin")
     top_k: int = option(16, "top ids a position; forward_kl and sparse_reverse_kl see no others")
     num_samples: int = option(16, "draws a position, from 8 on with a baseline")
-    temperature: float = option(1.0, "softmax temperature of sampling and loss", TEMPERATURE)
+    temperature: float = option(1.0, "softmax of sampling and loss", click.FloatRange(1e-3))
     max_staleness: int = option(1, "updates that weights lag behind at a start; 0: none", COUNT)
     order: str = option("batch", "train in ticket order or as they finish", ("batch", "arrival"))
     refresh: str = option("in_flight", "weights: between tokens or batches", ("in_flight", "batch"))

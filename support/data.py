@@ -72,8 +72,7 @@ def read_jsonl(path: str, tokenizer, limit: int, kwargs=None, drop_long=False, v
     if unknown:
         print(f"note: {path}: these keys of its rows are not used: {', '.join(unknown)}")
     bar = tqdm(rows, f"{path}: chat template", leave=False, disable=None)
-    seen = set()
-    texts = [render(where, row, tokenizer, kwargs or {}, seen) for where, row in bar]
+    texts = [render(where, row, tokenizer, kwargs or {}) for where, row in bar]
     all_ids = tokenize(path, texts, ["messages" in row for _, row in rows], tokenizer)
     for (where, _), text, ids in zip(rows, texts, all_ids):
         check_ids(where, text, ids, tokenizer, vocab)
@@ -193,11 +192,8 @@ def answer_of(where, row):
 # ---- from rows to tokens ----------------------------------------------------------------------
 
 
-def render(where, row, tokenizer, kwargs, seen):
-    """The text of a row: its `prompt`, or its `messages` through the chat template.
-
-    `seen`: rows but for their texts, for which the template is known to show all.
-    """
+def render(where, row, tokenizer, kwargs):
+    """The text of a row: its `prompt`, or its `messages` through the chat template."""
     messages, tools = row.get("messages"), row.get("tools")
     own = row.get("chat_template_kwargs") or {}
     with refusal(f"{where}: the chat template refuses it"):
@@ -214,9 +210,6 @@ def render(where, row, tokenizer, kwargs, seen):
         text = apply(messages, tools=tools)
         # Does it show every message? Words that no template has stand for their texts.
         marks = [m | {"content": m["content"] and f"text{i}."} for i, m in enumerate(messages)]
-        shape = json.dumps([marks, tools, own])
-        if shape in seen:
-            return text
         marked = apply(marks, tools=tools)
         lost = [m["role"] for m in marks if (m["content"] or "") not in marked]
         require(not lost, f"it leaves out what role `{'`, `'.join(lost)}` says")
@@ -226,7 +219,6 @@ def render(where, row, tokenizer, kwargs, seen):
         require(not tools or text != apply(messages), f"it leaves out `tools`: {fix}")
         is_shown = bare == messages or text != apply(bare, tools=tools)
         require(is_shown, f"it leaves out `tool_calls`: {fix}")
-    seen.add(shape)
     return text
 
 

@@ -28,11 +28,10 @@ PROBE = "The 3 answers: 47+58=105, naïve 你好\n\tdef f(x): return x**2"  # fo
 def check_path(flag: str, path: str):
     """A model directory must be whole. What does not look like a path is taken for a hub id."""
     place = Path(path)
-    if path.count("/") == 1 and path[0] not in "./~" and not place.parent.is_dir():
-        return  # a hub id
+    is_hub_id = path.count("/") == 1 and path[0] not in "./~" and not place.parent.is_dir()
     missing = f"no model there (config.json is missing in {place.absolute()})"
     fix = "give a model directory or a hub id such as org/name"
-    require((place / "config.json").is_file(), f"{flag} {path}: {missing}: {fix}")
+    require(is_hub_id or (place / "config.json").is_file(), f"{flag} {path}: {missing}: {fix}")
 
 
 def load_tokenizer(flag: str, path: str):
@@ -102,8 +101,7 @@ def check_models(config: Config):
         notes.append("student stops at {}, teacher at {}: {}".format(*shown, fix))
     ours, theirs = (chat_of(t, json.loads(config.chat_template_kwargs)) for t in (student, teacher))
     if ours and theirs and ours != theirs:
-        shown = f"{ours!r}, the teacher's would be {theirs!r}"
-        notes.append(f"both models read what the student's chat template writes: {shown}")
+        notes.append(f"the student's chat template counts: {ours!r}. The teacher's: {theirs!r}")
     return notes
 
 

@@ -1,7 +1,7 @@
 """What a run shows while it goes on: metrics.jsonl, trace.json, the progress line.
 
 docs/metrics.md defines every metric. The trace has Chrome's event format, one track per role: open
-it in Perfetto to see who waits for whom.
+it in Perfetto to see who waits for whom. It is an array without its end, which viewers allow.
 """
 
 import json
@@ -54,11 +54,6 @@ class Timeline:
 
     def write(self, **event):
         self.file.write(json.dumps({"pid": 0, "tid": self.track, **event}) + ",\n")
-
-
-def close_trace(path):
-    """Make the trace valid JSON once every role has flushed. Viewers also read it without."""
-    path.write_text(path.read_text().rstrip().rstrip(",") + "\n]\n")
 
 
 # ---- metrics and progress ---------------------------------------------------------------------

@@ -14,18 +14,15 @@ during JOINING.
 """
 
 import os
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from support.config import from_torchrun, require
 
-DIMENSIONS = ("nodes", "ranks of a node")
-JOINING = timedelta(minutes=5)  # from the first rank's imports to the last's
+JOINING = timedelta(minutes=3)  # from the first rank's imports to the last's
 PATIENCE = timedelta(hours=1)  # of nodes for each other: the longest answers of an update
 WEEK = timedelta(days=7)  # of ranks for their leader, which watches itself and its roles
 
@@ -50,7 +47,6 @@ class Ranks:
     def __post_init__(self):
         self.node, self.local_rank = divmod(self.rank, self.local_world_size)
         self.nodes = self.world_size // self.local_world_size
-        self.arrival = None  # of all nodes at the exchange, as long as it is awaited
         self.own_node = self.everyone = None
         if self.world_size > 1:
             self.everyone = dist.new_group(timeout=PATIENCE)
@@ -58,16 +54,10 @@ class Ranks:
             same_node = dist.new_subgroups_by_enumeration(numbers, WEEK)
             same_local_rank = dist.new_subgroups_by_enumeration([*zip(*numbers)], PATIENCE)
             self.own_node, self.across = same_node[0], same_local_rank[0]
-            self.numbers = numbers
 
     def is_orphan(self):
         """Is torchrun gone? A run without torchrun outlives the shell that started it."""
         return "RANK" in os.environ and os.getppid() != self.parent
-
-    def mesh(self, device_type: str):
-        """Where the parameters lie: a copy on every node, sharded over its ranks."""
-        groups = [self.across, self.own_node]
-        return DeviceMesh.from_group(groups, device_type, self.numbers, mesh_dim_names=DIMENSIONS)
 
     def broadcast(self, value, group):
         """The value of the group's first rank, on every rank of it."""
@@ -87,29 +77,17 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.everyone)
         return values
 
-    def exchange(self, part: dict, check=lambda: None):
+    def exchange(self, part: dict):
         """Leaders: wait for the other nodes; returns the parts of all, in their order.
 
-        A node that leaves says {"leaves": why}. Raises RoleDied then, or if a node is gone, and
-        what `check` raises meanwhile. The next call goes on to wait.
+        Raises RoleDied if a node is gone. An interrupt meanwhile is heard afterwards.
         """
         parts = [part] * self.nodes
         if self.nodes > 1:
             try:
-                if not self.arrival:
-                    zero = torch.zeros(1)
-                    self.arrival = dist.all_reduce(zero, group=self.across, async_op=True)
-                while not self.arrival.is_completed():
-                    check()
-                    time.sleep(0.002)
-                self.arrival.wait()
-                self.arrival = None
                 dist.all_gather_object(parts, part, group=self.across)
             except RuntimeError:
                 raise RoleDied("another node is gone: its torchrun says how") from None
-        for node, other in enumerate(parts):
-            if node != self.node and "leaves" in other:
-                raise RoleDied(f"node {node} leaves: {other['leaves']}")
         return parts
 
 

@@ -98,9 +98,11 @@ def role_devices(config: Config, learners: int, gpus: int):
     """
     first = learners + config.generators
     needed = first + config.teachers * config.teacher_gpus
-    few = f"--teacher-gpus is {config.teacher_gpus}: then the roles share no GPU and need {needed}"
-    fix = "lower it, --teachers, --generators or --nproc-per-node"
-    require(config.teacher_gpus == 1 or needed <= gpus, f"{few}, there are {gpus}: {fix}")
+    fix = (
+        f"the roles then share no GPU and need {needed}, there are {gpus}: lower it or their number"
+    )
+    is_enough = config.teacher_gpus == 1 or needed <= gpus
+    require(is_enough, f"--teacher-gpus is {config.teacher_gpus}: {fix}")
     places = [*range(first), *range(first, needed, config.teacher_gpus)]
     return [torch.device("cuda", i % gpus) if gpus else torch.device("cpu") for i in places]
 

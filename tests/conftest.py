@@ -22,8 +22,12 @@ if not torch.cuda.is_available():
 from transformers import (  # noqa: E402
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -40,13 +44,14 @@ from support.load import load_model  # noqa: E402
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
-FAMILIES = ("qwen3", "llama", "gemma3")
+FAMILIES = ("qwen3", "llama", "gemma3", "qwen3_5", "lfm2")
 
 
 def build_model(family: str, seed: int = 0, vocab: int = 173, hidden: int = 32, layers: int = 2):
     """A random model of a few thousand parameters.
 
-    gemma3 has a sliding window of 8 in every second layer.
+    gemma3 has a sliding window of 8 in every second layer. qwen3_5 has a convolution and a
+    recurrent state in every second layer, lfm2 a convolution.
     """
     torch.manual_seed(seed)
     common = dict(
@@ -67,10 +72,29 @@ def build_model(family: str, seed: int = 0, vocab: int = 173, hidden: int = 32, 
         return Qwen3ForCausalLM(Qwen3Config(**common, tie_word_embeddings=True)).eval()
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False)).eval()
+    if family in ("qwen3_5", "lfm2"):
+        return build_hybrid(family, common, layers).eval()
     windows = dict(
         sliding_window=8, layer_types=["sliding_attention", "full_attention"] * (layers // 2)
     )
     return Gemma3ForCausalLM(Gemma3TextConfig(**common, **windows, query_pre_attn_scalar=8)).eval()
+
+
+def build_hybrid(family, common, layers):
+    if family == "lfm2":
+        types = ["conv", "full_attention"] * (layers // 2)
+        sizes = dict(layer_types=types, conv_L_cache=4, block_auto_adjust_ff_dim=False)
+        model = Lfm2ForCausalLM(Lfm2Config(**common, **sizes))
+    else:
+        types = ["linear_attention", "full_attention"] * (layers // 2)
+        heads = dict(linear_num_key_heads=2, linear_num_value_heads=4)
+        sizes = dict(linear_key_head_dim=8, linear_value_head_dim=8, layer_types=types)
+        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**common, **heads, **sizes))
+    with torch.no_grad():  # as they start, these decide nothing
+        for name, value in model.named_parameters():
+            if "conv" in name or name.endswith(("A_log", "dt_bias")):
+                value.normal_(std=1.0)
+    return model
 
 
 @pytest.fixture(scope="session")

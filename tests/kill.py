@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 400.0  # seconds until all is over: more than JOINING of support/ranks.py
+LIMIT = 300.0  # seconds until all is over: more than JOINING of support/ranks.py
 FLAGS = ["--eval-every=0", "--cpu-threads=1"]
 PHASES = ("the start", "the ranks", "the fork server", "an update")
 

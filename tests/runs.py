@@ -66,6 +66,11 @@ def metrics(output):
     return [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_trace(output):
+    """The events of a run's trace.json, an array without its end."""
+    return json.loads((output / "trace.json").read_text().rstrip().rstrip(",") + "]")
+
+
 def wait_until(condition, within=PATIENCE):
     """Returns what the condition gives, once that is true."""
     deadline = time.monotonic() + within

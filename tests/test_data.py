@@ -414,24 +414,6 @@ def test_tools_reach_the_template_or_the_row_is_refused(tmp_path):
     assert "not text" in refusal_of(tmp_path, {"messages": [nothing]}, byte_tokenizer())
 
 
-def test_every_shape_of_a_row_is_checked_once(tmp_path):
-    """Whether the template shows all of a row does not depend on its texts: 3 rows, 4 renderings.
-
-    A row of another shape is checked, though it comes late.
-    """
-    tokenizer = byte_tokenizer(ONLY_KNOWN)
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("a", "b", "c")]
-    path = write_lines(tmp_path / "p.jsonl", *rows)
-    real, calls = tokenizer.apply_chat_template, []
-    tokenizer.apply_chat_template = lambda *a, **k: calls.append(a) or real(*a, **k)
-    prompts = read_jsonl(path, tokenizer, 512)
-    assert [p.text for p in prompts] == [QUESTION.replace("6*7?", t) + HEADER for t in "abc"]
-    assert len(calls) == 4
-    lost = {"messages": [{"role": "critic", "content": "a"}, *rows[0]["messages"]]}
-    with pytest.raises(InputError, match="line 4: .*it leaves out what role `critic` says"):
-        read_jsonl(write_lines(tmp_path / "p.jsonl", *rows, lost), tokenizer, 512)
-
-
 def test_a_prompt_after_which_nothing_is_left_to_say_is_refused(tmp_path):
     """The finished answer stands in the text, or the header of the assistant's turn is missing."""
     over = QUESTION + HEADER + "42.<|im_end|>\n"

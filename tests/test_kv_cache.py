@@ -25,15 +25,7 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": None,
 }
-LINEAR = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "num_experts": 0,
-    "layer_types": ["linear_attention", "full_attention"],
-    "mlp_only_layers": [0, 1],
-}
+MIXED = ["linear_attention", "full_attention"]
 CAPPED = {"final_logit_softcapping": None, "attn_logit_softcapping": 50.0}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 REFUSED = [
@@ -41,8 +33,12 @@ REFUSED = [
     (transformers.GptOssConfig(**SIZES, **EXPERTS, head_dim=8), "wants attention with s_aux"),
     (transformers.StableLmConfig(**SIZES), "does not pass on what the KV slots need"),
     (
-        transformers.Qwen3NextConfig(**SIZES, **LINEAR, head_dim=8),
+        transformers.RecurrentGemmaConfig(**SIZES | {"num_hidden_layers": 3}, head_dim=8),
         "the KV slots do not hold all that it remembers of earlier tokens",
+    ),
+    (
+        transformers.MiniMaxConfig(**SIZES, **EXPERTS, head_dim=8, layer_types=MIXED),
+        "its code does not fit the KV slots: .*get_linear_cache",
     ),
     (
         transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4),
@@ -68,7 +64,7 @@ def test_a_model_with_slots_gives_its_own_hidden_states(family, model_dir):
     ids = torch.arange(20)[None] + 30
     with torch.no_grad():
         expected = last_hidden(reference, ids)[0]
-        found = torch.stack([last_through_slots(model, ids[:, :n]) for n in range(2, 21)])
+        found = torch.stack([last_through_slots(model, ids[:, :n])[0] for n in range(2, 21)])
     torch.testing.assert_close(found, expected[1:], rtol=1e-4, atol=1e-4)
 
 

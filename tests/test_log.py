@@ -1,14 +1,14 @@
 """Claims about what a run shows while it goes on."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import read_trace
 
 from support.checkpoint import start_output
 from support.config import builtin
-from support.log import Log, Timeline, close_trace
+from support.log import Log, Timeline
 
 
 def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_path, monkeypatch):
@@ -29,8 +29,7 @@ def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_p
             pass
     first.flush()
     second.flush()
-    close_trace(config.output / "trace.json")
-    events = json.loads((config.output / "trace.json").read_text())
+    events = read_trace(config.output)
     spans = [(e["tid"], e["name"], e["ts"] / 1e6, e["dur"] / 1e6) for e in events if e["ph"] == "X"]
     # 0.5 ms between them, 100 ms.
     merged, apart = (0, "decode", 1.0, pytest.approx(0.9)), (0, "decode", 2.1, pytest.approx(0.1))

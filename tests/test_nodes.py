@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from kill import alive, children
+from kill import children
 from runs import (
     ENDLESS,
     PATIENCE,
@@ -23,6 +23,7 @@ from runs import (
     interrupt,
     learners,
     metrics,
+    read_trace,
     read_until,
     start,
     start_nodes,
@@ -32,9 +33,10 @@ from runs import (
 from test_train import SYNC, assert_same_run, sync_run  # noqa: F401
 
 from support.checkpoint import checkpoints, read_progress
-from support.ranks import Interrupted, Ranks, RoleDied
+from support.ranks import Ranks, RoleDied
 
 slow = pytest.mark.slow
+GONE = "another node is gone: its torchrun says how"
 
 # ---- the exchange --------------------------------------------------------------------------------
 
@@ -76,14 +78,6 @@ def node_main(rank, entry, nodes, local, place):
     os._exit(0)
 
 
-def why(ranks, part):
-    """What an exchange gives, or the message with which it ends."""
-    try:
-        return ranks.exchange(part)
-    except RoleDied as error:
-        return str(error)
-
-
 def exchange_twice(ranks, place):
     if ranks.local_rank > 0:
         return [ranks.tell(), ranks.tell()]
@@ -105,47 +99,24 @@ def test_leaders_hear_the_parts_of_all_nodes_in_order_and_tell_the_ranks_of_thei
         assert told == [(rank // 2, part) for part in parts]
 
 
-def leave(ranks, place):
-    """Node 1 leaves, then node 2 is killed. Node 1 is not gone before the others have heard."""
+def lose_one(ranks, place):
+    """Node 1 ends after the first exchange."""
+    ranks.exchange({"node": ranks.node})
     if ranks.node == 1:
-        return why(ranks, {"leaves": "teacher 0 died: killed"})
-    first = why(ranks, {"node": ranks.node})
-    if ranks.node == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return first, why(ranks, {"leaves": first})
+    with pytest.raises(RoleDied, match=GONE):
+        ranks.exchange({"node": ranks.node})
+    return True
 
 
-def test_a_node_that_leaves_is_named_with_its_reason_and_one_that_dies_is_noticed(tmp_path):
-    codes, found = run_nodes(leave, 3, 1, tmp_path)
-    assert codes == [0, 0, -signal.SIGKILL]
-    gone = "another node is gone: its torchrun says how"
-    assert found[0] == ("node 1 leaves: teacher 0 died: killed", gone)
-    assert found[1] == [{"node": 0}, {"leaves": "teacher 0 died: killed"}, {"node": 2}]
-
-
-def interrupted(ranks, place):
-    if ranks.node == 1:
-        wait_until(lambda: (place / "interrupted").exists())
-        return why(ranks, {"node": 1})
-
-    def check():
-        raise Interrupted
-
-    with pytest.raises(Interrupted):
-        ranks.exchange({"node": 0}, check)
-    (place / "interrupted").touch()
-    return why(ranks, {"leaves": "interrupted"})
-
-
-def test_who_waits_for_another_node_looks_after_its_own_and_can_still_say_that_it_leaves(tmp_path):
-    codes, found = run_nodes(interrupted, 2, 1, tmp_path)
-    assert codes == [0, 0]
-    assert found == [[{"leaves": "interrupted"}, {"node": 1}], "node 0 leaves: interrupted"]
+def test_a_node_that_is_gone_is_noticed_in_the_next_exchange(tmp_path):
+    codes, found = run_nodes(lose_one, 3, 1, tmp_path)
+    assert codes == [0, -signal.SIGKILL, 0] and found == [True, None, True]
 
 
 def test_one_node_has_nobody_to_wait_for():
     alone = Ranks()
-    assert alone.exchange({"leaves": "interrupted"}) == [{"leaves": "interrupted"}]
+    assert alone.exchange({"node": 0}) == [{"node": 0}]
     assert alone.tell("word") == "word"
 
 
@@ -165,7 +136,7 @@ def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(
     agents[1].kill()
     out = finish(agents[0], expect=1)
     assert_same_run(metrics(output)[:6], metrics(sync_run[0]))
-    assert "train.py: error: node 1 leaves: interrupted" in out, out
+    assert f"train.py: error: {GONE}" in out, out
     assert 'train.py", line' not in out, out
     done = len(metrics(output))
     assert len(metrics(output / "node_1")) == done
@@ -173,7 +144,7 @@ def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(
     assert not checkpoints(output / "node_1")
     agents[1].communicate()
     assert not any(still_alive(family) for family in families)
-    json.loads((output / "node_1" / "trace.json").read_text())
+    read_trace(output / "node_1")
 
 
 @slow
@@ -204,11 +175,7 @@ def test_an_agent_that_is_killed_during_the_imports_ends_both_nodes(node, pair, 
     agents[node].kill()
     outs = [agent.communicate(timeout=PATIENCE)[0] for agent in agents]
     assert not any(still_alive(family) for family in families)
-    reasons = (
-        "a rank or a node died",
-        "another node is gone",
-    )
-    reasons += (f"node {node} leaves: interrupted",)
+    reasons = ("a rank or a node died", GONE)
     assert any(f"train.py: error: {reason}" in outs[1 - node] for reason in reasons), outs
 
 
@@ -282,14 +249,14 @@ def test_two_nodes_reach_the_accuracy_of_one_on_the_built_in_task(tmp_path):
 
 @slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_role_that_dies_on_node_1_is_named_on_both_nodes(ranks, pair, tmp_path):
+def test_a_role_that_dies_on_node_1_is_named_there_and_ends_both(ranks, pair, tmp_path):
     output = tmp_path / "run"
     agents = start_nodes(2, output, *pair, *ENDLESS, ranks=ranks)
     read_until(agents[0], r"update +1/")
     families = [children(agent.pid) for agent in agents]
     os.kill(forked(agents[1])[2], signal.SIGKILL)
     outs = [finish(agent, expect=1) for agent in agents]
-    assert re.search(r"error: node 1 leaves: teacher 0 died: .*SIGKILL", outs[0]), outs[0]
+    assert f"train.py: error: {GONE}" in outs[0], outs[0]
     assert re.search(r"error: teacher 0 died: .*SIGKILL", outs[1]), outs[1]
     assert not any("a rank or a node died" in out for out in outs), outs
     assert checkpoints(output) == [output / f"step_{len(metrics(output))}"]
@@ -305,27 +272,8 @@ def test_an_interrupt_of_one_node_ends_both_saved(node, pair, tmp_path):
     families = [children(agent.pid) for agent in agents]
     interrupt(agents[node], signal.SIGINT)
     outs = [finish(agent, expect=1) for agent in agents]
-    assert f"train.py: error: node {node} leaves: interrupted" in outs[1 - node], outs
+    assert f"train.py: error: {GONE}" in outs[1 - node], outs
     assert not any("a rank or a node died" in out for out in outs), outs
-    assert checkpoints(output) == [output / f"step_{len(metrics(output))}"]
-    assert not any(still_alive(family) for family in families)
-
-
-@slow
-def test_a_node_that_is_interrupted_while_it_waits_for_another_saves_at_once(pair, tmp_path):
-    output = tmp_path / "run"
-    patient = ["--shutdown-timeout=600"]  # else torchrun kills what has not left after 30 s
-    agents = start_nodes(2, output, *pair, *ENDLESS, torchrun=patient)
-    read_until(agents[0], r"update +2/")
-    families = [children(agent.pid) for agent in agents]
-    _, generator, _ = forked(agents[1])
-    os.kill(generator, signal.SIGSTOP)
-    interrupt(agents[0], signal.SIGTERM)
-    wait_until(lambda: checkpoints(output))
-    assert alive(generator)
-    os.kill(generator, signal.SIGCONT)
-    outs = [finish(agent, expect=1) for agent in agents]
-    assert "train.py: error: node 0 leaves: interrupted" in outs[1], outs
     assert checkpoints(output) == [output / f"step_{len(metrics(output))}"]
     assert not any(still_alive(family) for family in families)
 
@@ -338,9 +286,9 @@ def test_a_gradient_that_is_not_finite_is_said_once_by_every_leader(nodes, ranks
     for agent in start_nodes(nodes, output, *pair, *flags, ranks=ranks):
         out = finish(agent, expect=1)
         assert len(re.findall(r"error: update 2: gradient norm is (nan|inf): lower", out)) == 1, out
-        assert "died" not in out and "leaves" not in out, out
+        assert "died" not in out and "gone" not in out, out
         assert out.count("note: --lr is 1e+30: for ") == (out.count("update    1/") > 0), out
-    assert not checkpoints(output) and len([*output.glob("diverged_1_*")]) == 1
+    assert checkpoints(output) == [output / "step_1"]  # the weights that have no gradient are left
 
 
 FULL_DISK = """
@@ -353,15 +301,14 @@ torch.save = save
 
 @slow
 @pytest.mark.parametrize("nodes, ranks", [(1, 2), (2, 2)])
-def test_a_full_disk_is_said_on_every_node(nodes, ranks, pair, tmp_path):
+def test_a_full_disk_is_said_and_ends_every_node(nodes, ranks, pair, tmp_path):
     (tmp_path / "full.py").write_text(FULL_DISK)
     flags = [*pair, *ENDLESS, f"--plugin={tmp_path}/full.py", "--save-every=2"]
     agents = start_nodes(nodes, tmp_path / "run", *flags, ranks=ranks)
     outs = [finish(agent, expect=1) for agent in agents]
-    message = r"step_2 cannot be written: No space left on device"
-    for node, out in enumerate(outs):
-        prefix = "node 0 leaves: " if node else ""
-        assert re.search(f"train.py: error: {prefix}.*{message}", out), out
+    messages = ("step_2 cannot be written: No space left on device", GONE)
+    for out, message in zip(outs, messages):
+        assert re.search(f"train.py: error: .*{message}", out), out
         assert "a rank or a node died" not in out, out
     assert not list((tmp_path / "run").glob("*step*"))
 

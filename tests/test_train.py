@@ -28,6 +28,7 @@ from runs import (
     interrupt,
     learners,
     metrics,
+    read_trace,
     read_until,
     start,
     still_alive,
@@ -85,7 +86,7 @@ def test_a_synchronous_run_has_no_lag_and_writes_everything(sync_run):
     assert all(name in record for record in records for name in wanted)
     files = {path.name for path in output.iterdir()}
     assert files == {".lock", "config.yaml", "metrics.jsonl", "trace.json", "step_3", "step_6"}
-    events = json.loads((output / "trace.json").read_text())
+    events = read_trace(output)
     tracks = {e["args"]["name"] for e in events if e["ph"] == "M"}
     assert tracks == {"generator 0", "teacher 0", "learner"}
     assert {e["tid"] for e in events if e["ph"] == "X"} == {0, 1, 2}
@@ -172,7 +173,7 @@ def test_two_teachers_score_like_one(sync_run, pair, tmp_path):
     for ours, one in zip(metrics(tmp_path / "run"), metrics(sync_run[0]), strict=True):
         for name in ("loss", "reverse_kl", "grad_norm", "teacher_cache_hit_rate"):
             assert ours[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-    events = json.loads((tmp_path / "run" / "trace.json").read_text())
+    events = read_trace(tmp_path / "run")
     names = {e["args"]["name"]: e["tid"] for e in events if e["ph"] == "M"}
     assert names == {"generator 0": 0, "teacher 0": 1, "teacher 1": 2, "learner": 3}
     for name, span in (("teacher 0", "score"), ("teacher 1", "score"), ("learner", "update")):
@@ -445,7 +446,7 @@ def test_a_signal_saves_and_leaves(number, ranks, pair, tmp_path):
     assert checkpoints(output) == [output / f"step_{done}"] and len(metrics(output)) == done
     assert not still_alive(family)
     assert ranks or (process.returncode == 0 and "error" not in out)
-    json.loads((output / "trace.json").read_text())
+    read_trace(output)
 
 
 @slow
@@ -494,9 +495,7 @@ def test_a_second_run_in_one_directory_is_refused(pair, tmp_path):
     os.close(lock_output(tmp_path / "run"))  # the kernel has freed it
 
 
-def test_a_run_whose_prompts_have_changed_is_not_resumed(
-    pair, tmp_path, monkeypatch, capsys
-):
+def test_a_run_whose_prompts_have_changed_is_not_resumed(pair, tmp_path, monkeypatch, capsys):
     """As rank 0 reads its input, before any model is loaded."""
     monkeypatch.setattr("support.checkpoint.lock_output", lambda output: None)  # three runs in one
     prompts = tmp_path / "p.jsonl"
@@ -532,19 +531,15 @@ def test_a_damaged_checkpoint_is_named_on_resume(sync_run, pair, tmp_path, monke
 
 
 @slow
-def test_weights_that_diverged_are_set_aside_and_good_ones_are_left(sync_run, pair, tmp_path):
-    """Also with --keep-checkpoints 2, and if the same update diverged before."""
+def test_weights_that_diverged_are_named_and_good_ones_are_left(sync_run, pair, tmp_path):
     output = shutil.copytree(sync_run[0], tmp_path / "run")
-    (output / "diverged_7_1").mkdir()
-    (output / "diverged_7_1" / "model.safetensors").touch()
     flags = [*SYNC, "--steps=9", "--eval-every=0", "--save-every=1", "--keep-checkpoints=2"]
     diverging = ["--warmup-steps=0", "--lr=1e30", "--resume"]
     out = finish(start(output, *pair, *flags, *diverging), expect=1)
     assert f"resuming from {output}/step_6" in out
-    message = "update 8: gradient norm is nan: lower --lr; --resume takes the checkpoint before"
-    assert f"train.py: error: {message}, if there is one" in out, out
-    assert len(list(output.glob("diverged_7_*"))) == 2
-    assert checkpoints(output) == [output / "step_6"]
+    message = "update 8: gradient norm is nan: lower --lr and --resume; if it fails again, remove"
+    assert f"train.py: error: {message} step_7 before" in out, out
+    assert checkpoints(output) == [output / "step_6", output / "step_7"]
 
 
 def test_what_diverged_is_not_saved_at_the_end(new_leader, monkeypatch):
@@ -553,11 +548,9 @@ def test_what_diverged_is_not_saved_at_the_end(new_leader, monkeypatch):
         raise FloatingPointError("update 4: gradient norm is nan")
 
     leader = new_leader()
-    (leader.config.output / "step_3").mkdir()
     monkeypatch.setattr(leader, "main_loop", diverge)
     with pytest.raises(FloatingPointError, match="update 4"):
         leader.lead()
-    assert not (leader.config.output / "step_3").exists()
 
 
 def test_a_save_that_failed_is_made_again_at_the_end(new_leader):
