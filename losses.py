@@ -74,7 +74,7 @@ def find(weights, target):
 class Proposal:
     """Which candidates a position gets. `Proposal()` alone is plain sampling of one token."""
 
-    def __init__(self, draws=1, top=0, tail=0, teacher_top=False):
+    def __init__(self, *, draws=1, top=0, tail=0, teacher_top=False):
         """How many columns of each kind. `teacher_top`: the top ids are the teacher's."""
         self.draws = slice(0, draws)
         self.top = slice(draws, draws + top)
@@ -136,7 +136,8 @@ class Loss(Proposal):
         t = torch.full((5, self.num_columns), -1.0)
         value = self.value(t.clone().requires_grad_(), t, t)
         if not torch.is_tensor(value) or value.shape != (5,) or not value.requires_grad:
-            raise ValueError(f"`value` of 5 positions gives {value}, not [5] with a gradient")
+            found = list(getattr(value, "shape", [value]))
+            raise ValueError(f"`value` of 5 positions gives {found}, not [5] with a gradient to s")
 
     def look_ahead(self, tables, gather):
         """Called before every update, for losses that judge it as a whole.

@@ -143,7 +143,6 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device, gpus=1, leng
     `length`: tokens of the longest sequence. Raises InputError if weights are missing or left over,
     if the head is more than a matrix product, or if that depends on the length of a sequence.
     """
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     options = {"dtype": dtype, "output_loading_info": True, **NO_CODE}
     if gpus > 1:

@@ -331,12 +331,13 @@ def test_only_ids_below_the_shared_vocabulary_are_drawn(model_dir):
     assert max(int(r.candidate_ids.max()) for r in rollouts) < 100
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
 def test_evaluation_between_rollouts_takes_their_slots_and_changes_none_of_them(
-    model_dir, tokenizer
+    family, model_dir, tokenizer
 ):
     config = builtin(
-        student=model_dir(),
-        teacher=model_dir(),
+        student=model_dir(family),
+        teacher=model_dir(family),
         max_prompt_tokens=20,
         max_new_tokens=12,
         slots=3,

@@ -11,7 +11,7 @@ from test_generate import prompts
 import kv_cache
 from channel import Rollout
 from kv_cache import Decode, Prefill, last_through_slots, switch_to_slots
-from model import last_hidden
+from model import flatten_parameters, last_hidden
 from support.config import InputError
 
 SIZES = {
@@ -107,3 +107,78 @@ def test_a_slot_that_waits_beyond_the_length_of_a_graph_sees_something():
     step = Decode(None, torch.tensor([3, 40]), length=16)
     for window in (None, 8):
         assert (step.mask(window, torch.float32) == 0).any(-1).all()
+
+
+# ---- layers with states --------------------------------------------------------------------------
+
+
+HYBRIDS = ("qwen3_5", "lfm2")
+
+
+def drawn(generator, prompt_ids, ticket=7):
+    (rollout,) = generator.generate([Rollout(prompt_ids, ticket)])
+    return rollout.response_ids, rollout.behavior_logp
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("prompt_ids", [[5], [5, 9], [5, 9, 11, 12, 13, 14, 15]])
+def test_a_slot_starts_afresh_whatever_it_held_before(family, prompt_ids, model_dir):
+    """A prompt of one token is not prefilled, a short one does not fill the convolution."""
+    model = load_with_slots(model_dir(family))
+    options = {"slots": 1, "stops": (), "loss": "sampled_reverse_kl"}
+    used, fresh = new_generator(model, **options), new_generator(model, **options)
+    used.generate([Rollout(ids, ticket) for ticket, ids in enumerate(prompts(3))])
+    (ids, logp), (expected_ids, expected) = drawn(used, prompt_ids), drawn(fresh, prompt_ids)
+    assert ids == expected_ids and torch.equal(logp, expected)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_states_of_idle_slots_reach_nobody(family, model_dir):
+    """Idle slots run along in the graphs of a GPU, on whatever stands there."""
+    model = load_with_slots(model_dir(family))
+    options = {"slots": 4, "stops": (), "loss": "sampled_reverse_kl"}
+    plain, spoilt = new_generator(model, **options), new_generator(model, **options)
+    for state in spoilt.cache.states.values():
+        state[1:] = 1e3
+    for generator in (plain, spoilt):
+        generator.decode = lambda active, length, real=generator.decode: real(4, length)
+    (ids, logp), (expected_ids, expected) = (drawn(g, [5, 9, 11]) for g in (spoilt, plain))
+    assert ids == expected_ids and torch.equal(logp, expected)
+    for state in spoilt.cache.states.values():
+        state[:] = -1e3  # a new rollout starts on zeros
+    many = [[Rollout(ids, t) for t, ids in enumerate(prompts(9))] for _ in range(2)]
+    for a, b in zip(plain.generate(many[0]), spoilt.generate(many[1])):
+        assert a.response_ids == b.response_ids
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_new_weights_in_flight_keep_the_states_at_their_addresses(family, model_dir):
+    model = load_with_slots(model_dir(family))
+    flat = flatten_parameters(model)
+    generator = new_generator(model, stops=(), loss="sampled_reverse_kl")
+    places = {name: state.data_ptr() for name, state in generator.cache.states.items()}
+    generator.add([Rollout(prompts(1)[0])])
+    for _ in range(5):
+        generator.step()
+    before = {name: state.clone() for name, state in generator.cache.states.items()}
+    flat.mul_(1.5)
+    assert all(torch.equal(before[name], x) for name, x in generator.cache.states.items())
+    while generator.active:
+        generator.step()
+    assert {name: state.data_ptr() for name, state in generator.cache.states.items()} == places
+    assert places and all(x[0].any() for x in before.values())
+
+
+def test_only_prompts_of_one_length_share_a_prefill_if_there_are_states(model_dir, monkeypatch):
+    """A recurrent state would run on through the padding. Keys and values behind it are masked."""
+    lengths = [4, 4, 9, 2, 9, 1]
+    seen = {}
+    for family in ("qwen3", "qwen3_5"):
+        generator = new_generator(load_with_slots(model_dir(family)), slots=6, stops=())
+        prefill, widths = generator.prefill, []
+        generator.prefill = lambda slots, w=widths, p=prefill, g=generator: (
+            w.append(sorted(g.prefill_len(slot) for slot in slots)) or p(slots)
+        )
+        generator.add([Rollout(list(range(5, 5 + n)), t) for t, n in enumerate(lengths)])
+        seen[family] = widths
+    assert seen == {"qwen3": [[1, 3, 3, 8, 8]], "qwen3_5": [[8, 8], [3, 3], [1]]}

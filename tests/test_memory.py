@@ -258,8 +258,8 @@ def test_a_teacher_gets_the_gpus_behind_its_own_and_none_of_its_neighbours():
     assert names == [f"cuda:{i % 8}" for i in range(11)]  # they share
     config = builtin(generators=3, teachers=2, teacher_gpus=3, batch_size=4)
     match = (
-        "--teacher-gpus is 3: then the roles share no GPU and need 10, there are 8: "
-        "lower it, --teachers"
+        "--teacher-gpus is 3: the roles then share no GPU and need 10, there are 8: "
+        "lower it or their number"
     )
     with pytest.raises(InputError, match=match):
         role_devices(config, 1, gpus=8)
