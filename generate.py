@@ -34,7 +34,7 @@ from kv_cache import Decode, KVCache, Prefill, switch_to_slots
 from losses import Greedy, Proposal, make_loss
 from model import compute_dtype, flatten_parameters, head_weight, last_hidden
 from support.config import Config, judge
-from support.load import load_model, load_tokenizer, shared_vocabulary, stop_ids
+from support.load import head_factor, load_model, load_tokenizer, shared_vocabulary, stop_ids
 from support.log import Timeline
 from tickets import may_start, teacher_of
 
@@ -58,7 +58,7 @@ class Generator:
         longest = self.config.max_new_tokens
         columns = self.proposal.num_proposed
         self.cache = KVCache(self.slots, self.config.max_prompt_tokens + longest)
-        for name, x in self.model.slot_states.items():
+        for name, x in getattr(self.model, "slot_states", {}).items():  # see switch_to_slots
             self.cache.states[name] = x.new_zeros(self.slots, *x.shape[1:])
         self.active: list[Rollout] = []  # slot i holds active[i]
         self.graphs = {}  # (slots, length) -> CUDA graph
@@ -151,7 +151,8 @@ class Generator:
         memory = {"slot_step": step, "past_key_values": step}
         hidden = last_hidden(self.model, tokens, position_ids=position[:, None], **memory)
         weight = head_weight(self.model)[: self.vocab]
-        logits = head_logits(hidden[:, 0], weight, 1.0 / self.config.temperature)  # [A,V]
+        scale = head_factor(self.model) / self.config.temperature
+        logits = head_logits(hidden[:, 0], weight, scale)  # [A,V]
         ids, logp = self.proposal.propose(logits, self.uniforms[slots, r])  # [A,C]
         self.candidate_ids[slots, r] = ids
         self.behavior_logp[slots, r] = logp

@@ -31,6 +31,7 @@ from losses import make_loss
 from model import head_weight, layers_of, response_hidden, row_batches, trained_part
 from support.checkpoint import load_optimizer, save, step_of
 from support.config import Config
+from support.load import head_factor
 from support.ranks import Ranks
 
 # Metrics that are summed over positions, in the order that Learner.backward returns.
@@ -65,7 +66,7 @@ class Student(nn.Module):
         head = head_weight(self.model)  # [V,F]
         if len(head) > self.vocab:  # rows that only pad it; a slice copies the gradient
             head = head[: self.vocab]
-        settings = (1.0 / self.config.temperature, self.config.head_chunk)
+        settings = (head_factor(self.model) / self.config.temperature, self.config.head_chunk)
         total, s = candidate_loss(hidden, head, ids.long(), t, b, self.loss, *settings)
         return total, s, ids, t, b
 
@@ -96,7 +97,6 @@ class Learner:
         self.device = self.model.device
         trained_part(self.model).requires_grad_(True)
         self.student = Student(self.model, self.config, self.vocab, self.dtype)
-        self.loss = self.student.loss
         if self.config.checkpoint_activations:
             for layer in layers_of(self.model):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -124,7 +124,7 @@ class Learner:
         batches = self.micro_batches(channel, rows)[self.ranks.local_rank]
         batches += [[] for _ in range(passes - len(batches))]
         tables = (self.student(channel, batch)[1:] for batch in batches)
-        self.loss.look_ahead(tables, self.ranks.gather)
+        self.student.loss.look_ahead(tables, self.ranks.gather)
         self.optimizer.zero_grad()
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches, 1):
@@ -169,11 +169,11 @@ class Learner:
         (total * (self.ranks.world_size / tokens)).backward()
         drift = b[:, 0] - s[:, 0]  # [T], of the emitted tokens
         summed = (
-            self.loss.reverse_kl(s, t, b),
+            self.student.loss.reverse_kl(s, t, b),
             drift,  # k1 estimate of KL(sampler || student)
             (-drift).expm1() + drift,  # k3 estimate: no term is negative
-            self.loss.support_probs(ids, s),
-            self.loss.support_probs(ids, t),
+            self.student.loss.support_probs(ids, s),
+            self.student.loss.support_probs(ids, t),
         )
         return torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
 

@@ -24,7 +24,7 @@ from kernels.head import gather, logit_chunks
 from losses import make_loss
 from model import compute_dtype, head_weight, response_hidden, row_batches
 from support.config import Config
-from support.load import load_model, shared_vocabulary
+from support.load import head_factor, load_model, shared_vocabulary
 from support.log import Timeline
 from tickets import teacher_of
 
@@ -133,7 +133,7 @@ class Teacher:
         """Ids int32 [T,C+K] and their log-probabilities: those wanted [T,C], then the top K."""
         weight = head_weight(self.model)[: self.vocab].to(hidden)
         wanted = wanted.to(hidden.device, torch.int64)
-        scale = 1.0 / self.config.temperature
+        scale = head_factor(self.model) / self.config.temperature
         all_ids, all_logp = [], []
         for part, logits in logit_chunks(hidden, weight, scale, self.config.head_chunk):
             ids = torch.cat([wanted[part], logits.topk(self.own_top, dim=-1).indices], 1)

@@ -35,7 +35,7 @@ from channel import Channel
 from learner import Learner
 from model import compute_dtype
 from support import checkpoint as on_disk
-from support.config import Config, InputError, parse
+from support.config import Config, InputError, from_torchrun, parse
 from support.data import Prompt, fingerprint, load_prompts
 from support.load import check_models, load_model, load_tokenizer, shared_vocabulary, stop_ids
 from support.log import Log, Timeline
@@ -231,14 +231,8 @@ class Leader:
 
 def run_rank(ranks: Ranks):
     """One learner rank: load the student, then lead the node or follow its leader."""
-    inputs = None
-    try:
-        if ranks.rank == 0:
-            inputs = read_inputs(parse())
-    finally:
-        inputs = ranks.broadcast(inputs, ranks.everyone)
-    if not inputs:
-        sys.exit(1)  # rank 0 says why
+    inputs = read_inputs(parse()) if ranks.rank == 0 else None
+    inputs = ranks.broadcast(inputs, ranks.everyone)
     config, checkpoint = inputs.config, inputs.checkpoint
     if ranks.node > 0:
         sys.stdout = open(os.devnull, "w")  # node 0 reports
@@ -295,7 +289,9 @@ def main():
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        sys.exit("train.py: error: a rank or a node died: torchrun says how")
+        # The ranks that follow lost their leader, which says why.
+        is_leader = from_torchrun("LOCAL_RANK", 0) == 0
+        sys.exit("train.py: error: a rank or a node died: torchrun says how" if is_leader else 1)
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted before the first update")
     if dist.is_initialized():

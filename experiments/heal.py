@@ -34,7 +34,7 @@ from losses import Proposal
 from model import head_weight, last_hidden, predicting_positions
 from support.config import builtin
 from support.data import read_jsonl
-from support.load import load_model, load_tokenizer, stop_ids
+from support.load import head_factor, load_model, load_tokenizer, stop_ids
 
 DROPPED = (10, 12, 14, 16, 18, 20)  # of 30 layers
 NEW_TOKENS = 48
@@ -146,7 +146,7 @@ def response_logits(model, rollout: Rollout) -> torch.Tensor:
     """At every position of the response: [T,V]."""
     ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
     span = predicting_positions(len(rollout.prompt_ids), ids.shape[1])
-    return head_logits(last_hidden(model, ids)[0, span], head_weight(model))
+    return head_logits(last_hidden(model, ids)[0, span], head_weight(model), head_factor(model))
 
 
 @torch.no_grad()

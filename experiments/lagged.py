@@ -17,6 +17,7 @@ from model import head_weight, response_hidden
 from serial import CPU, Serial
 from support.config import Config
 from support.data import Prompt
+from support.load import head_factor
 
 __all__ = ["CPU", "Divergence", "Lagged", "flat"]
 
@@ -58,7 +59,9 @@ class Lagged(Serial):
         """At every response position of `rows`: [T,V]."""
         hidden = response_hidden(model, self.channel, rows)
         return head_logits(
-            hidden, head_weight(model)[: self.teacher.vocab], 1.0 / self.config.temperature
+            hidden,
+            head_weight(model)[: self.teacher.vocab],
+            head_factor(model) / self.config.temperature,
         )
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": None,
 }
+NO_CAP = {"num_hidden_layers": 3, "logits_soft_cap": 1e4}
 MIXED = ["linear_attention", "full_attention"]
 CAPPED = {"final_logit_softcapping": None, "attn_logit_softcapping": 50.0}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
@@ -33,7 +34,7 @@ REFUSED = [
     (transformers.GptOssConfig(**SIZES, **EXPERTS, head_dim=8), "wants attention with s_aux"),
     (transformers.StableLmConfig(**SIZES), "does not pass on what the KV slots need"),
     (
-        transformers.RecurrentGemmaConfig(**SIZES | {"num_hidden_layers": 3}, head_dim=8),
+        transformers.RecurrentGemmaConfig(**SIZES | NO_CAP, head_dim=8),
         "the KV slots do not hold all that it remembers of earlier tokens",
     ),
     (

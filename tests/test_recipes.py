@@ -26,7 +26,7 @@ def test_every_recipe_is_a_command_line_that_the_settings_accept(monkeypatch):
         for line in block.splitlines()
         if "train.py" in line
     ]
-    assert len(flags) == 3
+    assert len(flags) == 4
     for recipe in flags:
         config = parse(recipe)
         assert config.num_candidates == 33 and config.batch_size == 256

@@ -79,7 +79,7 @@ def train(learner, table):
     for rows in UPDATES:
         metrics = update(learner, table, rows)
         gradient = torch.cat([whole(p.grad).flatten() for p in learner.parameters])
-        found.append((metrics, gradient, getattr(learner.loss, "m2_bound", 0.0)))
+        found.append((metrics, gradient, getattr(learner.student.loss, "m2_bound", 0.0)))
     return found
 
 

@@ -130,6 +130,23 @@ def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stoppe
 
 
 @slow
+def test_a_hybrid_trains_is_reproducible_and_resumes(model_dir, tmp_path):
+    """Qwen3.5: recurrent states in the slots, also with weights picked up in flight."""
+    models = [f"--student={model_dir('qwen3_5')}", f"--teacher={model_dir('qwen3_5', seed=1)}"]
+    flags = [f"--config={ROOT / 'assets' / 'builtin.yaml'}", *models, "--eval-every=0", "--lr=3e-3"]
+    for name in ("one", "two"):
+        finish(start(tmp_path / name, *flags, "--max-staleness=0", "--steps=6", "--save-every=3"))
+    shutil.rmtree(tmp_path / "two" / "step_6")
+    finish(start(tmp_path / "two", *flags, "--max-staleness=0", "--steps=6", "--resume"))
+    one, two = (comparable(metrics(tmp_path / name)) for name in ("one", "two"))
+    assert one == two and len(one) == 6
+    finish(start(tmp_path / "async", *flags, "--max-staleness=1", "--steps=40"))
+    found = metrics(tmp_path / "async")
+    first, last = (sum(r["reverse_kl"] for r in part) / 5 for part in (found[:5], found[-5:]))
+    assert last < 0.9 * first and max(r["lag_max"] for r in found) == 1
+
+
+@slow
 def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path):
     """Two prompts, nearly greedy: sequences recur. A hit was computed in another batch shape."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "47+58="}\n')
