@@ -300,12 +300,16 @@ def check_sampling(config: Config):
         # What is not trained is not published either: the towers of the two models differ.
         rollouts = [Rollout(ids, ticket) for ticket, ids in enumerate(PROMPTS)]
         for rollout in generator.generate(rollouts):
-            ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-            logits = reference(input_ids=ids, use_cache=False).logits[0]
-            logp = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
-            error = logp.gather(1, rollout.candidate_ids) - rollout.behavior_logp
-            error = float(error.abs().max())
-            hold(error < TOLERANCE, f"{error:.2g} nats off")
+            hold_logp(reference, rollout, rollout.behavior_logp, "sampled")
+
+
+def hold_logp(model, rollout: Rollout, logp, what: str):
+    """`logp` [T,C] of the candidates is what a plain forward pass of the whole model gives."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    expected = logits[len(rollout.prompt_ids) - 1 : -1].log_softmax(-1)
+    error = float((expected.gather(1, rollout.candidate_ids) - logp).abs().max())
+    hold(error < TOLERANCE, f"{what}: {error:.2g} nats off")
 
 
 def check_training(config: Config):
@@ -315,7 +319,9 @@ def check_training(config: Config):
     channel = Channel.create(config, count, torch.float32)
     rows = fill_table(config, channel)
     for _ in range(2):
-        learner.update(channel, rows)
+        metrics = learner.update(channel, rows)
+        drift = metrics["drift_k3"] if learner.version == 1 else 0.0
+        hold(drift < 1e-8, f"trained: learner and sampler differ by {drift:.2g} nats")
     idle = trained_part(learner.model).parameters()
     beside = {id(p) for p in learner.model.parameters()} - {id(p) for p in idle}
     for name, p in learner.model.named_parameters():
@@ -330,6 +336,7 @@ def check_training(config: Config):
     hold(error < 1e-6, f"resumed, its weights are off by {float(error):.2g}")
 
 
+@torch.no_grad()
 def fill_table(config: Config, channel: Channel):
     """Rows of the table: the student's rollouts, scored by the teacher."""
     for row, ids in enumerate(PROMPTS):
@@ -338,9 +345,14 @@ def fill_table(config: Config, channel: Channel):
     rows = list(range(len(PROMPTS)))
     model = load_with_slots(config.student, config)
     generator = Generator(model, make_loss(config), config, set(), VOCAB, slots=2)
-    for rollout in generator.generate([read_rollout(channel, row) for row in rows]):
+    rollouts = generator.generate([read_rollout(channel, row) for row in rows])
+    for rollout in rollouts:
         write_rollout(channel, rollout)
-    Teacher(load(config.teacher, config), config, VOCAB).score(channel, rows)
+    teacher = load(config.teacher, config)
+    Teacher(teacher, config, VOCAB).score(channel, rows)
+    for rollout in rollouts:
+        scored = channel.teacher_logp[rollout.row, : len(rollout.response_ids)]
+        hold_logp(teacher, rollout, scored, "scored")
     return rows
 
 
