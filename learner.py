@@ -118,7 +118,7 @@ class Learner:
         """
         parts = parts or [self.describe(channel, rows)]
         tokens = sum(part["tokens"] for part in parts)
-        truncated = sum(part["truncated"] for part in parts)
+        share_cut = sum(p["truncated"] for p in parts) / sum(p["rows"] for p in parts)
         # The ranks make equally many passes, because in each they wait for each other.
         passes = max(part["passes"] for part in parts)
         batches = self.micro_batches(channel, rows)[self.ranks.local_rank]
@@ -135,7 +135,7 @@ class Learner:
         metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
         metrics |= {
             "tokens": tokens,
-            "truncated_fraction": truncated / sum(part["rows"] for part in parts),
+            "truncated_fraction": share_cut,
             "lag_mean": sum(part["lag_sum"] for part in parts) / tokens,
             "lag_max": max(part["lag_max"] for part in parts),
         }
@@ -202,8 +202,7 @@ class Learner:
         if self.ranks.local_rank == 0:
             channel.publish(parts, self.version)
         else:
-            for _ in parts:  # gathering takes all ranks
-                pass
+            sum(1 for _ in parts)  # gathering takes all ranks
         return time.monotonic() - started
 
     def save(self, output, tokenizer, progress):

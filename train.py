@@ -289,9 +289,8 @@ def main():
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
-        # The ranks that follow lost their leader, which says why.
-        is_leader = from_torchrun("LOCAL_RANK", 0) == 0
-        sys.exit("train.py: error: a rank or a node died: torchrun says how" if is_leader else 1)
+        rank = from_torchrun("LOCAL_RANK", 0)  # who followed has lost its leader, which says why
+        sys.exit(rank or "train.py: error: a rank or a node died: torchrun says how")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted before the first update")
     if dist.is_initialized():

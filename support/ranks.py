@@ -14,6 +14,7 @@ during JOINING.
 """
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -50,10 +51,9 @@ class Ranks:
         self.own_node = self.everyone = None
         if self.world_size > 1:
             self.everyone = dist.new_group(timeout=PATIENCE)
-            numbers = torch.arange(self.world_size).view(self.nodes, -1).tolist()
-            same_node = dist.new_subgroups_by_enumeration(numbers, WEEK)
-            same_local_rank = dist.new_subgroups_by_enumeration([*zip(*numbers)], PATIENCE)
-            self.own_node, self.across = same_node[0], same_local_rank[0]
+            self.own_node, _ = dist.new_subgroups(self.local_world_size, timeout=WEEK)
+            ranks = torch.arange(self.world_size).view(self.nodes, -1)
+            self.across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), PATIENCE)
 
     def is_orphan(self):
         """Is torchrun gone? A run without torchrun outlives the shell that started it."""
@@ -101,7 +101,8 @@ def join(parent: int):
     require(is_even, "the nodes have different --nproc-per-node: make them the same")
     fits = local_world_size <= gpus or gpus == 0
     require(fits, f"{local_world_size} learner ranks, {gpus} GPUs: lower --nproc-per-node")
-    # Of one rank, too: it ends if the store of a dead torchrun does not answer.
-    if world_size > 1 or dist.is_torchelastic_launched():
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torch would try for long
+        socket.create_connection((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]), 10).close()
+    if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=JOINING)
     return Ranks(rank, world_size, local_world_size, parent)

@@ -109,8 +109,7 @@ def role_devices(config: Config, learners: int, gpus: int):
 
 def set_up_process(config: Config, device: torch.device, num_roles: int):
     """Threads and precision of a role's process."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.cpu_threads or max(1, cores // num_roles))
+    torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // num_roles))
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape
     faulthandler.register(signal.SIGUSR1)  # prints where every thread is
     if device.type == "cuda":
