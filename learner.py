@@ -131,7 +131,7 @@ class Learner:
             if self.ranks.world_size > 1:  # the nodes add their gradients up once, at the end
                 self.student.set_requires_all_reduce(number == passes)
             sums += self.backward(channel, batch, tokens)
-        sums = sum(self.ranks.gather(sums.cpu()))
+        sums = sum(self.ranks.gather(sums.numpy(force=True)))
         metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
         metrics |= {
             "tokens": tokens,

@@ -50,7 +50,7 @@ LARGEST = 20_000_000  # parameters: what is larger with SIZES has other names fo
 PROMPTS = ([5, 6, 7], [9, 3, 8, 4, 11, 12, 13, 2, 6, 7], [3], [8, 9, 10], [4, 5])
 NEW_TOKENS = 12
 TOLERANCE = 1e-4  # nats
-ANSWERS = ("works", "refused", "wrong", "crash", "not tried")
+ANSWERS = ("works", "works plain", "refused", "wrong", "crash", "not tried")
 LINEAR = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
 # Every name that a family has for its sizes. A name that it does not have is left out.
 SIZES = {
@@ -114,9 +114,9 @@ OWN = {
         "ssm_state_size": 8,
         "n_groups": 1,
     },
-    "olmo_hybrid": {"layer_types": LINEAR},
+    # With 0.3 the chunked recurrence is rounded by 1e-4 nats.
+    "olmo_hybrid": {"layer_types": LINEAR, "initializer_range": 0.2},
     "qwen3_next": {"layer_types": LINEAR},
-    # Of 0.3 the chunked recurrence is rounded by 1e-4 nats.
     "qwen3_5_text": {"layer_types": LINEAR, "initializer_range": 0.2},
     "youtu": {"pad_token_id": None},  # transformers zeroes the row of the pad token when it loads
     "qwen3_5_moe_text": {"layer_types": LINEAR},
@@ -170,10 +170,10 @@ LIKE = {
 # ---- a tiny model of a family -------------------------------------------------------------------
 
 
-def tiny_config(kind: str, **changes):
+def tiny_config(kind: str, lively=True, **changes):
     """The configuration of a family with SIZES and OWN, without those it does not let us set."""
     known = AutoConfig.for_model(kind)
-    sizes = SIZES | HEADS | LIVELY | OWN.get(kind, {}) | changes
+    sizes = SIZES | HEADS | (LIVELY if lively else {}) | OWN.get(kind, {}) | changes
     sizes = {
         name: size
         for name, size in sizes.items()
@@ -209,14 +209,14 @@ def enliven(model):
             value.add_(0.2 * torch.randn_like(value))
 
 
-def build(kind: str, like: dict | None = None, seed: int = 0):
+def build(kind: str, like: dict | None = None, seed: int = 0, lively=True):
     """A tiny model of a family, with a forward pass that works. Raises whatever its code raises."""
     for changes in ({}, {"num_key_value_heads": 4}):  # some have as many as heads
         try:
             if like is not None and hasattr(AutoConfig.for_model(kind), "vision_config"):
                 config, factory = with_images(kind, like | changes), AutoModelForImageTextToText
             else:
-                config = tiny_config(kind, **(like or {}), **changes)
+                config = tiny_config(kind, lively, **(like or {}), **changes)
                 factory = AutoModelForCausalLM
             with torch.device("meta"):
                 count = sum(p.numel() for p in factory.from_config(config).parameters())
@@ -246,6 +246,13 @@ def hold(condition, message: str):
 
 def verdict(kind: str, like: dict | None = None) -> tuple[str, str]:
     """(one of ANSWERS, why)."""
+    answer, why = try_out(kind, like, lively=True)
+    if answer == "refused" and try_out(kind, like, lively=False)[0] == "works":
+        return "works plain", why
+    return answer, why
+
+
+def try_out(kind: str, like: dict | None, lively: bool) -> tuple[str, str]:
     place = Path(tempfile.mkdtemp())
     paths = [str(place / name) for name in ("student", "teacher")]
     config = builtin(
@@ -262,7 +269,7 @@ def verdict(kind: str, like: dict | None = None) -> tuple[str, str]:
     try:
         try:
             for seed, path in enumerate(paths):
-                build(kind, like, seed).save_pretrained(path)
+                build(kind, like, seed, lively).save_pretrained(path)
         except Exception as error:
             return "not tried", " ".join(str(error).split())[:100]
         check_config(config)
@@ -370,7 +377,7 @@ def table(verdicts: dict[str, tuple[str, str]]) -> str:
     families: dict[tuple[str, str], list[str]] = {}
     for kind, (answer, why) in sorted(verdicts.items()):
         reason = ""
-        if answer in ("refused", "wrong", "crash"):
+        if answer not in ("works", "not tried"):
             reason = ": " + re.sub(r"\b[A-Z]\w+ (?=wants|does)", "its attention layer ", why)
         families.setdefault((answer, reason), []).append(kind)
 
@@ -402,6 +409,8 @@ random weights (`python -m experiments.families`, torch {torch}, CPU). What defa
   pass, within 1e-4, also after slots were refilled and moved and after other weights were picked
   up. The teacher scores and the learner computes the same numbers. After two updates and a
   checkpoint, weights, moments and the next gradient are what they are without the interruption.
+- *works plain*: only with the biases and scales of its default config. With others, which
+  published checkpoints may have, it is refused with the sentence.
 - *refused*: the run ends at its start with this sentence, after "... is not supported:".
 - *not tried*: no tiny model could be made from the sizes that most families share. Most of these
   have images or sound beside text, or layers without attention.
@@ -432,8 +441,9 @@ versions are refused).
   costs. Estimate: in plain torch a decode step of such a layer makes about 30 small launches
   instead of 2, and training loops over chunks of 64 tokens. For 18 such layers that is 500 launches
   or 2 to 3 ms a step.
-- **Nemotron-H** works with one group. With more, as published, the plain torch of transformers
-  gives other numbers for a prefill than for a step, so the comparison at loading refuses it.
+- **Nemotron-H is refused.** The plain torch of transformers gives other numbers for a step than
+  for a prefill, with its own cache as well (0.004 nats here with one group, more with the eight
+  that are published). Whether its kernels for GPUs agree is not known here.
 """
 
 

@@ -183,14 +183,14 @@ def head_factor(model):
 def check_head(model, length: int):
     """The logits of 8 tokens must be factor * hidden @ W^T, also where `length` give the hidden."""
     ids = probe_ids(model, length)
-    with refusal("its own code fails on a plain sequence"):
+    with refusal("its logits cannot be compared with hidden @ W^T"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :8]  # [8,F]
         logits = model(input_ids=ids[:, :8], use_cache=False).logits[0]  # [8,V]
-    weight = model.get_output_embeddings().weight  # [V,F]
+        plain = head_factor(model) * hidden @ model.get_output_embeddings().weight.to(hidden).T
     require(logits.isfinite().all(), "its logits are not finite: damaged weights?")
     why = f"""its logits are not hidden @ W^T (a bias, scale or soft-cap follows the head), or they
         change with the length of the sequence (compared: 8 and {ids.shape[1]} tokens)"""
-    require(agree(logits, head_factor(model) * hidden @ weight.to(hidden).T), why)
+    require(agree(logits, plain), why)
 
 
 def agree(a, b):
