@@ -93,10 +93,9 @@ class Step(Cache):
         return None if self.is_first else self.cache.states[name][self.slots]
 
     def keep(self, name, new):
-        states = self.cache.states
-        if name not in states:
-            states[name] = new.new_zeros(self.cache.slots, *new.shape[1:])
-        states[name][self.slots] = new
+        if name not in self.cache.states:
+            self.cache.states[name] = new.new_zeros(self.cache.slots, *new.shape[1:])
+        self.cache.states[name][self.slots] = new
 
 
 @dataclass
@@ -116,9 +115,8 @@ class Prefill(Step):
         mask = None
         if window is not None and length > window:
             mask = may_see(torch.arange(length, device=key.device), length, window)
-        out = F.scaled_dot_product_attention(
-            *(query, key, value, mask), is_causal=mask is None, scale=scaling, enable_gqa=True
-        )
+        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
+        out = F.scaled_dot_product_attention(query, key, value, mask, **options)
         return out.transpose(1, 2)
 
 

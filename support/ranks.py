@@ -21,7 +21,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support.config import from_torchrun, require
+from support.config import from_torchrun, refusal, require
 
 JOINING = timedelta(minutes=3)  # from the first rank's imports to the last's
 PATIENCE = timedelta(hours=1)  # of nodes for each other: the longest answers of an update
@@ -101,8 +101,10 @@ def join(parent: int):
     require(is_even, "the nodes have different --nproc-per-node: make them the same")
     fits = local_world_size <= gpus or gpus == 0
     require(fits, f"{local_world_size} learner ranks, {gpus} GPUs: lower --nproc-per-node")
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torch would try for long
-        socket.create_connection((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]), 10).close()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torch itself would try for long
+        with refusal("torchrun has died: its store, where the ranks meet, does not answer"):
+            place = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+            socket.create_connection(place, timeout=10).close()
     if world_size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=JOINING)
     return Ranks(rank, world_size, local_world_size, parent)

@@ -175,7 +175,7 @@ def test_an_agent_that_is_killed_during_the_imports_ends_both_nodes(node, pair, 
     agents[node].kill()
     outs = [agent.communicate(timeout=PATIENCE)[0] for agent in agents]
     assert not any(still_alive(family) for family in families)
-    reasons = ("a rank or a node died", GONE)
+    reasons = ("a rank or a node died", "torchrun has died: its store", GONE)
     assert any(f"train.py: error: {reason}" in outs[1 - node] for reason in reasons), outs
 
 
