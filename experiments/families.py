@@ -274,6 +274,7 @@ def try_out(kind: str, like: dict | None, lively: bool) -> tuple[str, str]:
             return "not tried", " ".join(str(error).split())[:100]
         check_config(config)
         check_sampling(config)
+        check_trained_part(load(config.student, config))
         check_training(config)
         return "works", ""
     except InputError as error:
@@ -321,6 +322,15 @@ def hold_logp(model, rollout: Rollout, logp, what: str):
     hold(error < TOLERANCE, f"{what}: {error:.2g} nats off")
 
 
+def check_trained_part(model):
+    """No parameter outside of it has a gradient, if all may have one."""
+    model.requires_grad_(True)
+    model(input_ids=torch.tensor(PROMPTS[1:2]), use_cache=False).logits.square().sum().backward()
+    trained = {id(p) for p in trained_part(model).parameters()}
+    for name, p in model.named_parameters():
+        hold(id(p) in trained or p.grad is None, f"{name} is not trained and has a gradient")
+
+
 def check_training(config: Config):
     """Two updates, a checkpoint, and a third update with and without it."""
     learner = Learner(load(config.student, config), config, VOCAB, torch.float32)
@@ -331,10 +341,6 @@ def check_training(config: Config):
         metrics = learner.update(channel, rows)
         drift = metrics["drift_k3"] if learner.version == 1 else 0.0
         hold(drift < 1e-8, f"trained: learner and sampler differ by {drift:.2g} nats")
-    idle = trained_part(learner.model).parameters()
-    beside = {id(p) for p in learner.model.parameters()} - {id(p) for p in idle}
-    for name, p in learner.model.named_parameters():
-        hold(id(p) not in beside or p.grad is None, f"{name} is not trained and has a gradient")
     learner.save(config.output, build_tokenizer(), {})
     saved = str(config.output / "step_2")
     again = Learner(load(saved, config), config, VOCAB, torch.float32)
