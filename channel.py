@@ -21,9 +21,9 @@ import os
 import re
 import select
 import struct
+from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,11 +35,9 @@ PAGE = 4096
 f32, f64, i32, i64 = torch.float32, torch.float64, torch.int32, torch.int64
 
 
-class Field(NamedTuple):
-    """One array of the shared memory. `shape`: a letter or a number for each dimension."""
-
-    dtype: torch.dtype  # None: that of the published weights
-    shape: str
+# One array of the shared memory. `dtype` None: that of the published weights.
+# `shape`: a letter or a number for each dimension.
+Field = namedtuple("Field", "dtype shape")
 
 
 class RowQueue:

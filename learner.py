@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -94,16 +94,15 @@ class Learner:
     version: int = 0
 
     def __post_init__(self):
-        self.device = self.model.device
         trained_part(self.model).requires_grad_(True)
         self.student = Student(self.model, self.config, self.vocab, self.dtype)
         if self.config.checkpoint_activations:
             for layer in layers_of(self.model):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         if self.ranks.world_size > 1:
-            sizes = (self.ranks.nodes, self.ranks.local_world_size)
-            mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=("nodes", "ranks"))
-            shard(self.student, mesh)
+            groups = [self.ranks.across, self.ranks.own_node]  # they have their own patience
+            named = {"mesh": self.ranks.numbers, "mesh_dim_names": ("nodes", "ranks")}
+            shard(self.student, DeviceMesh.from_group(groups, self.model.device.type, **named))
         self.parameters = list(trained_part(self.model).parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -118,7 +117,7 @@ class Learner:
         """
         parts = parts or [self.describe(channel, rows)]
         tokens = sum(part["tokens"] for part in parts)
-        share_cut = sum(p["truncated"] for p in parts) / sum(p["rows"] for p in parts)
+        share_cut = sum(p["truncated"] for p in parts) / sum(len(p["tickets"]) for p in parts)
         # The ranks make equally many passes, because in each they wait for each other.
         passes = max(part["passes"] for part in parts)
         batches = self.micro_batches(channel, rows)[self.ranks.local_rank]
@@ -126,7 +125,7 @@ class Learner:
         tables = (self.student(channel, batch)[1:] for batch in batches)
         self.student.loss.look_ahead(tables, self.ranks.gather)
         self.optimizer.zero_grad()
-        sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.model.device)
         for number, batch in enumerate(batches, 1):
             if self.ranks.world_size > 1:  # the nodes add their gradients up once, at the end
                 self.student.set_requires_all_reduce(number == passes)
@@ -148,7 +147,7 @@ class Learner:
         lag = self.version - of_responses(channel, rows, channel.weight_version)  # [T]
         return {
             "tokens": len(lag),
-            "rows": len(rows),
+            "tickets": channel.ticket[rows].tolist(),
             "truncated": int((channel.finish[rows] == LENGTH).sum()),
             "lag_sum": int(lag.sum()),
             "lag_max": int(lag.max()),
@@ -185,7 +184,7 @@ class Learner:
             group["lr"] = lr
         norm = float(whole(clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
         if not norm < float("inf"):  # nor is NaN
-            fix = f"lower --lr and --resume; if it fails again, remove step_{self.version} before"
+            fix = "lower --lr; if --resume fails in the same way, remove the newest step_N"
             raise FloatingPointError(f"update {self.version + 1}: gradient norm is {norm}: {fix}")
         self.optimizer.step()
         return {"grad_norm": norm, "lr": lr}

@@ -35,7 +35,7 @@ from channel import Channel
 from learner import Learner
 from model import compute_dtype
 from support import checkpoint as on_disk
-from support.config import Config, InputError, from_torchrun, parse
+from support.config import Config, InputError, from_torchrun, parse, refusal
 from support.data import Prompt, fingerprint, load_prompts
 from support.load import check_models, load_model, load_tokenizer, shared_vocabulary, stop_ids
 from support.log import Log, Timeline
@@ -70,7 +70,7 @@ def read_inputs(config: Config):
         progress = on_disk.read_progress(checkpoint)
     progress["settings"] = asdict(config)
     prompts, held_out = load_prompts(config, tokenizer, progress["started"])
-    if config.eval_every and len(held_out) < 20:
+    if config.eval_every and len(held_out) < min(20, config.eval_size):
         notes.append(f"accuracy is measured on {len(held_out)} prompts: --eval-prompts gives more")
     for note in notes:
         print(f"note: {note}")
@@ -110,6 +110,7 @@ class Leader:
         self.channel = channel
         self.ranks = learner.ranks
         self.saved_version = learner.version
+        self.amid_update = False
         self.interrupts = []
         on_interrupt(lambda *_: self.interrupts.append(1))
         on_disk.start_output(config, inputs.checkpoint)
@@ -159,12 +160,12 @@ class Leader:
 
     def train_on(self, rows: list[int]):
         """One update, on every rank of every node."""
-        part = self.learner.describe(self.channel, rows)
-        part["tickets"] = self.channel.ticket[rows].tolist()
-        parts = self.ranks.exchange(part)
+        parts = self.ranks.exchange(self.learner.describe(self.channel, rows))
         self.ranks.tell(("update", rows, parts))
+        self.amid_update = True
         with self.timeline.span("update"):
             metrics = self.learner.update(self.channel, rows, parts)
+        self.amid_update = False
         self.tickets.trained([ticket for part in parts for ticket in part["tickets"]])
         return metrics
 
@@ -195,10 +196,9 @@ class Leader:
         except Interrupted:
             pass
         except BaseException as error:
-            if isinstance(error, FloatingPointError):
-                self.saved_version = self.learner.version  # ruined weights are not saved
-            # Amid a broken update the ranks are out of step: they cannot save together.
-            if not isinstance(error, RuntimeError) or self.ranks.world_size == 1:
+            # Several ranks are out of step then, and weights without a finite gradient are ruined.
+            is_lost = self.ranks.world_size > 1 or isinstance(error, FloatingPointError)
+            if not (self.amid_update and is_lost):
                 self.leave()
             raise
         self.leave()
@@ -243,6 +243,8 @@ def run_rank(ranks: Ranks):
     model = load_model(str(checkpoint or config.path("student")), torch.float32, device)
     stops = stop_ids(config.path("student"), inputs.tokenizer, config.stop_token)
     model.generation_config.eos_token_id = sorted(stops)  # of its checkpoints
+    with refusal(f"--student {config.student}: its generation_config.json cannot be saved again"):
+        model.generation_config.validate(strict=True)
     learner = Learner(model, config, shared_vocabulary(config), dtype, ranks)
     if checkpoint:
         learner.load(checkpoint)
@@ -290,7 +292,9 @@ def main():
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         rank = from_torchrun("LOCAL_RANK", 0)  # who followed has lost its leader, which says why
-        sys.exit(rank or "train.py: error: a rank or a node died: torchrun says how")
+        sys.exit(
+            rank or f"train.py: error: a rank or a node died: torchrun says how ({error!s:.90})"
+        )
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted before the first update")
     if dist.is_initialized():

@@ -196,7 +196,8 @@ def check_value(option, value):
         with refusal(f"{option.opts[0]} is {one}"):
             # Unequal: "7" for 7, and NaN.
             is_same = option.type.convert(one, option, None) == one != math.inf
-            require(is_same, f"{option.type.name} is needed")
+            is_list = isinstance(value, (list, tuple))
+            require(is_same and is_list == option.multiple, f"{option.type.name} is needed")
             # `--output-dir --resume` would take the next flag for a directory.
             require(not str(one).startswith("--"), "its own value is missing")
 

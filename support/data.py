@@ -197,13 +197,13 @@ def render(where, row, tokenizer, kwargs):
     messages, tools = row.get("messages"), row.get("tools")
     own = row.get("chat_template_kwargs") or {}
     with refusal(f"{where}: the chat template refuses it"):
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+        tools = json.loads(tools.strip() or "null") if isinstance(tools, str) else tools
         if messages is None:
             require(not (tools or own), "`tools` and `chat_template_kwargs` need `messages`")
             return row["prompt"]
         template = tokenizer.get_chat_template(tools=tools)
         for name in kwargs | own:
-            is_known = re.search(rf"(?<![\w<>/]){re.escape(name)}\b", template)
+            is_known = name != "tools" and re.search(rf"(?<![\w<>/]){re.escape(name)}\b", template)
             require(is_known, f"it knows no `{name}`")
         options = {"tokenize": False, "add_generation_prompt": True, **kwargs, **own}
         apply = partial(tokenizer.apply_chat_template, **options)

@@ -24,8 +24,7 @@ import torch.distributed as dist
 from support.config import from_torchrun, refusal, require
 
 JOINING = timedelta(minutes=3)  # from the first rank's imports to the last's
-PATIENCE = timedelta(hours=1)  # of nodes for each other: the longest answers of an update
-WEEK = timedelta(days=7)  # of ranks for their leader, which watches itself and its roles
+PATIENCE = timedelta(days=1)  # of ranks and nodes for each other: the rollouts of an update
 
 
 class RoleDied(Exception):
@@ -51,9 +50,9 @@ class Ranks:
         self.own_node = self.everyone = None
         if self.world_size > 1:
             self.everyone = dist.new_group(timeout=PATIENCE)
-            self.own_node, _ = dist.new_subgroups(self.local_world_size, timeout=WEEK)
-            ranks = torch.arange(self.world_size).view(self.nodes, -1)
-            self.across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), PATIENCE)
+            self.own_node, _ = dist.new_subgroups(self.local_world_size, timeout=PATIENCE)
+            self.numbers = torch.arange(self.world_size).view(self.nodes, -1)
+            self.across, _ = dist.new_subgroups_by_enumeration(self.numbers.T.tolist(), PATIENCE)
 
     def is_orphan(self):
         """Is torchrun gone? A run without torchrun outlives the shell that started it."""

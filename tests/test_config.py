@@ -127,8 +127,11 @@ def test_a_repeatable_option_is_a_list_in_yaml_and_flags_win(tmp_path):
     assert "--stop-token is --resume: its own value is missing" in refused(
         "--stop-token", "--resume"
     )
-    with pytest.raises(InputError, match="--stop-token is 7: text is needed"):
-        builtin(stop_token=(7,))
+    for wrong in ((7,), "abc", 7):  # letters are no tokens
+        with pytest.raises(InputError, match="--stop-token is "):
+            builtin(stop_token=wrong)
+    with pytest.raises(InputError, match="--steps is "):
+        builtin(steps=(3,))
 
 
 def test_without_a_student_of_ones_own_the_defaults_are_those_of_the_built_in_task(tmp_path):

@@ -381,6 +381,8 @@ def test_settings_of_the_template_come_from_the_row_or_for_all_rows(tmp_path):
     assert "it knows no `think`" in refusal_of(tmp_path, nearly, byte_tokenizer(ONLY_KNOWN))
     nothing = {"messages": [FIRST], "chat_template_kwargs": None}
     assert prompt_from(tmp_path, nothing, byte_tokenizer()) == QUESTION + HEADER
+    hidden = {"messages": [FIRST], "chat_template_kwargs": {"tools": [{"name": "multiply"}]}}
+    assert "it knows no `tools`" in refusal_of(tmp_path, hidden, byte_tokenizer(WITH_TOOLS))
     assert "refuses it" in refusal_of(
         tmp_path, plain | {"chat_template_kwargs": "off"}, byte_tokenizer(ONLY_KNOWN)
     )
@@ -408,6 +410,9 @@ def test_tools_reach_the_template_or_the_row_is_refused(tmp_path):
     as_text = row | {"tools": json.dumps(row["tools"])}  # as columns of a table have them
     shown = prompt_from(tmp_path, row, byte_tokenizer(WITH_TOOLS))
     assert prompt_from(tmp_path, as_text, byte_tokenizer(WITH_TOOLS)) == shown
+    for none in ("", " ", "[]", "null", None, []):
+        empty = row | {"tools": none}
+        assert "multiply" not in prompt_from(tmp_path, empty, byte_tokenizer(CHATML))
     told = refusal_of(tmp_path, row | {"tools": "multiply"}, byte_tokenizer(WITH_TOOLS))
     assert "line 1: the chat template refuses it: Expecting value" in told
     nothing = {"role": "user", "content": None, "tool_calls": None}

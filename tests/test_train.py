@@ -146,6 +146,43 @@ def test_a_hybrid_trains_is_reproducible_and_resumes(model_dir, tmp_path):
     assert last < 0.9 * first and max(r["lag_max"] for r in found) == 1
 
 
+RAISES = """
+import os
+import losses
+class Raises(losses.SampledReverseKL):
+    calls = 0
+    def value(self, s, t, b):
+        Raises.calls += 1
+        if Raises.calls > 9 and os.environ.get("RANK") == "0":
+            raise ValueError("what the plug-in says")
+        return super().value(s, t, b)
+losses.LOSSES["raises"] = Raises
+"""
+
+
+@slow
+def test_an_error_amid_an_update_of_several_ranks_is_shown_and_ends_the_run(pair, tmp_path):
+    """The ranks are out of step, so they must not try to save together: that would hang."""
+    (tmp_path / "raises.py").write_text(RAISES)
+    flags = [*pair, *ENDLESS, f"--plugin={tmp_path}/raises.py", "--loss=raises"]
+    process = start(tmp_path / "run", *flags, ranks=2)
+    out = finish(process, expect=1, within=100.0)
+    assert "ValueError: what the plug-in says" in out and "update    1/" in out, out
+    assert not checkpoints(tmp_path / "run")
+
+
+@slow
+def test_a_student_whose_generation_config_cannot_be_saved_is_refused_at_the_start(
+    model_dir, tmp_path
+):
+    """transformers loads it with a warning, and would refuse to save it at the end."""
+    student = shutil.copytree(model_dir(), tmp_path / "student")
+    (student / "generation_config.json").write_text('{"temperature": 0.9, "eos_token_id": 1}')
+    flags = [f"--config={ROOT / 'assets' / 'builtin.yaml'}", f"--student={student}"]
+    out = finish(start(tmp_path / "run", *flags, f"--teacher={model_dir()}"), expect=1)
+    assert "its generation_config.json cannot be saved again: " in out and "temperature" in out, out
+
+
 @slow
 def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path):
     """Two prompts, nearly greedy: sequences recur. A hit was computed in another batch shape."""
@@ -554,14 +591,17 @@ def test_weights_that_diverged_are_named_and_good_ones_are_left(sync_run, pair, 
     diverging = ["--warmup-steps=0", "--lr=1e30", "--resume"]
     out = finish(start(output, *pair, *flags, *diverging), expect=1)
     assert f"resuming from {output}/step_6" in out
-    message = "update 8: gradient norm is nan: lower --lr and --resume; if it fails again, remove"
-    assert f"train.py: error: {message} step_7 before" in out, out
+    message = (
+        "update 8: gradient norm is nan: lower --lr; if --resume fails in the same way, remove"
+    )
+    assert f"train.py: error: {message} the newest step_N" in out, out
     assert checkpoints(output) == [output / "step_6", output / "step_7"]
 
 
 def test_what_diverged_is_not_saved_at_the_end(new_leader, monkeypatch):
     def diverge():
         leader.learner.version = 3  # without `save`
+        leader.amid_update = True
         raise FloatingPointError("update 4: gradient norm is nan")
 
     leader = new_leader()
