@@ -192,11 +192,11 @@ def new_option(item):
 
 def check_value(option, value):
     """What click checks on the command line holds for a Config made in Python, too."""
-    for one in value if option.multiple else [value]:
+    is_list = isinstance(value, (list, tuple))
+    for one in value if is_list else [value]:
         with refusal(f"{option.opts[0]} is {one}"):
             # Unequal: "7" for 7, and NaN.
             is_same = option.type.convert(one, option, None) == one != math.inf
-            is_list = isinstance(value, (list, tuple))
             require(is_same and is_list == option.multiple, f"{option.type.name} is needed")
             # `--output-dir --resume` would take the next flag for a directory.
             require(not str(one).startswith("--"), "its own value is missing")

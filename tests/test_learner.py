@@ -237,7 +237,12 @@ def test_a_node_divides_by_the_tokens_of_all_nodes_and_makes_as_many_passes(mode
     alone, learner = (new_learner(model_dir(seed=2), config) for _ in range(2))
     expected = alone.update(table, ROWS)
     own = learner.describe(table, ROWS)
-    other = {"tokens": 2 * own["tokens"], "rows": 4, "truncated": 4, "passes": own["passes"] + 2}
+    other = {
+        "tokens": 2 * own["tokens"],
+        "tickets": [0] * 4,
+        "truncated": 4,
+        "passes": own["passes"] + 2,
+    }
     other |= {"lag_sum": 12 * own["tokens"], "lag_max": 9}
     passes = []
     learner.student.register_forward_hook(lambda *_: passes.append(1))
