@@ -246,6 +246,7 @@ def test_lengths_have_the_mean_that_is_asked_for_and_never_more_than_the_longest
     ]
 
 
+@pytest.mark.slow
 def test_a_plan_fits_the_gpus_it_is_for():
     job = scaling.Job("0.6B", "8B", 256, 512, batch=64)
     found = scaling.candidates(job)

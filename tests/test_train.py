@@ -480,13 +480,9 @@ def test_waiting_ends_when_torchrun_is_gone_and_a_run_without_it_outlives_its_sh
 # ---- interrupts ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "number, ranks",
-    [
-        (signal.SIGTERM, 1),
-        *(pytest.param(n, r, marks=slow) for n in INTERRUPTS for r in (0, 1, 2)),
-    ],
-)
+@slow
+@pytest.mark.parametrize("ranks", [0, 1, 2])
+@pytest.mark.parametrize("number", INTERRUPTS)
 def test_a_signal_saves_and_leaves(number, ranks, pair, tmp_path):
     """To every process at once: as a terminal does, also when it is closed, and a scheduler."""
     output = tmp_path / "run"
