@@ -255,7 +255,7 @@ def run_rank(ranks: Ranks):
     count = sum(p.numel() for p in learner.parameters)
     ratio = config.lr / (0.1 / count**0.5)  # to what is usual: 1e-5 for 100M, 1e-6 for 10B
     if not 1 / 30 < ratio < 30:
-        print(f"note: --lr is {config.lr:g}, for {count:,} parameters {ratio:,.2g} times the usual")
+        print(f"note: --lr is {config.lr:g}, for {count:,} parameters {ratio:.3g} times the usual")
     channel = ranks.tell(Channel.create(config, count, dtype))
     channel.pin(device)
     print(f"learners, generators, teachers on {', '.join(map(str, devices))}")
