@@ -6,7 +6,7 @@ channel, starts generators and teachers, and runs the main loop. The others foll
 lists the settings.
 
 How a run ends:
-  1. all updates are made, or `Leader.check`, which every wait calls, raises
+  1. all updates are made, or `Leader.check` raises, which every wait but that for other nodes calls
   2. what was learned is saved
   3. the ranks that follow are told; other nodes notice that this one is gone
   4. generators and teachers see that `channel.stop` is set, and leave
@@ -196,7 +196,8 @@ class Leader:
         except Interrupted:
             pass
         except BaseException as error:
-            # Several ranks are out of step then, and weights without a finite gradient are ruined.
+            # Amid an update several ranks are out of step, and cannot save together. Weights that
+            # have no finite gradient are ruined.
             is_lost = self.ranks.world_size > 1 or isinstance(error, FloatingPointError)
             if not (self.amid_update and is_lost):
                 self.leave()
