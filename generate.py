@@ -38,8 +38,6 @@ from support.load import head_factor, load_model, load_tokenizer, shared_vocabul
 from support.log import Timeline
 from tickets import may_start, teacher_of
 
-GRAPH_LENGTHS = 256  # a CUDA graph serves lengths up to the next multiple
-
 
 @dataclass
 class Generator:
@@ -61,7 +59,7 @@ class Generator:
         for name, x in getattr(self.model, "slot_states", {}).items():  # see switch_to_slots
             self.cache.states[name] = x.new_zeros(self.slots, *x.shape[1:])
         self.active: list[Rollout] = []  # slot i holds active[i]
-        self.graphs = {}  # (slots, length) -> CUDA graph
+        self.graphs = {}  # slots -> CUDA graph
         self.pool = None  # the memory that the graphs share
         self.last_token = self.per_slot()  # [S]
         self.position = self.per_slot()  # [S], where last_token goes in the sequence
@@ -124,11 +122,13 @@ class Generator:
     @torch.no_grad()
     def step(self):
         """Draw one token for every active slot; return the rollouts that it finished."""
-        length = max(rollout.length for rollout in self.active)
+        count = self.computed_slots
+        self.position[len(self.active) :] = 0  # idle slots that run along read one key
+        self.r[len(self.active) :] = 0
         if self.device.type == "cuda":
-            self.replay(len(self.active), length)
+            self.replay(count)
         else:
-            self.decode(len(self.active), length)
+            self.decode(count)
         finished = []
         tokens = self.last_token[: len(self.active)].tolist()
         for slot in reversed(range(len(tokens))):  # what moves into a hole has had its turn
@@ -141,12 +141,26 @@ class Generator:
                 finished.append(rollout)
         return finished
 
-    def decode(self, active, length):
-        """The step on the device: no synchronisation, and both arguments fix all shapes."""
+    @property
+    def computed_slots(self):
+        """How many slots a step computes: the active ones, and idle ones where that is faster.
+
+        On a GPU a power of two, so that few graphs serve all steps. On a CPU matrix products of 7
+        to 15 rows take up to twice as long as of 16 (MKL; docs/decisions.md).
+        """
+        active = len(self.active)
+        if self.device.type == "cuda":
+            active = 1 << (active - 1).bit_length()  # the next power of two
+        elif 7 <= active < 16:
+            active = 16
+        return min(self.slots, active)
+
+    def decode(self, active):
+        """The step on the device: no synchronisation, and `active` fixes all shapes."""
         slots = torch.arange(active, device=self.device)  # [A]
         r = self.r[:active]  # views: adding to them below moves the slots on
         position = self.position[:active]
-        step = Decode(self.cache, position, length)
+        step = Decode(self.cache, position)
         tokens = self.last_token[:active, None]  # [A,1]
         memory = {"slot_step": step, "past_key_values": step}
         hidden = last_hidden(self.model, tokens, position_ids=position[:, None], **memory)
@@ -157,29 +171,24 @@ class Generator:
         self.candidate_ids[slots, r] = ids
         self.behavior_logp[slots, r] = logp
         self.last_token[:active] = ids[:, 0]
-        # Idle slots of a padded graph must stay in range.
-        position.add_(1).clamp_(max=self.cache.max_len - 1)
-        r.add_(1).clamp_(max=self.config.max_new_tokens - 1)
+        position.add_(1)
+        r.add_(1).clamp_(max=self.config.max_new_tokens - 1)  # a capture may follow a last token
 
-    def replay(self, active, length):
-        """`decode` as a CUDA graph, one for a power of two of slots and a multiple of lengths.
+    def replay(self, active):
+        """`decode` as a CUDA graph. One for each number of slots serves all lengths.
 
         The first step of a shape runs as it is, so that libraries set themselves up. Then the
         graph is recorded, which executes nothing.
         """
-        power_of_two = 1 << (active - 1).bit_length()  # not below `active`
-        active = min(self.slots, power_of_two)
-        rounded_up = math.ceil(length / GRAPH_LENGTHS) * GRAPH_LENGTHS
-        length = min(self.cache.max_len, rounded_up)
-        if (active, length) in self.graphs:
-            self.graphs[active, length].replay()
+        if active in self.graphs:
+            self.graphs[active].replay()
             return
-        self.decode(active, length)
+        self.decode(active)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, self.pool):
-            self.decode(active, length)
+            self.decode(active)
         self.pool = graph.pool()
-        self.graphs[active, length] = graph
+        self.graphs[active] = graph
 
     def release(self, slot):
         """Copy the rollout out and move the last active slot into its place."""
@@ -194,8 +203,6 @@ class Generator:
             for tensor in self.counters + self.tables:
                 tensor[slot] = tensor[last]
             self.cache.move(last, slot, moved.length)
-        self.position[last] = 0
-        self.r[last] = 0
 
     def generate(self, rollouts: list[Rollout]):
         """Finish all `rollouts`, refilling slots as they fall free; returns them as given."""

@@ -7,7 +7,7 @@ A generator's model has the attention "kv_slots". In every attention layer trans
 forward. A step knows what to write and what may be seen. Layers with a convolution or a recurrent
 state (Qwen3.5 and other hybrids) get the same step as `past_key_values`.
 
-Left out: paged blocks, prefix sharing, a fused decode kernel.
+Left out: paged blocks, prefix sharing.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from kernels.decode_attention import decode_attention
+from kernels.head import uses_triton
 from model import last_hidden
 from support.config import InputError, refusal, require
 from support.load import agree, probe_ids
@@ -115,21 +117,19 @@ class Prefill(Step):
         mask = None
         if window is not None and length > window:
             mask = may_see(torch.arange(length, device=key.device), length, window)
-        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": True}
+            # With a mask, CUDA's fast kernels want as many key-value heads as query heads.
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": mask is None}
         out = F.scaled_dot_product_attention(query, key, value, mask, **options)
         return out.transpose(1, 2)
 
 
 @dataclass
 class Decode(Step):
-    """One new token for each of the slots [0, A), written at `position` int64 [A].
-
-    The first `length` positions of the cache are looked at.
-    """
+    """One new token for each of the slots [0, A), written at `position` int64 [A]."""
 
     cache: KVCache
     position: Tensor
-    length: int
     masks: dict = field(default_factory=dict)  # window -> mask, shared by the layers
 
     @property
@@ -145,18 +145,19 @@ class Decode(Step):
         values[slots, :, self.position] = value[:, :, 0]
         # The query heads of one key-value head stand side by side, so the cache is not copied.
         grouped = query.view(active, heads, -1, size)  # [A,H,query heads of each,E]
-        known = [x[:active, :, : self.length] for x in (keys, values)]  # [A,H,X,E]
-        mask = self.mask(window, query.dtype)
-        out = F.scaled_dot_product_attention(grouped, *known, mask, scale=scaling)
+        if uses_triton(grouped):
+            out = decode_attention(grouped, keys, values, self.position, scaling, window)
+        else:
+            mask = self.mask(window, query.dtype)
+            known = [x[:active, :, : mask.shape[-1]] for x in (keys, values)]  # [A,H,X,E]
+            out = F.scaled_dot_product_attention(grouped, *known, mask, scale=scaling)
         return out.reshape(active, 1, -1, value.shape[3])
 
     def mask(self, window, dtype):
-        """-inf at hidden positions, else 0: [A,1,1,X]."""
+        """-inf at hidden positions, else 0: [A,1,1,X], X being the longest slot's."""
         if window not in self.masks:
-            # Idle slots of a padded graph may stand beyond the end.
-            now = self.position.clamp(max=self.length - 1)
-            hidden = ~may_see(now, self.length, window)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=now.device)
+            hidden = ~may_see(self.position, int(self.position.max()) + 1, window)
+            mask = torch.zeros(hidden.shape, dtype=dtype)
             self.masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
         return self.masks[window]
 
@@ -219,6 +220,6 @@ def last_through_slots(model, ids):
     first = Prefill(cache, torch.zeros_like(position))
     last_hidden(model, ids[:, :-1], slot_step=first, past_key_values=first)
     require(cache.layers, "its attention is its own, the KV slots cannot take its place")
-    step = Decode(cache, position, length=ids.shape[1])
+    step = Decode(cache, position)
     options = {"position_ids": position[None], "slot_step": step, "past_key_values": step}
     return last_hidden(model, ids[:, -1:], **options)[0, 0], cache

@@ -46,17 +46,20 @@ def draw(probs, uniforms):
     probs float32 [A,V], of any sum; uniforms float64 [A,N] in [0,1) -> ids int64 [A,N]. In
     float32 the cumulative sum over 150,000 ids ends at 0.9999998, which distorts the tail. In
     float64 its error is 1e-16. Where V allows it, a block of ids is drawn first, by its sum, then
-    an id inside it: so the large table is read once.
+    an id inside it: so the large table is read once. A block's sum is rounded to float32, as
+    `probs` are: every id keeps its probability up to 1e-7 of it.
     """
     if probs.shape[1] % BLOCK:
         return find(probs, uniforms * probs.sum(-1, keepdim=True, dtype=torch.float64))
     blocks = probs.unflatten(1, (-1, BLOCK))
-    sums = blocks.sum(-1, dtype=torch.float64)
+    sums = blocks.sum(-1).double()  # summing in float64 would copy the table
     target = uniforms * sums.sum(-1, keepdim=True)
     block = find(sums, target)
-    before = (sums.cumsum(-1) - sums).gather(1, block)
-    row = torch.arange(len(probs), device=probs.device)[:, None]
-    within = find(blocks[row, block], (target - before)[..., None])
+    width = sums.gather(1, block)
+    before = sums.cumsum(-1).gather(1, block) - width
+    inside = blocks[torch.arange(len(probs), device=probs.device)[:, None], block]  # [A,N,BLOCK]
+    target = (target - before) / width * inside.sum(-1, dtype=torch.float64)
+    within = find(inside, target[..., None])
     return block * BLOCK + within[..., 0]
 
 

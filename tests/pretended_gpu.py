@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+import kv_cache
 from kernels import head
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,13 +233,14 @@ class Factories(TorchFunctionMode):
 
 
 def launched(launch):
-    """head.fused_loss, for tensors on the device."""
+    """A function that launches a kernel, for tensors on the device. A graph records the launch."""
 
     def run_kernel(*args):
         assert all(
             isinstance(x, OnGpu) for x in tree_leaves(args) if isinstance(x, torch.Tensor)
         ), "a kernel gets tensors on both devices"
-        return tuple(map(OnGpu, launch(*tree_map(host_of, args))))
+        out = current.compute(launch, tree_map(host_of, args), {})
+        return tree_map_only(torch.Tensor, OnGpu, out)
 
     return run_kernel
 
@@ -265,6 +267,7 @@ def pretended_gpu():
         "torch.cuda.CUDAGraph": Graph,
         "torch.cuda.graph": Graph.capture,
         "kernels.head.fused_loss": launched(head.fused_loss),
+        "kv_cache.decode_attention": launched(kv_cache.decode_attention),
     }
     with ExitStack() as stack:
         for name, replacement in patches.items():
