@@ -72,8 +72,8 @@ class RowQueue:
 class Channel:
     """The shared memory. Every Field below is a tensor of that name on an instance.
 
-    R rows, L longest sequence, M longest response, C candidates, P parameters, Z teachers, and Q
-    roles: generators, teachers, learner.
+    R rows, L longest sequence, M longest response, C candidates, P parameters, D generators, Z
+    teachers, Q roles (generators, teachers, learner), J evaluation prompts at most.
     """
 
     # the rollout table           who writes it -> who reads it
@@ -91,9 +91,9 @@ class Channel:
     weights = Field(None, "2 P")  # leader -> generator
     # control and counters
     stop = Field(i64, "1")  # leader -> all
-    eval_asked = Field(i64, "1")  # leader -> generator 0; evaluations asked for so far
-    eval_done = Field(i64, "1")  # generator 0 -> leader; evaluations made so far
-    eval_accuracy = Field(f64, "1")  # generator 0 -> leader; of the newest evaluation
+    eval_asked = Field(i64, "1")  # leader -> generators; evaluations asked for so far
+    eval_done = Field(i64, "D")  # each generator -> leader; evaluations made so far
+    eval_correct = Field(i64, "J")  # generators -> leader; 1: the newest answer is right
     busy = Field(f64, "Q")  # each role its own -> leader; seconds
     cache_stats = Field(i64, "Z 4")  # each teacher -> leader; hits, misses, bytes, evictions
 
@@ -174,6 +174,8 @@ def memory_layout(config, num_parameters, dtype):
         "P": num_parameters,
         "Q": config.generators + config.teachers + 1,
         "Z": config.teachers,
+        "D": config.generators,
+        "J": config.eval_size,
     }
     places = {}
     start = 0

@@ -234,8 +234,8 @@ class Sampler:
         self.greedy = Generator(model, Greedy(), config, stops, vocab, slots)
         self.greedy.cache = self.generator.cache  # they take turns
 
-    def accuracy(self):
-        """Fraction of the evaluation prompts that the present weights answer correctly.
+    def evaluate(self):
+        """Which of the evaluation prompts the present weights answer correctly: a list of bools.
 
         It takes the slots: no rollout may be active.
         """
@@ -243,7 +243,7 @@ class Sampler:
         responses = [rollout.response_ids for rollout in self.greedy.generate(rollouts)]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         answers = [prompt.answer for prompt in self.held_out]
-        return sum(map(self.is_correct, texts, answers)) / len(answers)
+        return [bool(self.is_correct(*pair)) for pair in zip(texts, answers)]
 
 
 # ---- the process ------------------------------------------------------------------------------
@@ -253,13 +253,13 @@ def run(config: Config, channel: Channel, device, number: int, held_out):
     """Generation process `number`, until the leader says stop or is gone.
 
     1. take rows for the free slots   2. pick up new weights, if `refresh` allows it now
-    3. generator 0: if an evaluation was asked for, finish what is active, then evaluate
+    3. if an evaluation was asked for, finish what is active, then evaluate its share of prompts
     4. start the tickets that the inequality admits   5. decode one token for every active slot
     6. write finished rollouts to their rows, pass them on
     """
     # Its share of the rollouts in flight, rounded up: no generator takes its neighbour's.
     share = math.ceil(config.table_rows / config.generators)
-    sampler = Sampler(config, device, share, held_out)
+    sampler = Sampler(config, device, share, held_out[number :: config.generators])
     generator = sampler.generator
     generator.version = -1  # the first weights have version 0
     channel.pin(device)
@@ -272,12 +272,13 @@ def run(config: Config, channel: Channel, device, number: int, held_out):
             with timeline.span("pick up weights"):
                 generator.version = channel.pick_up(sampler.weights)
         # The leader publishes nothing while it waits, so the newest weights are those it means.
-        is_asked = number == 0 and bool(channel.eval_done < channel.eval_asked)
+        is_asked = bool(channel.eval_done[number] < channel.eval_asked)
         is_due = is_asked and generator.version == int(channel.version)
         if is_due and not generator.active:
             with timeline.span("evaluate"):
-                channel.eval_accuracy.fill_(sampler.accuracy())
-                channel.eval_done += 1
+                ours = channel.eval_correct[number : len(held_out) : config.generators]
+                ours.copy_(torch.tensor(sampler.evaluate()))
+                channel.eval_done[number] += 1
         started = []
         while waiting and not is_due and may_start(waiting[0].ticket, generator.version, config):
             started.append(waiting.popleft())

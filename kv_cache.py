@@ -118,7 +118,8 @@ class Prefill(Step):
         if window is not None and length > window:
             mask = may_see(torch.arange(length, device=key.device), length, window)
             # With a mask, CUDA's fast kernels want as many key-value heads as query heads.
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+            group = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(group, 1) for x in (key, value))
         options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": mask is None}
         out = F.scaled_dot_product_attention(query, key, value, mask, **options)
         return out.transpose(1, 2)

@@ -3,7 +3,11 @@
 Letters of shapes: serial.py. support/load.py loads a model and makes sure that it fits.
 """
 
+from copy import deepcopy
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import vector_to_parameters
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -69,6 +73,37 @@ def row_batches(channel, rows, budget: int):
 def layers_of(model):
     """The decoder layers. transformers gives all of them one base class."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def fuse_norms(model):
+    """Every RMSNorm in one kernel a call; transformers has eight.
+
+    Only where the numbers are the same: Gemma and Qwen3.5 scale by 1 + weight, and keep their own.
+    """
+    for module in model.modules():
+        is_placed = hasattr(module, "_hf_hook")  # accelerate moves its input between GPUs
+        if type(module).__name__.endswith("RMSNorm") and not is_placed and is_rms_norm(module):
+            module.forward = partial(rms_norm, module)
+
+
+def is_rms_norm(module):
+    """Is the module F.rms_norm with a weight? Compared in float32."""
+    if getattr(module, "weight", None) is None or epsilon(module) is None:
+        return False
+    copy = deepcopy(module).float()
+    x = torch.randn(4, *copy.weight.shape, device=copy.weight.device) + 1.0  # not of mean 0
+    return torch.allclose(copy(x), rms_norm(copy, x), rtol=1e-5, atol=1e-6)
+
+
+def epsilon(norm):
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def rms_norm(module, x):
+    """[...,F] -> [...,F]. A weight of another dtype, or autocast, would make it eight kernels."""
+    weight = module.weight.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, weight.shape, weight, epsilon(module))
 
 
 def compute_dtype(config: Config, device: torch.device):

@@ -41,7 +41,6 @@ def decode_kernel(
 ):
     slot = tl.program_id(0)
     head = slot * tl.num_programs(1) + tl.program_id(1)  # of all slots' key-value heads
-    first_key = head.to(tl.int64) * L
     g = tl.arange(0, ROWS)[:, None]  # [ROWS,1]
     e = tl.arange(0, KEY_WIDTH)[None, :]  # [1,KEY_WIDTH]
     d = tl.arange(0, VALUE_WIDTH)[None, :]  # [1,VALUE_WIDTH]
@@ -55,7 +54,7 @@ def decode_kernel(
     for start in range(begin // BLOCK * BLOCK, end, BLOCK):
         x = start + tl.arange(0, BLOCK)  # [BLOCK]
         seen = (x >= begin) & (x < end)
-        row = (first_key + x)[:, None]
+        row = (head.to(tl.int64) * L + x)[:, None]  # of all slots' keys
         k = tl.load(keys + row * E + e, mask=seen[:, None] & (e < E), other=0.0).to(tl.float32)
         v = tl.load(values + row * D + d, mask=seen[:, None] & (d < D), other=0.0).to(tl.float32)
         score = tl.dot(q, k.T, input_precision=PRECISION) * (scale * LOG2_E)  # [ROWS,BLOCK]
@@ -66,8 +65,7 @@ def decode_kernel(
         total = total * shrink + tl.sum(weight, 1)
         mixed = mixed * shrink[:, None] + tl.dot(weight, v, input_precision=PRECISION)
         peak = higher
-    mean = (mixed / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (head * G + g) * D + d, mean, mask=(g < G) & (d < D))
+    tl.store(out + (head * G + g) * D + d, mixed / total[:, None], mask=(g < G) & (d < D))
 
 
 def decode_attention(query, keys, values, position, scale, window):

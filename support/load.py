@@ -16,6 +16,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from losses import make_loss
+from model import fuse_norms
 from support.config import Config, refusal, require
 
 NO_CODE = {"trust_remote_code": False}  # else transformers asks on the terminal
@@ -158,6 +159,8 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device, gpus=1, leng
     model.eval().requires_grad_(False)
     with refusal(f"{path} is not supported"):
         check_head(model, length)
+    if device.type == "cuda":  # a CPU gains nothing
+        fuse_norms(model)
     return model
 
 

@@ -1,20 +1,24 @@
 """Compile every kernel ahead of time, without a GPU: `python tests/compile_kernels.py`.
 
-One line each: kernel, target, shape, registers, spilled bytes. Exits with 1 if anything spills.
+One line each: kernel, target, shape, registers, spilled bytes and, for the decode kernel, bytes of
+shared memory. Exits with 1 if anything spills.
 What it compiles is what `launch_shape` launches.
 """
 
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kernels import decode_attention  # noqa: E402
 from kernels.fused_loss import launch_shape, loss_kernel  # noqa: E402
 from kernels.terms import TERMS, given, sampled_reverse_kl  # noqa: E402
 
@@ -42,26 +46,49 @@ CASES = [
 CASES += [("*bf16", "*bf16", 173, 256), ("*fp32", "*bf16", 173, 1)]
 
 
+# The decode kernel: group, size of a key, of a value.
+HEADS = [(1, 64, 64), (2, 128, 128), (8, 128, 128), (16, 128, 128), (4, 80, 80)]
+HEADS += [(6, 96, 96), (4, 256, 256), (16, 256, 256), (16, 192, 128)]
+
+
 def compile_kernel(arch: int, logits: str, grad: str, vocab: int, columns: int, constants: dict):
     shape = launch_shape(vocab, columns)
-    options = {"num_warps": shape.pop("num_warps")}
-    constants, names = shape | constants, loss_kernel.arg_names
     types = POINTERS | SCALARS | {"logits": logits, "grad": grad}
-    types |= dict.fromkeys(constants, "constexpr")
     by_16 = ("V", "grad_stride") if vocab % 16 == 0 else ()
+    return compile_for(arch, loss_kernel, types, by_16, shape | constants)
+
+
+def compile_decode(arch: int, kind: str, heads, constants: dict):
+    dtype = {"*fp32": torch.float32, "*bf16": torch.bfloat16}[kind]
+    shape = decode_attention.launch_shape(*heads, dtype)
+    types = dict.fromkeys(("query", "keys", "values", "out"), kind) | {"position": "*i64"}
+    types |= {"scale": "fp32", "window": "i32", "L": "i32"}
+    return compile_for(arch, decode_attention.decode_kernel, types, ("L",), shape | constants)
+
+
+def compile_for(arch: int, kernel, types: dict, by_16, constants: dict):
+    """`types` of the arguments, those that are divisible by 16, constants with num_warps."""
+    options = {"num_warps": constants.pop("num_warps")}
+    names = kernel.arg_names
+    types = types | dict.fromkeys(constants, "constexpr")
     aligned = [name for name in names if types[name].startswith("*") or name in by_16]
     source = ASTSource(
-        loss_kernel,
+        kernel,
         {name: types[name] for name in names},
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        {
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in aligned
+            if types[name] != "constexpr"
+        },
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def resources(compiled, arch: int) -> tuple[int, int]:
     """(registers a thread, bytes spilled), as ptxas reports them."""
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    name = "ptxas-blackwell" if arch >= 100 else "ptxas"
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
@@ -74,8 +101,9 @@ def resources(compiled, arch: int) -> tuple[int, int]:
 
 def main():
     spilled = 0
+    wanted = [int(name) for name in sys.argv[1:]] or [80, 90, 100]  # of the architectures
     cases = [(80, case) for case in CASES[:2]] + [(90, case) for case in CASES]
-    wanted = [int(name) for name in sys.argv[1:]] or [80, 90]  # of the architectures
+    cases += [(100, case) for case in CASES[:2]]
     for arch, case in [(arch, case) for arch, case in cases if arch in wanted]:
         special = SPECIAL if arch == 90 and case[-1] == 64 else []
         for constants in CONSTANTS + special:
@@ -83,6 +111,14 @@ def main():
             spilled += bytes_spilled
             terms, *ones = (getattr(x, "__name__", f"{key}=1") for key, x in constants.items())
             print("loss_kernel", terms, *ones, f"sm_{arch}", *case, registers, bytes_spilled)
+    for arch, kind, heads in itertools.product(wanted, ("*bf16", "*fp32"), HEADS):
+        # A window of 1 becomes a constant, and so does a cache of one position.
+        for ones in ({}, {"window": 1}, {"window": 1, "L": 1}) if heads == HEADS[1] else ({},):
+            compiled = compile_decode(arch, kind, heads, ones)
+            registers, bytes_spilled = resources(compiled, arch)
+            spilled += bytes_spilled
+            numbers = registers, bytes_spilled, compiled.metadata.shared
+            print("decode_kernel", *heads, *ones, f"sm_{arch}", kind, *numbers)
     sys.exit(spilled > 0)
 
 

@@ -1,8 +1,9 @@
 """Drive Triton's own launch with a driver that is not there: `python tests/launch_kernels.py`.
 
-Everything from kernels/head.py down to the driver is real: Triton binds the arguments, specialises
-them, compiles for sm_90 and assembles the code. What the driver is handed goes no further. It
-needs no GPU. Prints an object of JSON for each loss, with what was launched.
+Everything from kernels/head.py and kv_cache.py down to the driver is real: Triton binds the
+arguments, specialises them, compiles for sm_90 and assembles the code. What the driver is handed
+goes no further. It needs no GPU. Prints an object of JSON for each loss and for each decode step,
+with what was launched.
 """
 
 import json
@@ -14,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import kv_cache
 from kernels import head
 from losses import make_loss
 from support.config import builtin
@@ -27,6 +29,16 @@ CONFIGS = {
     "stratified_reverse_kl": builtin(),
     "given": builtin(loss="sampled_rollout_ppo", plugin="experiments.corrections", num_samples=4),
 }
+# Decode steps: dtype, query heads of a key-value head, sizes of key and value, positions, window.
+STEPS = {
+    "bfloat16": (torch.bfloat16, 2, 128, 128, 2560, None),
+    "float32": (torch.float32, 2, 128, 128, 2560, None),
+    "odd sizes": (torch.bfloat16, 3, 80, 80, 2561, 100),
+    "window of 16s": (torch.bfloat16, 4, 256, 256, 2560, 1024),
+    "window of 1": (torch.bfloat16, 4, 256, 256, 2560, 1),
+    "narrow values": (torch.bfloat16, 16, 192, 128, 2560, None),
+}
+HEADS, SLOTS = 8, 4
 
 
 class Utils:
@@ -84,28 +96,43 @@ def launch(loss):
     return launched, {"logits": logits, "ids": ids, "grad": gradient}
 
 
-def describe(name):
-    loss = make_loss(CONFIGS[name])
-    (grid, launcher, arguments), tensors = launch(loss)
+def step(dtype, group, key_size, value_size, length, window):
+    """One layer of a decode step through kv_cache.Decode: its cache, and what it launched."""
+    cache = kv_cache.KVCache(SLOTS, length)
+    decode = kv_cache.Decode(cache, torch.tensor([length - 1, 0, 1]))
+    query = torch.zeros(3, HEADS * group, 1, key_size, dtype=dtype)
+    key, value = (torch.zeros(3, HEADS, 1, size, dtype=dtype) for size in (key_size, value_size))
+    before = len(Launcher.launches)
+    decode.attend(0, query, key, value, 0.1, window)
+    (launched,) = Launcher.launches[before:]
+    keys, values = cache.layers[0]
+    return launched, {"keys": keys, "values": values, "position": decode.position}
+
+
+def describe(launch, *arguments):
+    """Launch twice. What the driver was handed, and whether the second launch compiled again."""
+    (grid, launcher, passed), tensors = launch(*arguments)
     binaries = len(Utils.binaries)
-    launch(loss)
+    launch(*arguments)
+    names = launcher.source.fn.arg_names
     return {
-        "loss": name,
         "kernel": launcher.source.fn.__name__,
         "grid": grid,
         "target": launcher.metadata.target.arch,
         "warps": launcher.metadata.num_warps,
-        "terms": arguments["TERMS"].__name__,
-        "columns": [arguments[key] for key in ("C", "first", "first_draw")],
-        "constants": [launcher.source.fn.arg_names[i] for (i,) in launcher.source.constants],
+        "terms": getattr(passed.get("TERMS"), "__name__", None),
+        "numbers": {key: x for key, x in passed.items() if isinstance(x, int)},
+        "constants": [names[i] for (i,) in launcher.source.constants],
         "binary": Utils.binaries[-1][:4].hex(),
         "compiled_again": len(Utils.binaries) - binaries,
-        "same_memory": [arguments[key].data_ptr() == x.data_ptr() for key, x in tensors.items()],
+        "same_memory": [passed[key].data_ptr() == x.data_ptr() for key, x in tensors.items()],
     }
 
 
 if __name__ == "__main__":
     driver.set_active(Driver())
-    head.uses_triton = lambda tensor: True
-    for name in CONFIGS:
-        print(json.dumps(describe(name)))
+    head.uses_triton = kv_cache.uses_triton = lambda tensor: True
+    for name, config in CONFIGS.items():
+        print(json.dumps({"name": name} | describe(launch, make_loss(config))))
+    for name, sizes in STEPS.items():
+        print(json.dumps({"name": name} | describe(step, *sizes)))

@@ -356,7 +356,7 @@ def test_evaluation_between_rollouts_takes_their_slots_and_changes_none_of_them(
             [Rollout(ids, ticket=i) for i, ids in enumerate(prompts(7))]
         )
         if sampler.held_out:
-            assert sampler.accuracy() == sampler.accuracy()
+            assert sampler.evaluate() == sampler.evaluate()
         second = sampler.generator.generate(
             [Rollout(ids, ticket=7 + i) for i, ids in enumerate(prompts(7))]
         )

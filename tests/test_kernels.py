@@ -343,7 +343,10 @@ def test_candidates_that_are_no_memory_of_their_own_are_copied(triton_path):
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("arch", [90, pytest.param(80, marks=pytest.mark.slow)])
+ARCHITECTURES = [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles_ahead_of_time_and_spills_nothing(arch, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(tmp_path)
@@ -360,9 +363,10 @@ def test_every_kernel_compiles_ahead_of_time_and_spills_nothing(arch, tmp_path):
             line.startswith(f"loss_kernel {name}") and f"sm_{arch}" in line
             for line in result.stdout.splitlines()
         )
+    assert f"decode_kernel 2 128 128 sm_{arch} *bf16" in result.stdout
 
 
-def test_triton_launches_every_loss_on_an_h100_that_is_not_there(tmp_path):
+def test_triton_launches_every_kernel_on_an_h100_that_is_not_there(tmp_path):
     """Its own binder, specialisation, compiler and assembler (launch_kernels.py)."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -372,9 +376,9 @@ def test_triton_launches_every_loss_on_an_h100_that_is_not_there(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    launched = {found.pop("loss"): found for found in map(json.loads, result.stdout.splitlines())}
+    launched = {found.pop("name"): found for found in map(json.loads, result.stdout.splitlines())}
     # Terms; C, first, first_draw. An integer that is 1 becomes a constant.
-    expected = {
+    losses = {
         "forward_kl": ("forward_kl", [17, 1, 17], {"first"}),
         "sparse_reverse_kl": ("sparse_reverse_kl", [17, 1, 17], {"first"}),
         "sampled_reverse_kl": ("sampled_reverse_kl", [16, 0, 0], set()),
@@ -382,15 +386,35 @@ def test_triton_launches_every_loss_on_an_h100_that_is_not_there(tmp_path):
         "stratified_reverse_kl": ("sampled_reverse_kl", [33, 1, 17], {"first"}),
         "given": ("given", [4, 0, 0], set()),
     }
-    assert launched.keys() == expected.keys()
-    for name, (terms, columns, ones) in expected.items():
+    for name, (terms, columns, ones) in losses.items():
         found = launched[name]
         constants = {"TERMS", "LANES", "CANDIDATES"} | ones
-        assert (found["terms"], found["columns"]) == (terms, columns), name
+        numbers = [found["numbers"][key] for key in ("C", "first", "first_draw")]
+        assert (found["kernel"], found["terms"], numbers) == ("loss_kernel", terms, columns), name
         assert set(found["constants"]) == constants, name
-        assert found["grid"] == [3, 1, 1] and found["warps"] == 32 and found["target"] == 90
+        assert found["grid"] == [3, 1, 1] and found["warps"] == 32
+    # L, window, and what is padded: G to 16 rows, E and D to a power of two; keys of a block.
+    steps = {
+        "bfloat16": [2560, 2560, 16, 128, 128, 64],
+        "float32": [2560, 2560, 16, 128, 128, 32],
+        "odd sizes": [2561, 100, 16, 128, 128, 64],
+        "window of 16s": [2560, 1024, 16, 256, 256, 32],
+        "window of 1": [2560, 1, 16, 256, 256, 32],
+        "narrow values": [2560, 2560, 16, 256, 128, 32],
+    }
+    for name, expected in steps.items():
+        found = launched[name]
+        padded = {"ROWS", "KEY_WIDTH", "VALUE_WIDTH", "BLOCK"}
+        numbers = found["numbers"]
+        keys = ("L", "window", "ROWS", "KEY_WIDTH", "VALUE_WIDTH", "BLOCK")
+        assert [numbers[key] for key in keys] == expected, name
+        one = {"window"} if name == "window of 1" else set()
+        assert set(found["constants"]) == {"G", "E", "D", "PRECISION"} | padded | one, name
+        assert found["kernel"] == "decode_kernel" and found["grid"] == [3, 8, 1]
+    assert launched.keys() == losses.keys() | steps.keys()
+    for name, found in launched.items():
         assert bytes.fromhex(found["binary"]) == b"\x7fELF" and found["compiled_again"] == 0
-        assert found["same_memory"] == [True] * 3, name
+        assert found["same_memory"] == [True] * 3 and found["target"] == 90, name
 
 
 def test_peak_memory_grows_with_the_chunk_not_with_the_positions():
