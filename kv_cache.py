@@ -158,7 +158,7 @@ class Decode(Step):
         """-inf at hidden positions, else 0: [A,1,1,X], X being the longest slot's."""
         if window not in self.masks:
             hidden = ~may_see(self.position, int(self.position.max()) + 1, window)
-            mask = torch.zeros(hidden.shape, dtype=dtype)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             self.masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
         return self.masks[window]
 

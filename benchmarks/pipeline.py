@@ -1,13 +1,15 @@
 """Synchronous against asynchronous training, whole runs back to back:
-`python -m benchmarks.pipeline`.
+`python -m benchmarks.pipeline` and `python -m benchmarks.pipeline --mix smollm2`.
 
-All modes are `train.py` as shipped, in alternation, `--repeats` times each, on two mixes of
-response lengths:
+All modes are `train.py` as shipped, in alternation, `--repeats` times each, on a mix of response
+lengths:
 
   default  the built-in task and models
   tail     a random student of the built-in size whose responses end at random (several stop ids):
            geometric lengths, mean about 40, up to 160 tokens; scored by the built-in teacher,
            learning rate 1e-9 so that it stays so
+  smollm2  the real 135M chat model and its damaged student of experiments/heal.py, which says what
+           to install: 16 rollouts an update, up to 48 tokens
 
 Modes: `sync` is strict (--max-staleness 0: every token from the weights it trains) and streams
 finished rollouts to the teacher while the others decode; `async` is the default; `arrival` adds
@@ -29,6 +31,8 @@ from pathlib import Path
 
 import torch
 import transformers
+
+from experiments.heal import pair_flags, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPS = list(range(130, 134))
@@ -93,7 +97,10 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
-        "--mix", nargs="+", default=["default", "tail"], choices=["default", "tail"]
+        "--mix",
+        nargs="+",
+        default=["default", "tail"],
+        choices=["default", "tail", "smollm2"],
     )
     parser.add_argument("--flags", default="", help="further train.py flags for every mode")
     parser.add_argument("--json", help="write the figures to this file")
@@ -106,6 +113,9 @@ def main():
             flags = [f"--steps={args.steps}", *args.flags.split()]
             if mix == "tail":
                 flags += tail
+            if mix == "smollm2":
+                prepare(Path(directory) / "heal")
+                flags += [*pair_flags(Path(directory) / "heal", 16), "--lr=2e-4"]
             threads = {}
             for mode in MODES:
                 pilot = {

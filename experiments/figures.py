@@ -19,10 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 NODES = {  # variants of experiments/scaling.py
     "as built": ("#000000", "o"),
     "arrival order": ("#787878", "s"),
-    "own lengths": ("#1F67AE", "o"),
-    "own lengths, arrival order": ("#4A9FDB", "s"),
-    "own lengths, shared pool": ("#2BA87F", "D"),
-    "own lengths, staleness 1": ("#D98300", "^"),
+    "staleness 1": ("#D98300", "^"),
+    "shared pool": ("#2BA87F", "D"),
+    "reading to the longest slot": ("#1F67AE", "o"),
 }
 STYLE = {
     # nothing is drawn: black and grey

@@ -130,6 +130,25 @@ def prepare(out: Path):
     (out / "prompts.jsonl").write_text("".join(lines[24:]))
 
 
+def pair_flags(out: Path, batch_size: int):
+    """Flags of train.py for what `prepare` has written."""
+    return [
+        f"--student={out}/student",
+        f"--teacher={out}/teacher",
+        f"--prompts={out}/prompts.jsonl",
+        f"--batch-size={batch_size}",
+        f"--slots={batch_size}",
+        "--max-prompt-tokens=64",
+        f"--max-new-tokens={NEW_TOKENS}",
+        "--micro-batch-tokens=1024",
+        "--head-chunk=256",
+        "--eval-every=0",
+        "--top-k=16",
+        "--num-samples=16",
+        "--teacher-cache-mb=0",
+    ]
+
+
 def respond(student: Path, prompts) -> list[Rollout]:
     """One sampled response of a model to each prompt."""
     config = builtin(max_prompt_tokens=64, max_new_tokens=NEW_TOKENS)
@@ -196,22 +215,10 @@ def main():
     command = [
         sys.executable,
         str(ROOT / "train.py"),
-        f"--student={out}/student",
-        f"--teacher={out}/teacher",
-        f"--prompts={out}/prompts.jsonl",
+        *pair_flags(out, args.batch_size),
         f"--output-dir={out}/run",
         f"--steps={args.steps}",
-        f"--batch-size={args.batch_size}",
-        f"--slots={args.batch_size}",
         f"--lr={args.lr}",
-        "--max-prompt-tokens=64",
-        f"--max-new-tokens={NEW_TOKENS}",
-        "--micro-batch-tokens=1024",
-        "--head-chunk=256",
-        "--eval-every=0",
-        "--top-k=16",
-        "--num-samples=16",
-        "--teacher-cache-mb=0",
         "--save-every=20",
         *args.flags.split(),
     ]

@@ -7,7 +7,11 @@ largest settings that fit. No model is loaded: the sizes come from config.json.
 
 Letters of shapes: serial.py. A layer of n parameters keeps about 9 sqrt(n) values of every token
 for the backward pass (counted in tests/test_memory.py, for dense models). With checkpointing it
-keeps its input, F values. USABLE leaves room for what CUDA and the libraries take.
+keeps its input, F values. Without a backward pass one layer's values exist at a time. USABLE leaves
+room for what CUDA and the libraries take.
+
+A generator records a CUDA graph for each power of two of slots, and as many again for evaluation,
+which uses the same KV cache. A graph's own memory is assumed (GRAPH).
 """
 
 import argparse
@@ -28,7 +32,8 @@ from support.roles import role_devices
 USABLE = 0.9  # of a GPU's memory
 GIB = 2**30
 USUAL_GIB = 80.0
-PARTS = ("weights", "gradients, moments", "activations", "KV cache", "logits")
+GRAPH = 32 * 2**20  # bytes of one CUDA graph of a decode step, besides its tensors (assumed)
+PARTS = ("weights", "gradients, moments", "activations", "KV cache", "logits", "graphs")
 
 
 # ---- what a role needs ------------------------------------------------------------------------
@@ -71,10 +76,14 @@ def estimate(config: Config, ranks: int, size: int):
     if sum(learner.values()) < 4 * count:  # at the start every rank loads the model whole
         learner = {"weights": 4 * count}
     slots = min(config.slots, rollouts_of_a_generator(config))
+    prefilled = min(config.micro_batch_tokens, slots * config.max_prompt_tokens)
+    evaluations = 2 if config.eval_every else 1
     generator = {
         "weights": size * count,
+        "activations": size * saved * max(prefilled, slots),
         "KV cache": slots * 2 * size * layers * keys * config.max_sequence,
         "logits": slots * 12 * vocab,
+        "graphs": evaluations * len(shapes_of_steps(slots)) * GRAPH,
     }
     teacher = {
         "weights": size * teacher_count / config.teacher_gpus,
@@ -87,6 +96,11 @@ def estimate(config: Config, ranks: int, size: int):
 def needed(config: Config, ranks: int, size: int):
     """role -> bytes, as `estimate`."""
     return {role: sum(parts.values()) for role, parts in estimate(config, ranks, size).items()}
+
+
+def shapes_of_steps(slots: int):
+    """For how many slots there is a graph: see Generator.computed_slots."""
+    return sorted({min(slots, 1 << n) for n in range(slots.bit_length() + 1)})
 
 
 def rollouts_of_a_generator(config: Config):

@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from experiments import memory, splits
+from experiments import count, memory, splits
 from experiments.simulate import Result, Simulation, config_on, write
 from experiments.stages import H100, MEMORY, Model
+from support.config import builtin
 
 SPREAD = 0.8
 PROMPT = 512
@@ -41,7 +42,7 @@ class Job:
     staleness: int = 4
     order: str = "batch"
     updates: int = UPDATES
-    own_lengths: bool = False  # decoding reads each slot's own keys, which this project's does not
+    own_lengths: bool = True  # decoding reads each slot's own keys; False: to the longest slot's
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def model_of(name: str):
     parameters, layers, _, _, keys = memory.model_size(path)
     _, _, _, heads, _, head, _ = splits.SHAPES[name]
     idle = splits.idle_parameters(name)
-    return path, Model(parameters, parameters - idle, layers, heads * head, keys)
+    counted = count.counted(path, builtin(max_prompt_tokens=PROMPT, micro_batch_tokens=4096))
+    return path, Model(parameters, parameters - idle, layers, heads * head, keys, counted)
 
 
 def config_of(job: Job, split: Split, nodes=1):
@@ -217,10 +219,10 @@ class OnlyDecode(H100):
 
 def paper():
     """Asynchronous over synchronous in the paper's setting, and what the ratio hangs on."""
-    base = Job(own_lengths=True)
+    base = Job()
     jobs = {
         "as assumed": (base, SPREAD),
-        "decoding as this project does it": (Job(), SPREAD),
+        "decoding that reads to the longest slot": (replace(base, own_lengths=False), SPREAD),
         "answers a third shorter": (replace(base, mean=4096), SPREAD),
         "answers a third longer": (replace(base, mean=8192), SPREAD),
         "answers of nearly one length": (base, 0.2),
@@ -263,10 +265,9 @@ def scale():
     variants = {  # changes of the job, options of the simulation
         "as built": ({}, {}),
         "arrival order": ({"order": "arrival"}, {}),
-        "own lengths": ({"own_lengths": True}, {}),
-        "own lengths, arrival order": ({"own_lengths": True, "order": "arrival"}, {}),
-        "own lengths, shared pool": ({"own_lengths": True, "order": "arrival"}, {"pool": True}),
-        "own lengths, staleness 1": ({"own_lengths": True, "staleness": 1}, {}),
+        "shared pool": ({"order": "arrival"}, {"pool": True}),
+        "staleness 1": ({"staleness": 1}, {}),
+        "reading to the longest slot": ({"own_lengths": False}, {}),
     }
     rows = []
     for growth in ("256 rollouts a node", "1,024 rollouts"):

@@ -1,7 +1,8 @@
 """What the stages of the pipeline cost: seconds as functions of the work.
 
 `Stages` are linear; `measured` times them on this machine, one thread each, in serial.Serial.
-`H100` computes them from peaks and assumed efficiencies; nothing was measured there.
+`H100` computes them from kernels and bytes that experiments/count.py has counted, from peaks, and
+from assumed efficiencies; nothing was measured there.
 """
 
 import statistics
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from experiments.count import Counted, Kernels
 from serial import Serial
 from support.config import Config
 from support.data import load_prompts
@@ -164,9 +166,9 @@ def watch_serial(watch: Stopwatch, config: Config, updates: int):
 # H100 SXM: NVIDIA's data sheet, bfloat16 without sparsity
 FLOPS, BYTES, MEMORY = 989e12, 3.35e12, 80e9
 NETWORK = 50e9  # bytes/s and GPU between nodes: NVIDIA's DGX H100 has one 400 Gb/s adapter a GPU
-MATMUL, BANDWIDTH = 0.4, 0.6  # the parts of FLOPS and BYTES that are reached (assumed)
+MATMUL, BANDWIDTH = 0.6, 0.6  # the parts of FLOPS and BYTES that are reached (assumed)
 EXPERTS = 0.5  # a mixture of experts reaches this part of MATMUL (assumed)
-LAYER, SAMPLING = 30e-6, 1e-3  # of a decode step: seconds a layer, seconds (assumed)
+LAUNCH = 2e-6  # seconds that a kernel takes besides its bytes, also in a CUDA graph (assumed)
 LINK, PUBLISH = 2e11, 5e9  # bytes/s: parameters to a rank, weights into the mailbox (assumed)
 HOP = 20e-6  # seconds that a step of the ring between nodes takes besides its bytes (assumed)
 
@@ -180,6 +182,12 @@ class Model:
     layers: int
     width: int  # of all query heads together
     keys: int  # of all key-value heads together
+    counted: Counted  # its kernels
+
+
+def rest(kernels: Kernels, items: int):
+    """Seconds of all kernels' launches, and of the bytes of those that are no products."""
+    return kernels.launches * LAUNCH + kernels.bytes * items / (BYTES * BANDWIDTH)
 
 
 @dataclass(frozen=True)
@@ -191,7 +199,7 @@ class H100:
     ranks: int
     recompute: bool
     teacher_gpus: int = 1
-    own_lengths: bool = False  # a decode step reads each slot's own keys, not the longest's
+    own_lengths: bool = True  # a decode step reads each slot's own keys, not the longest's
     crowding = (0.0, 0.0)
 
     def attended(self, lengths: list[int]):
@@ -202,7 +210,7 @@ class H100:
         length += (steps - 1) / 2
         read = 2 * model.parameters + 4 * active * length * model.layers * model.keys
         slowest = max(read / (BYTES * BANDWIDTH), self.matmuls(model, active, 1))
-        return steps * (slowest + model.layers * LAYER + SAMPLING)
+        return steps * (slowest + rest(model.counted.step, active))
 
     def matmuls(self, model: Model, rows: int, longest: int):
         """A forward pass: 2 operations a parameter and token, and causal attention."""
@@ -212,18 +220,25 @@ class H100:
         return (2 * model.active * tokens + attention) / (FLOPS * reached)
 
     def prefill(self, tokens: int):
-        return self.matmuls(self.student, 1, tokens)
+        return self.matmuls(self.student, 1, tokens) + rest(self.student.counted.scoring, tokens)
 
     def score(self, passes: list[tuple]):
         """The layers lie on `teacher_gpus` GPUs and work one after the other."""
         read = 2 * self.teacher.parameters / (BYTES * BANDWIDTH)
-        return sum(max(read, self.matmuls(self.teacher, *one)) for one in passes)
+        kernels = self.teacher.counted.scoring
+        products = (max(read, self.matmuls(self.teacher, *one)) for one in passes)
+        return sum(products) + sum(rest(kernels, rows * longest) for rows, longest in passes)
 
     def accumulate(self, passes: list[tuple]):
         """Forward, and backward twice as much; the ranks share the passes."""
         products = sum(self.matmuls(self.student, *one) for one in passes)
         gathers = len(passes) * (3 * 2 + 4) * self.student.parameters / LINK
-        return max((4 if self.recompute else 3) * products, gathers * (self.ranks > 1)) / self.ranks
+        kernels, again = self.student.counted.training, self.student.counted.scoring
+        work = (4 if self.recompute else 3) * products
+        for rows, longest in passes:
+            work += rest(kernels, rows * longest)
+            work += rest(again, rows * longest) * self.recompute
+        return max(work, gathers * (self.ranks > 1)) / self.ranks
 
     def apply(self, nodes: int):
         """AdamW reads and writes 20 bytes a parameter; a ring adds up 4 bytes a parameter."""

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 from experiments import scaling, validate
+from experiments.count import Counted, Kernels
 from experiments.simulate import RESULTS, Cores, Machine, Queue, Result, Simulation
 from experiments.stages import H100, Model, Stages
 from support.config import builtin
@@ -216,18 +217,23 @@ def test_scales_are_found_that_give_a_run_back(monkeypatch):
 
 
 def test_costs_of_a_gpu_follow_from_its_peaks():
-    model = Model(parameters=1e9, active=1e9, layers=10, width=1000, keys=500)
+    counted = Counted(Kernels(900, 2e6), Kernels(800, 3e6), Kernels(2000, 9e6))
+    model = Model(1e9, active=1e9, layers=10, width=1000, keys=500, counted=counted)
     costs = H100(model, model, ranks=4, recompute=False)
     read = (2e9 + 4 * 8 * 100 * 10 * 500) / (3.35e12 * 0.6)
-    assert costs.decode(8, 100, 1) == pytest.approx(read + 10 * 30e-6 + 1e-3)  # bound by memory
+    rest = 8 * 2e6 / (3.35e12 * 0.6) + 900 * 2e-6
+    assert costs.decode(8, 100, 1) == pytest.approx(read + rest)  # bound by memory
     assert costs.decode(8, 100, 3) == pytest.approx(
         sum(costs.decode(8, 100 + i, 1) for i in range(3))
     )
-    products = (2 * 1e9 * 1e6 + 2 * 10 * 1000 * 1000 * 1e6) / (989e12 * 0.4)
-    assert costs.score([(1000, 1000)]) == pytest.approx(products)
-    assert costs.accumulate([(1000, 1000)]) == pytest.approx(3 * products / 4)
+    products = (2 * 1e9 * 1e6 + 2 * 10 * 1000 * 1000 * 1e6) / (989e12 * 0.6)
+    scoring = 1e6 * 3e6 / (3.35e12 * 0.6) + 800 * 2e-6
+    assert costs.score([(1000, 1000)]) == pytest.approx(products + scoring)
+    training = 1e6 * 9e6 / (3.35e12 * 0.6) + 2000 * 2e-6
+    assert costs.accumulate([(1000, 1000)]) == pytest.approx((3 * products + training) / 4)
     again = H100(model, model, ranks=4, recompute=True)
-    assert again.accumulate([(1000, 1000)]) == pytest.approx(4 * products / 4)
+    recomputing = (4 * products + training + scoring) / 4
+    assert again.accumulate([(1000, 1000)]) == pytest.approx(recomputing)
     # A ring over 8 nodes: each rank sends its quarter of the gradient 2 * 7 / 8 times.
     assert costs.apply(8) - costs.apply(1) == pytest.approx(2 * 7 * (1e9 / 8 / 50e9 + 20e-6))
 
