@@ -610,7 +610,7 @@ Channel.pick_up = lambda self, flat: flat.copy_(self.weights[0]) is None
         "kv_cache.py": """
 def may_see(now, length, window): return torch.ones(len(now), length, dtype=torch.bool)
 def mask(self, window, dtype):
-    return torch.zeros(len(self.position), 1, 1, self.length, dtype=dtype)
+    return torch.zeros(len(self.position), 1, 1, int(self.position.max()) + 1, dtype=dtype)
 Decode.mask = mask
 Prefill.attend = Decode.attend = lambda self, layer, q, *_: q.transpose(1, 2)
 """,
