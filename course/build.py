@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from course import syntax
@@ -101,8 +101,13 @@ def solution_files():
 
 
 def all_blank(files: dict, exercises):
-    for exercise in exercises:
-        files = blanked(files, exercise)
+    """Two exercises may show each other's answer: a twin that one asks for is that one's alone."""
+    asked = {name for one in exercises for name in one.functions}
+    for one in exercises:
+        twins = [name for name in one.twins if name not in asked]
+        others = asked - set(one.functions)
+        docstrings = {name: text for name, text in one.docstrings.items() if name not in others}
+        files = blanked(files, replace(one, twins=twins, docstrings=docstrings))
     return files
 
 

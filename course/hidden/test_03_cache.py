@@ -15,7 +15,7 @@ def test_masks_of_every_position_and_window(student):
     windows = [None, 8, *range(1, 12)]
     for length in range(1, 11):
         position = torch.arange(length)
-        found = student.mask_of(position, length, [*windows, *windows], torch.float32)
+        found = student.mask_of(position, [*windows, *windows], torch.float32)
         for window, mask in zip([*windows, *windows], found, strict=True):
             what = f"length {length}, window {window}"
             check(
@@ -29,23 +29,24 @@ def test_masks_of_every_position_and_window(student):
                 expected = [0.0 if other in right else float("-inf") for other in range(length)]
                 row = mask[at, 0, 0].tolist()
                 check(row == expected, f"{what}: the mask of position {at} is {row}")
-    kept = student.mask_is_kept(torch.tensor([0, 4, 2]), 5, (8, None, 2))
+    kept = student.mask_is_kept(torch.tensor([0, 4, 2]), (8, None, 2))
     check(all(kept), "mask computes the mask of a window again when another layer asks for it")
 
 
 @worth(1)
-def test_a_slot_beyond_the_length_sees_something(student):
-    """A slot that stands at or beyond `length` sees some position: else its softmax is NaN."""
-    position = torch.tensor([3, 16, 40])
-    windows = (None, 8, 1)
-    found = student.mask_of(position, 16, windows, torch.float32)
-    for window, mask in zip(windows, found, strict=True):
-        check(tuple(mask.shape) == (3, 1, 1, 16), f"the mask has the shape {tuple(mask.shape)}")
-        sees = (mask == 0).any(-1).flatten().tolist()
-        check(all(sees), f"with window {window} positions 3, 16, 40 of 16 see something: {sees}")
-        seen = (mask[0, 0, 0] == 0).nonzero().flatten().tolist()
-        right = positions_seen(3, 16, window)
-        check(seen == right, f"with window {window} position 3 sees {seen}; {right} is right")
+def test_the_mask_ends_with_the_longest_slot(student):
+    """The mask covers as many positions as the longest slot holds, in whichever place it stands."""
+    for position in ([9, 2, 5], [2, 9, 0], [0, 4, 9]):
+        windows = (None, 8, 1)
+        found = student.mask_of(torch.tensor(position), windows, torch.float32)
+        for window, mask in zip(windows, found, strict=True):
+            what = f"slots at positions {position}, window {window}"
+            shape = tuple(mask.shape)
+            check(shape == (3, 1, 1, 10), f"{what}: the mask is {shape}, not (3, 1, 1, 10)")
+            for slot, at in enumerate(position):
+                seen = (mask[slot, 0, 0] == 0).nonzero().flatten().tolist()
+                right = positions_seen(at, 10, window)
+                check(seen == right, f"{what}: slot {slot} sees {seen}; {right} is right")
 
 
 @worth(1)

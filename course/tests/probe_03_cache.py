@@ -13,19 +13,19 @@ def visible(now, length: int, window):
     return [row.nonzero().flatten().tolist() for row in seen]
 
 
-def mask_of(position, length: int, windows, dtype):
+def mask_of(position, windows, dtype):
     """Decode.mask for each of `windows`, asked of one step in this order."""
     from kv_cache import Decode
 
-    step = Decode(None, position, length)
+    step = Decode(None, position)
     return [step.mask(window, dtype) for window in windows]
 
 
-def mask_is_kept(position, length: int, windows):
+def mask_is_kept(position, windows):
     """For each window whether Decode.mask gives the same memory when it is asked again."""
     from kv_cache import Decode
 
-    step = Decode(None, position, length)
+    step = Decode(None, position)
     first = [step.mask(window, torch.float32) for window in windows]
     again = [step.mask(window, torch.float32) for window in windows]
     return [one.data_ptr() == other.data_ptr() for one, other in zip(first, again)]
@@ -48,14 +48,14 @@ def attend_prefill(cached, slots, query, key, value, scaling, window):
 
 
 @torch.no_grad()
-def attend_decode(cached, position, length: int, query, key, value, scaling, window):
+def attend_decode(cached, position, query, key, value, scaling, window):
     """The same with Decode.attend: one new token for each of the slots [0, A)."""
     from kv_cache import Decode, KVCache
 
     count, _, total, _ = cached[0].shape
     cache = KVCache(count, total)
     cache.layers[0] = tuple(tensor.clone() for tensor in cached)
-    step = Decode(cache, position.clone(), length)
+    step = Decode(cache, position.clone())
     out = step.attend(0, query.clone(), key.clone(), value.clone(), scaling, window)
     return out, *cache.layers[0]
 

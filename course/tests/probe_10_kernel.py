@@ -3,8 +3,10 @@
 The interpreter runs the programs one after the other, and every operation on all lanes at once. So
 it computes right numbers even if threads would race. `interpreted` notes every access to memory,
 with the line of kernels/fused_loss.py that it comes from. The tests look for races in these notes.
+Exercise 12 uses `interpreted` and `lowered`, too.
 """
 
+import importlib
 import sys
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -71,7 +73,7 @@ class Notes:
 
     kind       load, store, atomic or barrier
     program    its number
-    line       of kernels/fused_loss.py
+    line       of the file with the kernel
     The following, of loads and stores alone:
     shape      of the block that is loaded or stored
     size       of an entry, bytes
@@ -135,15 +137,13 @@ class Notes:
 
 
 @contextmanager
-def interpreted(first: int = 0):
+def interpreted(first: int = 0, module: str = "kernels.fused_loss"):
     """Run kernels in the interpreter, and yield the list of events that fills meanwhile."""
     from triton.runtime import interpreter
 
-    from kernels import fused_loss
-
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("this test needs Triton's interpreter: set TRITON_INTERPRET=1")
-    notes = Notes(fused_loss.__file__, first)
+    notes = Notes(importlib.import_module(module).__file__, first)
     rounding = nearest_even(interpreter._convert_float)
     with ExitStack() as stack:
         for patch in notes.patches():
@@ -256,19 +256,29 @@ def front_end(vocab: int, columns: int, logits: str, gradient: str):
 
     `logits` and `gradient` are dtypes as the compiler writes them, such as "fp32".
     """
-    from triton._C.libtriton import ir
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, CompilationError, make_backend
-
     from kernels import fused_loss
 
     kernel = fused_loss.loss_kernel
     constants = fused_loss.launch_shape(vocab, columns) | {"TERMS": given}
-    options = {"num_warps": constants.pop("num_warps")}
     types = dict.fromkeys(kernel.arg_names, "*fp32")
     types |= dict.fromkeys(("V", "C", "grad_stride", "first", "first_draw"), "i32")
     types |= {"logits": f"*{logits}", "grad": f"*{gradient}", "ids": "*i64"}
-    types |= dict.fromkeys(constants, "constexpr")
+    text = lowered(kernel, types, constants)
+    return text.count("scf.for") + text.count("scf.while"), text.count("barrier")
+
+
+def lowered(kernel, types: dict, constants: dict):
+    """The text of a kernel behind the part of Triton's compiler that needs no GPU.
+
+    `types` of its arguments; `constants`: those of its launch, num_warps included.
+    """
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, CompilationError, make_backend
+
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps")}
+    types = types | dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     target = GPUTarget("cuda", 90, 32)
     backend = make_backend(target)
@@ -283,8 +293,7 @@ def front_end(vocab: int, columns: int, logits: str, gradient: str):
         while error.__cause__ is not None:
             error = error.__cause__
         raise refusal(error) from None
-    text = str(made)
-    return text.count("scf.for") + text.count("scf.while"), text.count("barrier")
+    return str(made)
 
 
 def refusal(error):

@@ -16,3 +16,4 @@ from probe_08_stratified import *  # noqa: F403
 from probe_09_head import *  # noqa: F403
 from probe_10_kernel import *  # noqa: F403
 from probe_11_estimator import *  # noqa: F403
+from probe_12_decode import *  # noqa: F403

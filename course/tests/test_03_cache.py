@@ -61,7 +61,7 @@ def check_decode(student, heads: int, kv_heads: int, window, seed: int = 0):
     of_cache = (5, kv_heads, 12, 8)
     of_query, of_key = (4, heads, 1, 8), (4, kv_heads, 1, 8)
     *cached, query, key, value = tensors(seed, of_cache, of_cache, of_query, of_key, of_key)
-    found = student.attend_decode(cached, torch.tensor(position), 9, query, key, value, 0.7, window)
+    found = student.attend_decode(cached, torch.tensor(position), query, key, value, 0.7, window)
     what = f"Decode ({heads} heads on {kv_heads}, window {window}, scale 0.7)"
     caches = zip(("key", "value"), cached, (key, value), found[1:], strict=True)
     for name, before, new, after in caches:
@@ -137,7 +137,7 @@ def test_decode_attends_to_its_own_rollout(student):
     of a step is computed once for each window."""
     for window in (None, 3):
         check_decode(student, heads=4, kv_heads=2, window=window)
-    kept = student.mask_is_kept(torch.tensor([3, 5]), 9, (None, 3))
+    kept = student.mask_is_kept(torch.tensor([3, 5]), (None, 3))
     check(all(kept), "mask computes the mask of a window again when another layer asks for it")
 
 
