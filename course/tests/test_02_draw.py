@@ -52,22 +52,24 @@ def check_possible(probs, uniforms, found):
 
 
 def check_shares(student, probs, ids):
-    """Each of `ids` is drawn for its share of the uniforms, to 1e-12, and in its place, to 1e-10.
+    """Each of `ids` is drawn for its share of the uniforms, to 1e-12 or 3e-7 of the share, and in its
+    place, to 1e-6.
 
-    What float64 rounds off may move the place, by 2e-11 at most for 200,000 ids.
+    A share may be rounded as float32 rounds, the probability was so, too.
     """
     ids = torch.tensor(list(ids))
     ends = torch.tensor([0.0, *exact_ends(probs)], dtype=torch.float64)
     begin, end = first_uniforms(student, probs, torch.cat([ids, ids + 1])).view(2, -1)
     for k, share, right in zip(ids.tolist(), end - begin, ends[ids + 1] - ends[ids]):
         check(
-            abs(share - right) < 1e-12,
+            abs(share - right) < max(1e-12, 3e-7 * right),
             f"id {k} of {len(probs):,} has the probability {right:.10g}, and {share:.10g} "
-            f"of the uniforms give it: off by {abs(share - right):.1e}, 1e-12 is allowed",
+            f"of the uniforms give it: off by {abs(share - right):.1e}; 1e-12, or 3e-7 of the "
+            f"probability, is allowed",
         )
     for k, first, right in zip(ids.tolist(), begin, ends[ids]):
         check(
-            abs(first - right) < 1e-10,
+            abs(first - right) < 1e-6,
             f"the uniforms that give id {k} of {len(probs):,} or a later one "
             f"begin at {first:.12f}, {right:.12f} is right",
         )
@@ -109,7 +111,7 @@ def test_every_uniform_has_its_own_draw(student):
 
 @worth(2)
 def test_the_shares_of_a_large_vocabulary_are_exact(student):
-    """Of 150,000 ids each has its share to 1e-12, the last and the least likely as well."""
+    """Of 150,000 ids each has its share, the last and the least likely as well."""
     for size in (150_000, 151_936):  # the second is 1187 * 128
         probs = vocabulary(0, size)
         by_probability = probs.argsort().tolist()
