@@ -8,8 +8,9 @@ order, batch size, slots, generators, refresh, length mix and number of nodes. T
 is 1e-9, so that the student keeps its lengths: the same tickets have the same lengths in the
 simulation. Goals: tokens/s within 10 %, lag within 0.2 updates.
 
-The machine's own speed drifts by more than that within minutes. So a probe, a few updates of
-serial.Serial, runs before and after every run, and the costs are scaled by what it takes.
+The machine's own speed drifts by more than that within minutes. So the synchronous run is made
+again between any two of the others, and the costs of a prediction are scaled by what an update of
+the two around it takes. All of it takes less than ten minutes on two cores.
 """
 
 import json
@@ -43,8 +44,8 @@ from support.ranks import Ranks
 SPEED = 0.10  # the goals: a part of tokens/s
 LAG = 0.2  # and updates
 CORES = 2
-STEPS = 60
-SKIP = 10
+STEPS = 36
+SKIP = 8
 COMMON = ["--lr=1e-9", "--eval-every=0", "--cpu-threads=1", f"--steps={STEPS}"]
 ALONE = ["--max-staleness=0"]  # the run that the calibration sees
 TAIL = "tail"  # stands for the student whose responses have a long tail
@@ -160,12 +161,6 @@ class Probe:
             seconds.append(time.perf_counter() - began)
         return statistics.median(seconds) / self.first
 
-    def around(self, call, *arguments):
-        """(what `call` returns, how slow the machine was meanwhile)."""
-        before = self.slowness()
-        result = call(*arguments)
-        return result, (before + self.slowness()) / 2
-
 
 def updates_until(config: Config, began, stop):
     probe = Probe(config)
@@ -241,19 +236,26 @@ def main():
         def flags_of(flags):
             return COMMON + [part for flag in flags for part in (tail if flag == TAIL else [flag])]
 
+        def run_of(flags, nodes=1):
+            output = place / f"run_{len(list(place.iterdir()))}"
+            make_run(flags_of(flags), nodes, output)
+            return result_of(output)
+
         alone = parse(flags_of(ALONE))
-        probe = Probe(alone)
-        _, then = probe.around(make_run, flags_of(ALONE), 1, place / "alone")
+        first = run_of(ALONE)
         stages = measured([alone, parse(flags_of([TAIL]))])
-        stages = fitted(stages, alone, result_of(place / "alone"))
+        stages = fitted(stages, alone, first)
         both = exchange_seconds(alone), 0.0
-        stages = replace(stages, exchange=both, crowding=crowding(alone, probe))
+        stages = replace(stages, exchange=both, crowding=crowding(alone, Probe(alone)))
         print(f"{stages}\n", flush=True)
         rows = []
-        for number, (name, (nodes, flags)) in enumerate(RUNS.items()):
-            _, now = probe.around(make_run, flags_of(flags), nodes, place / str(number))
-            predicted = simulate(parse(flags_of(flags)), slower(stages, now / then), nodes)
-            rows.append(compare(name, predicted, result_of(place / str(number))))
+        before = run_of(ALONE)
+        for name, (nodes, flags) in RUNS.items():
+            run, after = run_of(flags, nodes), run_of(ALONE)
+            now = (before.seconds + after.seconds) / 2 / first.seconds
+            predicted = simulate(parse(flags_of(flags)), slower(stages, now), nodes)
+            rows.append(compare(name, predicted, run))
+            before = after
     write("simulated.csv", rows)
     speed, lag = (max(abs(row[name]) for row in rows) for name in ("speed_error", "lag_error"))
     print(f"\nlargest errors: tokens/s {speed:.1%} (goal {SPEED:.0%}), lag {lag:.2f} (goal {LAG})")
