@@ -378,6 +378,33 @@ def test_flat_parameters_hold_tied_weights_once():
     assert expected < sum(p.numel() for p in build_model("llama").parameters())
 
 
+@pytest.mark.parametrize("slots", [5, 16, 20, 100])
+def test_a_step_computes_few_slots_more_than_are_active(slots, model_dir):
+    """On a CPU 7 to 15 as 16, which is faster; on a GPU a power of two: few graphs."""
+    generator = new_generator(load_with_slots(model_dir()), slots=slots)
+    for active in range(1, slots + 1):
+        generator.active = [None] * active
+        generator.device = torch.device("cpu")
+        expected = 16 if 7 <= active <= 15 else active
+        assert generator.computed_slots == min(slots, expected)
+        generator.device = torch.device("cuda")
+        power = next(1 << n for n in range(9) if 1 << n >= active)
+        assert generator.computed_slots == min(slots, power)
+
+
+def test_idle_slots_that_run_along_change_nothing(model_dir):
+    """7 to 15 rollouts in 16 slots, where earlier ones have left keys, positions and counters."""
+    model = load_with_slots(model_dir())
+    options = {"slots": 16, "loss": "sampled_reverse_kl", "stops": ()}
+    used, alone = new_generator(model, **options), new_generator(model, **options)
+    used.generate([Rollout(ids, ticket) for ticket, ids in enumerate(prompts(16))])
+    for (keys, values), x in zip(used.cache.layers.values(), (1e3, -1e3)):
+        keys.fill_(x), values.fill_(x)
+    few = [[Rollout(ids, 50 + i) for i, ids in enumerate(prompts(9))] for _ in range(2)]
+    for a, b in zip(used.generate(few[0]), alone.generate(few[1])):
+        assert a.response_ids == b.response_ids and torch.equal(a.behavior_logp, b.behavior_logp)
+
+
 class RecordedGraph:
     """What torch.cuda.CUDAGraph is to `replay`: a capture executes nothing, and `replay` does."""
 

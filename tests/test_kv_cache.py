@@ -103,6 +103,29 @@ def test_decoding_does_not_rely_on_the_memory_layout_of_the_attention_kernel(
         assert a.response_ids == b.response_ids
 
 
+@pytest.mark.parametrize("length, is_masked", [(8, False), (9, True)])
+def test_with_a_mask_a_prefill_has_a_key_for_every_query_head(length, is_masked, monkeypatch):
+    """Else CUDA takes its math kernel: scores in float32, 3 GiB a layer at 8 prompts of 2,048."""
+    seen = []
+
+    def recorded(query, key, value, mask, **options):
+        seen.append((key.shape[1], options["enable_gqa"], mask is not None))
+        return plain(query, key, value, mask, **options)
+
+    plain = kv_cache.F.scaled_dot_product_attention
+    monkeypatch.setattr(kv_cache.F, "scaled_dot_product_attention", recorded)
+    query, key, value = (torch.randn(2, heads, length, 4) for heads in (6, 2, 2))
+    step = Prefill(kv_cache.KVCache(slots=3, max_len=12), torch.tensor([2, 0]))
+    out = step.attend(0, query, key, value, 0.5, window=8)
+    assert seen == [(6, False, True) if is_masked else (2, True, False)]
+    keys, values = (x.repeat_interleave(3, 1) for x in (key, value))
+    at = torch.arange(length)
+    mask = (at <= at[:, None]) & (at > at[:, None] - 8)
+    expected = plain(query, keys, values, mask, scale=0.5).transpose(1, 2)
+    torch.testing.assert_close(out, expected)
+    assert step.cache.layers[0][0].shape == (3, 2, 12, 4)  # the cache has one of each
+
+
 # ---- layers with states --------------------------------------------------------------------------
 
 

@@ -21,7 +21,8 @@ from transformers import (
 
 from channel import Rollout
 from experiments import memory, splits
-from experiments.memory import GIB, USABLE, estimate, largest, model_size, needed
+from experiments.memory import GIB, GRAPH, USABLE, estimate, largest, model_size, needed
+from experiments.memory import shapes_of_steps
 from learner import Learner
 from support import load as loading
 from support.config import InputError, builtin
@@ -119,6 +120,17 @@ def test_the_parts_are_what_the_roles_hold(model_dir):
     parts = estimate(config, 1, 4)["generator"]
     assert (parts["weights"], parts["KV cache"]) == (weights, cache)
     assert parts["logits"] == 3 * 3 * 4 * 173  # logits, log-probabilities, probabilities
+
+
+def test_a_generator_has_few_graphs_and_as_many_again_for_evaluation(model_dir):
+    """At most eight for 128 slots, whatever the lengths: tests/test_pretended_gpu.py records them."""
+    assert shapes_of_steps(3) == [1, 2, 3] and len(shapes_of_steps(128)) == 8
+    paths = {"student": model_dir(), "teacher": model_dir()}
+    config = builtin(**paths, slots=64, batch_size=64)
+    both, one = (
+        estimate(replace(config, eval_every=n), 1, 2)["generator"]["graphs"] for n in (50, 0)
+    )
+    assert both == 2 * one == 2 * 7 * GRAPH
 
 
 def test_slots_beyond_the_rollouts_in_flight_take_no_memory(model_dir):

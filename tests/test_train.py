@@ -111,6 +111,16 @@ def test_the_progress_is_one_line_for_each_update(sync_run):
 
 
 @slow
+def test_generators_share_the_evaluation_and_find_the_accuracy_of_one(sync_run, pair, tmp_path):
+    run = start(tmp_path / "run", *pair, *SYNC, "--generators=3")
+    assert run.wait() == 0
+    ours, one = metrics(tmp_path / "run"), metrics(sync_run[0])
+    assert ours[0]["eval_accuracy_before"] == one[0]["eval_accuracy_before"]
+    evaluations = [e["tid"] for e in read_trace(tmp_path / "run") if e["name"] == "evaluate"]
+    assert sorted(evaluations) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@slow
 def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stopped(
     sync_run, pair, tmp_path
 ):
