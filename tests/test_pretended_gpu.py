@@ -84,7 +84,7 @@ def roles(config, paths, device, dtype):
     metrics = learner.update(table, rows)
     learner.publish(table)
     assert table.pick_up(flat) == 1
-    assert device == CPU or set(generator.graphs) == set(shapes_of_steps(3))
+    assert device == CPU or set() < set(generator.graphs) <= set(shapes_of_steps(3))
     found = {
         name: getattr(table, name).clone()
         for name in ("tokens", "length", "candidate_ids", "behavior_logp", "teacher_logp")
