@@ -2,8 +2,8 @@
 
 Runs what has never run on a GPU, in order of worth. Each step is a process of its own with a limit
 of time, so a hang or a crash costs one step. After every step results.json and results.md in --out
-are written anew. `--pretend` runs every step here on a GPU that is not there (tests/pretended_gpu.py
-and Triton's interpreter), on tiny models: its times mean nothing.
+are written anew. `--pretend` runs every step here on a GPU that is not there
+(tests/pretended_gpu.py, Triton's interpreter), on tiny models: its times mean nothing.
 
     tests             tests/test_gpu.py, and the kernels' tests on compiled kernels
     decode attention  the Triton kernel against attention over a mask: time, bytes, bits

@@ -180,7 +180,8 @@ def main():
     mixes = {"tail": tail, "equal": [round(statistics.mean(tail))] * args.prompts}
     print(
         f"{args.model}: {ours.num_parameters():,} parameters, {args.prompts} prompts, "
-        f"{args.threads} threads, torch {torch.__version__}, transformers {transformers.__version__}"
+        f"{args.threads} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
     )
     results = []
     for slots in args.slots:

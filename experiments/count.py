@@ -2,9 +2,9 @@
 
     python -m experiments.count --student org/small --teacher org/large
 
-The project's own code runs on fake tensors: they have shapes and dtypes, and no data. Every operator
-that is no view counts as one kernel, which reads its inputs and writes its outputs. What a GPU does
-in one kernel is one here: attention, RMSNorm, the loss, products in bfloat16 that sum in float32.
+The project's own code runs on fake tensors: they have shapes and dtypes, and no data. Every
+operator that is no view counts as one kernel, which reads its inputs and writes its outputs. What a
+GPU does in one kernel is one here: attention, RMSNorm, the loss, products that sum in float32.
 The keys and values that a decode step reads depend on the lengths, and are left out.
 
 What it cannot see: how fast a kernel is, what caches save, kernels of libraries behind one

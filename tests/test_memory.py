@@ -123,7 +123,7 @@ def test_the_parts_are_what_the_roles_hold(model_dir):
 
 
 def test_a_generator_has_few_graphs_and_as_many_again_for_evaluation(model_dir):
-    """At most eight for 128 slots, whatever the lengths: tests/test_pretended_gpu.py records them."""
+    """At most eight for 128 slots, whatever the lengths."""
     assert shapes_of_steps(3) == [1, 2, 3] and len(shapes_of_steps(128)) == 8
     paths = {"student": model_dir(), "teacher": model_dir()}
     config = builtin(**paths, slots=64, batch_size=64)

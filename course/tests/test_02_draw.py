@@ -52,10 +52,9 @@ def check_possible(probs, uniforms, found):
 
 
 def check_shares(student, probs, ids):
-    """Each of `ids` is drawn for its share of the uniforms, to 1e-12 or 3e-7 of the share, and in its
-    place, to 1e-6.
+    """Each of `ids` is drawn for its share of the uniforms, and in its place, to 1e-6.
 
-    A share may be rounded as float32 rounds, the probability was so, too.
+    A share is right to 1e-12, or to 3e-7 of itself: float32 rounded the probability, too.
     """
     ids = torch.tensor(list(ids))
     ends = torch.tensor([0.0, *exact_ends(probs)], dtype=torch.float64)
