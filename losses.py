@@ -47,7 +47,7 @@ def draw(probs, uniforms):
     float32 the cumulative sum over 150,000 ids ends at 0.9999998, which distorts the tail. In
     float64 its error is 1e-16. Where V allows it, a block of ids is drawn first, by its sum, then
     an id inside it: so the large table is read once. A block's sum is rounded to float32, as
-    `probs` are: every id keeps its probability up to 1e-7 of it.
+    `probs` are: every id keeps its probability up to 3e-7 of it.
     """
     if probs.shape[1] % BLOCK:
         return find(probs, uniforms * probs.sum(-1, keepdim=True, dtype=torch.float64))
