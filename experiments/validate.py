@@ -45,8 +45,8 @@ from support.ranks import Ranks
 SPEED = 0.10  # the goals: a part of tokens/s
 LAG = 0.2  # and updates
 CORES = 2
-STEPS = 36
-SKIP = 8
+STEPS = 28
+SKIP = 6
 COMMON = ["--lr=1e-9", "--eval-every=0", "--cpu-threads=1", f"--steps={STEPS}"]
 ALONE = ["--max-staleness=0"]  # the run that the calibration sees
 TAIL = "tail"  # stands for the student whose responses have a long tail
@@ -152,7 +152,7 @@ class Probe:
 
     def slowness(self):
         seconds = []
-        for _ in range(8):
+        for _ in range(5):
             began = time.perf_counter()
             self.serial.update()
             seconds.append(time.perf_counter() - began)
@@ -173,15 +173,15 @@ def crowding(config: Config, probe: Probe):
     found = []
     for allowed in (cores, {min(cores)}):
         os.sched_setaffinity(0, allowed)
-        before = statistics.median(probe.slowness() for _ in range(5))
+        before = statistics.median(probe.slowness() for _ in range(3))
         began, stop = spawn.Event(), spawn.Event()
         other = spawn.Process(target=updates_until, args=(config, began, stop))
         other.start()
         began.wait()
-        together = statistics.median(probe.slowness() for _ in range(5))
+        together = statistics.median(probe.slowness() for _ in range(3))
         stop.set()
         other.join()
-        alone = (before + statistics.median(probe.slowness() for _ in range(5))) / 2
+        alone = (before + statistics.median(probe.slowness() for _ in range(3))) / 2
         found.append(together / alone)
     os.sched_setaffinity(0, cores)
     return max(0.0, found[0] - 1), max(0.0, found[1] / 2 - 1)
