@@ -124,7 +124,6 @@ class Generator:
         """Draw one token for every active slot; return the rollouts that it finished."""
         count = self.computed_slots
         self.position[len(self.active) :] = 0  # idle slots that run along read one key
-        self.r[len(self.active) :] = 0
         if self.device.type == "cuda":
             self.replay(count)
         else:
@@ -172,7 +171,8 @@ class Generator:
         self.behavior_logp[slots, r] = logp
         self.last_token[:active] = ids[:, 0]
         position.add_(1)
-        r.add_(1).clamp_(max=self.config.max_new_tokens - 1)  # a capture may follow a last token
+        # In range also for idle slots, and for a capture behind a last token.
+        r.add_(1).clamp_(max=self.config.max_new_tokens - 1)
 
     def replay(self, active):
         """`decode` as a CUDA graph. One for each number of slots serves all lengths.
