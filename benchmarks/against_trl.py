@@ -3,8 +3,8 @@
 The pair of experiments/heal.py (a real 135M chat model and its damaged student, which says what to
 install), 16 rollouts an update, up to 48 tokens, AdamW, float32. Both use all cores: ours
 asynchronously, one thread a role; TRL's DistillationTrainer (`pip install trl==1.16.0`, reverse KL
-over the full vocabulary) synchronously, with that many threads. Whole runs in alternation. Tokens per
-second are response tokens trained over the time of the updates after the first `--skip`.
+over the full vocabulary) synchronously, with that many threads. Whole runs in alternation. Tokens
+per second are response tokens trained over the time of the updates after the first `--skip`.
 """
 
 import argparse

@@ -47,8 +47,7 @@ CASES += [("*bf16", "*bf16", 173, 256), ("*fp32", "*bf16", 173, 1)]
 
 
 # The decode kernel: group, size of a key, of a value.
-HEADS = [(1, 64, 64), (2, 128, 128), (8, 128, 128), (16, 128, 128), (4, 80, 80)]
-HEADS += [(6, 96, 96), (4, 256, 256), (16, 256, 256), (16, 192, 128)]
+HEADS = [(1, 64, 64), (2, 128, 128), (16, 128, 128), (4, 80, 80), (16, 256, 256), (16, 192, 128)]
 
 
 def compile_kernel(arch: int, logits: str, grad: str, vocab: int, columns: int, constants: dict):
