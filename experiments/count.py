@@ -62,6 +62,7 @@ class Counted:
     """What a model's kernels are."""
 
     step: Kernels  # of decoding, launches a step; bytes a slot, keys and values left out
+    forward: Kernels  # without the head, launches a pass; bytes a token
     scoring: Kernels  # forward and look-up, launches a pass; bytes a token
     training: Kernels  # forward and backward, launches a pass; bytes a token
 
@@ -189,6 +190,7 @@ def counted(path: str, config: Config) -> Counted:
     with FakeTensorMode(allow_non_fake_inputs=True):
         return Counted(
             of_step(build(path, plain, "kv_slots"), config),
+            of_forward(build(path, plain, "counted")),
             of_scoring(build(path, plain, "counted"), config),
             of_training(build(path, plain, "counted"), config),
         )
@@ -244,6 +246,14 @@ def of_step(model, config: Config):
         found.append(count)
     few, many = found
     return Kernels(many.launches, (many.bytes - few.bytes) / 32)
+
+
+def of_forward(model):
+    """One forward pass without the head: a prefill, or recomputing."""
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+    with counting() as count, torch.no_grad():
+        last_hidden(model, ids)
+    return Kernels(count.launches, count.bytes / TOKENS)
 
 
 def of_scoring(model, config: Config):

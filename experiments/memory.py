@@ -82,7 +82,7 @@ def estimate(config: Config, ranks: int, size: int):
         "weights": size * count,
         "activations": size * saved * max(prefilled, slots),
         "KV cache": slots * 2 * size * layers * keys * config.max_sequence,
-        "logits": slots * 12 * vocab,
+        "logits": (1 + evaluations) * slots * 12 * vocab,  # eager steps, and each pool of graphs
         "graphs": evaluations * len(shapes_of_steps(slots)) * GRAPH,
     }
     teacher = {

@@ -220,7 +220,7 @@ class H100:
         return (2 * model.active * tokens + attention) / (FLOPS * reached)
 
     def prefill(self, tokens: int):
-        return self.matmuls(self.student, 1, tokens) + rest(self.student.counted.scoring, tokens)
+        return self.matmuls(self.student, 1, tokens) + rest(self.student.counted.forward, tokens)
 
     def score(self, passes: list[tuple]):
         """The layers lie on `teacher_gpus` GPUs and work one after the other."""
@@ -233,7 +233,7 @@ class H100:
         """Forward, and backward twice as much; the ranks share the passes."""
         products = sum(self.matmuls(self.student, *one) for one in passes)
         gathers = len(passes) * (3 * 2 + 4) * self.student.parameters / LINK
-        kernels, again = self.student.counted.training, self.student.counted.scoring
+        kernels, again = self.student.counted.training, self.student.counted.forward
         work = (4 if self.recompute else 3) * products
         for rows, longest in passes:
             work += rest(kernels, rows * longest)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from triton.runtime.interpreter import InterpreterBuilder
 
 from kernels.decode_attention import decode_attention, launch_shape
 
@@ -108,3 +109,26 @@ def test_the_kernel_reads_the_cache_where_it_lies():
     query, keys, values, position = case(2, 64, 64, torch.float32, 32)
     with pytest.raises(AssertionError):
         decode_attention(query, keys.transpose(1, 2), values, position, 0.125, None)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_slot_costs_what_it_sees_and_not_what_the_cache_holds(window, monkeypatch):
+    """Two products a block, and as many blocks as its own keys touch."""
+    query, keys, values, position = case(2, 64, 64, torch.float32, 700)
+    position[:] = torch.tensor([699, 0, 130])
+    keys.nan_to_num_(0.0), values.nan_to_num_(0.0)
+    products = []
+
+    def counted(self, *arguments):
+        products.append(1)
+        return plain(self, *arguments)
+
+    plain = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    decode_attention(query, keys, values, position, 0.125, window)
+    block = launch_shape(2, 64, 64, torch.float32)["BLOCK"]
+    blocks = [
+        last // block - max(0, last + 1 - (window or 700)) // block + 1
+        for last in position.tolist()
+    ]
+    assert len(products) == 2 * HEADS * sum(blocks)

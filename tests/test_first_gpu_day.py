@@ -48,7 +48,7 @@ def test_no_step_gets_more_time_than_is_left(monkeypatch, tmp_path):
 
 
 def test_a_step_is_ended_at_its_limit_and_not_begun_after_it():
-    assert day.watched("generation", True, 0.2) == {"error": "not done after 0 s", "seconds": 0}
+    assert day.watched("generation", True, 0.2) == {"error": "not done after 0 s.", "seconds": 0}
     assert day.watched("generation", True, -1.0) == {"error": "no time was left"}
 
 

@@ -119,7 +119,8 @@ def test_the_parts_are_what_the_roles_hold(model_dir):
     weights = sum(p.nbytes for p in generator.model.parameters())
     parts = estimate(config, 1, 4)["generator"]
     assert (parts["weights"], parts["KV cache"]) == (weights, cache)
-    assert parts["logits"] == 3 * 3 * 4 * 173  # logits, log-probabilities, probabilities
+    # Logits, log-probabilities, probabilities: of eager steps, of graphs, of evaluation's graphs.
+    assert parts["logits"] == 3 * 3 * 3 * 4 * 173
 
 
 def test_a_generator_has_few_graphs_and_as_many_again_for_evaluation(model_dir):

@@ -217,7 +217,12 @@ def test_scales_are_found_that_give_a_run_back(monkeypatch):
 
 
 def test_costs_of_a_gpu_follow_from_its_peaks():
-    counted = Counted(Kernels(900, 2e6), Kernels(800, 3e6), Kernels(2000, 9e6))
+    counted = Counted(
+        step=Kernels(900, 2e6),
+        forward=Kernels(700, 1e6),
+        scoring=Kernels(800, 3e6),
+        training=Kernels(2000, 9e6),
+    )
     model = Model(1e9, active=1e9, layers=10, width=1000, keys=500, counted=counted)
     costs = H100(model, model, ranks=4, recompute=False)
     read = (2e9 + 4 * 8 * 100 * 10 * 500) / (3.35e12 * 0.6)
@@ -232,7 +237,8 @@ def test_costs_of_a_gpu_follow_from_its_peaks():
     training = 1e6 * 9e6 / (3.35e12 * 0.6) + 2000 * 2e-6
     assert costs.accumulate([(1000, 1000)]) == pytest.approx((3 * products + training) / 4)
     again = H100(model, model, ranks=4, recompute=True)
-    recomputing = (4 * products + training + scoring) / 4
+    forward = 1e6 * 1e6 / (3.35e12 * 0.6) + 700 * 2e-6
+    recomputing = (4 * products + training + forward) / 4
     assert again.accumulate([(1000, 1000)]) == pytest.approx(recomputing)
     # A ring over 8 nodes: each rank sends its quarter of the gradient 2 * 7 / 8 times.
     assert costs.apply(8) - costs.apply(1) == pytest.approx(2 * 7 * (1e9 / 8 / 50e9 + 20e-6))

@@ -111,13 +111,16 @@ def test_the_progress_is_one_line_for_each_update(sync_run):
 
 
 @slow
-def test_generators_share_the_evaluation_and_find_the_accuracy_of_one(sync_run, pair, tmp_path):
-    run = start(tmp_path / "run", *pair, *SYNC, "--generators=3")
-    assert run.wait() == 0
-    ours, one = metrics(tmp_path / "run"), metrics(sync_run[0])
-    assert ours[0]["eval_accuracy_before"] == one[0]["eval_accuracy_before"]
-    evaluations = [e["tid"] for e in read_trace(tmp_path / "run") if e["name"] == "evaluate"]
-    assert sorted(evaluations) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+def test_generators_share_the_evaluation_and_find_the_accuracy_of_one(tmp_path):
+    """Of the built-in student: some prompts are answered, some are not."""
+    found = {}
+    for count in (1, 3):
+        flags = ["--max-staleness=0", "--steps=1", "--eval-every=1", f"--generators={count}"]
+        finish(start(tmp_path / str(count), *flags))
+        found[count] = metrics(tmp_path / str(count))[0]["eval_accuracy_before"]
+    assert 0.2 < found[1] < 0.6 and found[3] == found[1]
+    evaluations = [e["tid"] for e in read_trace(tmp_path / "3") if e["name"] == "evaluate"]
+    assert sorted(evaluations) == [0, 0, 1, 1, 2, 2]
 
 
 @slow
