@@ -7,8 +7,8 @@ One program serves one slot and one key-value head. It reads that slot's keys an
 by block, for all G query heads. Softmax goes along with a running maximum and sum (online softmax,
 arXiv 1805.02867). So a step costs what the slots hold, not what the longest of them holds, and one
 CUDA graph serves all lengths. What a slot gets does not depend on its neighbours, to the last bit.
-The loop begins at a multiple of BLOCK. So each block has a key that is seen, and the running maximum
-is finite after the first.
+The loop begins at a multiple of BLOCK. So each block has a key that is seen, and the running
+maximum is finite after the first.
 
 Left out: several programs for one long slot (split-K), paged blocks, shared prefixes.
 """
