@@ -270,14 +270,15 @@ def front_end(vocab: int, columns: int, logits: str, gradient: str):
 def lowered(kernel, types: dict, constants: dict):
     """The text of a kernel behind the part of Triton's compiler that needs no GPU.
 
-    `types` of its arguments; `constants`: those of its launch, num_warps included.
+    `types` of its arguments; `constants`: those of its launch, num_warps and num_stages included.
     """
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, CompilationError, make_backend
 
     constants = dict(constants)
-    options = {"num_warps": constants.pop("num_warps")}
+    given = constants.keys() & {"num_warps", "num_stages"}
+    options = {name: constants.pop(name) for name in given}
     types = types | dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     target = GPUTarget("cuda", 90, 32)
