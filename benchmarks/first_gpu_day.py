@@ -256,7 +256,7 @@ def small(pretend, path):
     return save_model(path, *sizes)
 
 
-def filled_generator(path, config, pretend, slots):
+def new_generator(path, config, pretend, slots):
     from generate import Generator
     from kv_cache import switch_to_slots
     from losses import make_loss
@@ -283,7 +283,7 @@ def decode_step(pretend):
         for norms in ("fused", "transformers'"):
             patch = mock.patch("support.load.fuse_norms") if norms != "fused" else nullcontext()
             with device(pretend), patch:
-                generator = filled_generator(path, config, pretend, slots)
+                generator = new_generator(path, config, pretend, slots)
                 prompt = [5 + i % 100 for i in range(longest // 3)]
                 generator.add([Rollout(prompt, ticket) for ticket in range(slots)])
                 repeats = 3 if pretend else 5

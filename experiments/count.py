@@ -86,7 +86,7 @@ class Count(TorchDispatchMode):
         sizes = [x.numel() * x.element_size() for x in found.values()]
         self.launches += 1
         self.names[name] += 1
-        if name in SPARSE:  # of the largest, the table, it touches as much as it moves
+        if name in SPARSE:  # of the table, the largest, it touches as much as the next holds
             sizes.remove(max(sizes))
             sizes.append(max(sizes))
         if name not in PRODUCTS:
@@ -101,9 +101,9 @@ def one_kernel(shape_of):
 
     class Kernel(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, options, *tensors):
+        def forward(ctx, *tensors):
             ctx.save_for_backward(*tensors)
-            out = shape_of(*tensors, **options)
+            out = shape_of(*tensors)
             current.kernel("", (tensors, out))
             return out
 
@@ -112,9 +112,9 @@ def one_kernel(shape_of):
             tensors = ctx.saved_tensors
             grads = [torch.empty_like(x) for x in tensors]
             current.kernel("", (tensors, grad, grads))
-            return None, *grads
+            return tuple(grads)
 
-    return lambda *tensors, **options: Kernel.apply(options, *tensors)
+    return Kernel.apply
 
 
 def attention(query, key, value, mask=None, **options):

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.language import constexpr
 
 LOG2_E = constexpr(1.4426950408889634)  # e^x is 2^(x LOG2_E), and 2^x is one instruction
-BLOCK_BYTES = 16_384  # of keys; as many of values. Two of each are in flight
+BLOCK_BYTES = 16_384  # of keys, or of values where those are wider
 
 
 @triton.jit

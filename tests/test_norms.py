@@ -29,7 +29,7 @@ def is_fused(norm):
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm, Gemma4RMSNorm])
-def test_a_plain_norm_is_fused_and_keeps_its_numbers_and_gradients_to_the_last_bit(kind):
+def test_a_plain_norm_is_fused_and_keeps_its_numbers_to_the_last_bit_and_its_gradients(kind):
     norm = drawn(kind)
     x = 3 * torch.randn(5, 7, 64)
 
