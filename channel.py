@@ -7,8 +7,8 @@ pipes carry row numbers. No tensor is pickled or sent.
 
 How one rollout travels:
   1. the leader writes a ticket and its prompt into a free row, and puts the row on `to_generator`
-  2. a generator fills in tokens, candidates and behavior_logp and puts the row on its teacher's
-     queue, one of `to_teachers`
+  2. a generator fills in tokens, candidates and behavior_logp and puts the row on the queue of the
+     teacher process that the leader chose, one of `to_teachers`
   3. the teacher fills in teacher_logp and puts the row on `to_learner`
   4. the learner trains on the row; the leader gives the row to the next ticket (tickets.py)
 
@@ -24,6 +24,7 @@ import struct
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -72,8 +73,9 @@ class RowQueue:
 class Channel:
     """The shared memory. Every Field below is a tensor of that name on an instance.
 
-    R rows, L longest sequence, M longest response, C candidates, P parameters, D generators, Z
-    teachers, Q roles (generators, teachers, learner), J evaluation prompts at most.
+    R rows, L longest sequence, U longest that a teacher reads, M longest response, C candidates,
+    P parameters, D generators, Z teacher processes, Q roles (generators, teachers, learner),
+    J evaluation prompts at most.
     """
 
     # the rollout table           who writes it -> who reads it
@@ -81,6 +83,11 @@ class Channel:
     prompt_len = Field(i32, "R")  # leader -> all
     length = Field(i32, "R")  # generator -> teacher, learner; of prompt and response
     ticket = Field(i64, "R")  # leader -> all
+    teacher_tokens = Field(i32, "R U")  # leader: teacher's prompt; generator: response -> teacher
+    teacher_prompt_len = Field(i32, "R")  # leader -> generator, teacher
+    teacher = Field(i32, "R")  # leader -> generator, learner; number of the teacher process
+    group = Field(i64, "R")  # leader -> teacher; see Tickets.assign_teachers
+    group_size = Field(i32, "R")  # leader -> teacher
     finish = Field(i32, "R")  # generator -> learner; STOP or LENGTH
     weight_version = Field(i32, "R M")  # generator -> learner
     candidate_ids = Field(i32, "R M C")  # generator; teacher: its own top K -> teacher, learner
@@ -120,7 +127,7 @@ class Channel:
         memory = os.memfd_create("rollout_table")
         os.posix_fallocate(memory, 0, size)
         # The writing ends stay open unused, or the pipes would end with their first writer.
-        pipes = [os.pipe()[0] for _ in range(2 + config.teachers)]
+        pipes = [os.pipe()[0] for _ in range(2 + len(config.teacher_processes))]
         for pipe in pipes:  # a full table fits, though the kernel fills its pages badly
             fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 2**18)
         paths = [f"/proc/{os.getpid()}/fd/{fd}" for fd in (memory, *pipes)]
@@ -130,6 +137,13 @@ class Channel:
         """False once the leader said stop or is gone. Every loop of a role asks."""
         is_gone = select.select([self.leader], [], [], 0)[0]
         return not self.stop.item() and not is_gone
+
+    def as_teacher_reads(self):
+        """The sequences of the table with the teacher's prompts: tokens, prompt_len, length."""
+        length = self.teacher_prompt_len + self.length - self.prompt_len
+        return SimpleNamespace(
+            tokens=self.teacher_tokens, prompt_len=self.teacher_prompt_len, length=length
+        )
 
     # ---- the weight mailbox -------------------------------------------------------------------
 
@@ -169,11 +183,12 @@ def memory_layout(config, num_parameters, dtype):
     sizes = {
         "R": config.table_rows,
         "L": config.max_sequence,
+        "U": config.max_teacher_sequence,
         "M": config.max_new_tokens,
         "C": config.num_candidates,
         "P": num_parameters,
-        "Q": config.generators + config.teachers + 1,
-        "Z": config.teachers,
+        "Q": len(config.role_names),
+        "Z": len(config.teacher_processes),
         "D": config.generators,
         "J": config.eval_size,
     }
@@ -241,7 +256,10 @@ def write_rollout(channel: Channel, rollout: Rollout):
     """Fill in the generator's columns of the rollout's row."""
     row = rollout.row
     tokens, columns = rollout.candidate_ids.shape  # forward KL: the teacher adds its own columns
-    channel.tokens[row, len(rollout.prompt_ids) : rollout.length] = rollout.candidate_ids[:, 0]
+    response = rollout.candidate_ids[:, 0]
+    channel.tokens[row, len(rollout.prompt_ids) : rollout.length] = response
+    start = int(channel.teacher_prompt_len[row])
+    channel.teacher_tokens[row, start : start + tokens] = response
     channel.length[row] = rollout.length
     channel.finish[row] = rollout.finish
     channel.weight_version[row, :tokens] = torch.tensor(rollout.weight_version)

@@ -36,7 +36,7 @@ from model import compute_dtype, flatten_parameters, head_weight, last_hidden
 from support.config import Config, judge
 from support.load import head_factor, load_model, load_tokenizer, shared_vocabulary, stop_ids
 from support.log import Timeline
-from tickets import may_start, teacher_of
+from tickets import may_start
 
 
 @dataclass
@@ -263,7 +263,7 @@ def run(config: Config, channel: Channel, device, number: int, held_out):
     generator = sampler.generator
     generator.version = -1  # the first weights have version 0
     channel.pin(device)
-    timeline = Timeline(config, channel, number, f"generator {number}")
+    timeline = Timeline(config, channel, number)
     waiting: deque[Rollout] = deque()
     while channel.running():
         take_rows(channel, generator, waiting)
@@ -287,7 +287,7 @@ def run(config: Config, channel: Channel, device, number: int, held_out):
                 generator.add(started)
         if generator.active:
             with timeline.span("decode"):
-                pass_on(channel, generator.step(), config)
+                pass_on(channel, generator.step())
         else:
             timeline.flush()
     timeline.flush()
@@ -302,9 +302,8 @@ def take_rows(channel: Channel, generator: Generator, waiting: deque[Rollout]):
         waiting.append(read_rollout(channel, row))
 
 
-def pass_on(channel: Channel, finished: list[Rollout], config: Config):
+def pass_on(channel: Channel, finished: list[Rollout]):
     """Write finished rollouts to their rows, and the rows to their teachers' queues."""
     for rollout in finished:
         write_rollout(channel, rollout)
-        teacher, _ = teacher_of(rollout.ticket, config)
-        channel.to_teachers[teacher].put([rollout.row])
+        channel.to_teachers[channel.teacher[rollout.row]].put([rollout.row])

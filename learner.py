@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -125,13 +126,18 @@ class Learner:
         tables = (self.student(channel, batch)[1:] for batch in batches)
         self.student.loss.look_ahead(tables, self.ranks.gather)
         self.optimizer.zero_grad()
-        sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.model.device)
+        size = len(SUMMED) + 2 * len(self.config.teacher_paths)
+        sums = torch.zeros(size, dtype=torch.float64, device=self.model.device)
         for number, batch in enumerate(batches, 1):
             if self.ranks.world_size > 1:  # the nodes add their gradients up once, at the end
                 self.student.set_requires_all_reduce(number == passes)
             sums += self.backward(channel, batch, tokens)
         sums = sum(self.ranks.gather(sums.numpy(force=True)))
-        metrics = dict(zip(SUMMED, (sums / tokens).tolist()))
+        summed, by_teacher = sums[: len(SUMMED)], sums[len(SUMMED) :].reshape(2, -1)
+        metrics = dict(zip(SUMMED, (summed / tokens).tolist()))
+        for name, kl, count in zip(self.config.teacher_paths, *by_teacher.tolist()):
+            if name and count:
+                metrics[f"reverse_kl/{name}"] = kl / count
         metrics |= {
             "tokens": tokens,
             "truncated_fraction": share_cut,
@@ -162,19 +168,32 @@ class Learner:
         return [row_batches(channel, by_length[i::ranks], budget) for i in range(ranks)]
 
     def backward(self, channel, rows, tokens):
-        """Add the gradient of one micro-batch; return sums over its positions: SUMMED, float64."""
+        """Add the gradient of one micro-batch; return sums over its positions, float64: SUMMED,
+        the reverse KL of each teacher's positions, and their number.
+        """
         total, s, ids, t, b = self.student(channel, rows)
         # Sharding averages over the ranks. One denominator for all asks for a sum.
         (total * (self.ranks.world_size / tokens)).backward()
         drift = b[:, 0] - s[:, 0]  # [T], of the emitted tokens
+        reverse_kl = self.student.loss.reverse_kl(s, t, b)  # [T]
         summed = (
-            self.student.loss.reverse_kl(s, t, b),
+            reverse_kl,
             drift,  # k1 estimate of KL(sampler || student)
             (-drift).expm1() + drift,  # k3 estimate: no term is negative
             self.student.loss.support_probs(ids, s),
             self.student.loss.support_probs(ids, t),
         )
-        return torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
+        sums = torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
+        is_of = self.teachers_of(channel, rows).to(s.device)  # [names,T]
+        return torch.cat([sums, is_of @ reverse_kl.double(), is_of.sum(1)])
+
+    def teachers_of(self, channel, rows):
+        """Whose each response position of `rows` is: float64 [teachers,T] of ones and zeros."""
+        names = [*self.config.teacher_paths]
+        index = [names.index(name) for name in self.config.teacher_processes]
+        process = channel.teacher[:, None].expand_as(channel.weight_version)  # [R,M]
+        process = of_responses(channel, rows, process)  # [T]
+        return F.one_hot(torch.tensor(index)[process], len(names)).T.double()
 
     def step(self):
         """Clip the gradient and change the parameters."""

@@ -46,13 +46,12 @@ class Serial:
 
         `prompts`, `held_out`: data.Prompt objects to train on and to evaluate on.
         """
-        self.config = config = replace(config, max_staleness=0, order="batch")
+        self.config = config = replace(config, max_staleness=0, window=0)
         student = load_model(config.path("student"), torch.float32, CPU)
         vocab = shared_vocabulary(config)
         self.learner = Learner(student, config, vocab, torch.float32)
-        self.teacher = Teacher(
-            load_model(config.path("teacher"), torch.float32, CPU), config, vocab
-        )
+        models = [load_model(path, torch.float32, CPU) for path in config.teacher_paths.values()]
+        self.teachers = [Teacher(model, config, vocab) for model in models]
         self.sampler = Sampler(config, CPU, config.batch_size, held_out)
         self.lag = lag
         first = flat_parameters(student)
@@ -69,7 +68,8 @@ class Serial:
         rollouts = [read_rollout(channel, row) for row in rows]
         for rollout in self.sampler.generator.generate(rollouts):
             write_rollout(channel, rollout)
-        self.teacher.score(channel, rows)
+        for number, teacher in enumerate(self.teachers):
+            teacher.score(channel, [row for row in rows if channel.teacher[row] == number])
         self.tickets.receive(rows)
         rows = self.tickets.batch(version)
         metrics = self.learner.update(channel, rows)

@@ -9,8 +9,6 @@ writes to `candidate_ids`.
 The teacher is frozen, so a cached sequence never goes stale. The cache pays where sequences recur:
 several epochs, or several samples of short answers. It is a hit only if every requested id is
 cached.
-
-Left out: several teacher models.
 """
 
 from collections import OrderedDict
@@ -26,7 +24,6 @@ from model import compute_dtype, head_weight, response_hidden, row_batches
 from support.config import Config
 from support.load import head_factor, load_model, shared_vocabulary
 from support.log import Timeline
-from tickets import teacher_of
 
 
 class TopKCache:
@@ -93,14 +90,19 @@ class Teacher:
     def score(self, channel: Channel, rows: list[int]):
         """Fill teacher_logp of `rows` and, for forward KL, the top-K columns of candidate_ids."""
         missing = [row for row in rows if not self.from_cache(channel, row)]
-        for batch in row_batches(channel, missing, self.config.micro_batch_tokens):
-            self.compute(channel, batch)
+        read = channel.as_teacher_reads()
+        for batch in row_batches(read, missing, self.config.micro_batch_tokens):
+            self.compute(channel, read, batch)
 
     def views(self, channel, row):
-        """Cache key of a row, and its candidate_ids and teacher_logp as views [T,C]."""
-        prompt_len, length = int(channel.prompt_len[row]), int(channel.length[row])
-        key = prompt_len.to_bytes(4, "little") + channel.tokens[row, :length].numpy().tobytes()
-        response = slice(0, length - prompt_len)
+        """Cache key of a row, and its candidate_ids and teacher_logp as views [T,C].
+
+        The key is what the teacher reads.
+        """
+        prompt_len = int(channel.teacher_prompt_len[row])
+        response = slice(0, int(channel.length[row] - channel.prompt_len[row]))
+        read = channel.teacher_tokens[row, : prompt_len + response.stop]
+        key = prompt_len.to_bytes(4, "little") + read.numpy().tobytes()
         return key, channel.candidate_ids[row, response], channel.teacher_logp[row, response]
 
     def from_cache(self, channel, row):
@@ -114,12 +116,12 @@ class Teacher:
         logp.copy_(found)
         return True
 
-    def compute(self, channel, rows):
-        """Fill rows by one forward pass, and remember its top ids."""
+    def compute(self, channel, read, rows):
+        """Fill rows by one forward pass, and remember its top ids. `read`: as_teacher_reads()."""
         views = [self.views(channel, row) for row in rows]
         proposed = self.loss.num_proposed  # columns that the generator has filled
         wanted = torch.cat([ids[:, :proposed] for _, ids, _ in views])  # [T,proposed]
-        all_ids, all_logp = self.look_up(response_hidden(self.model, channel, rows), wanted)
+        all_ids, all_logp = self.look_up(response_hidden(self.model, read, rows), wanted)
         counts = [len(ids) for _, ids, _ in views]
         found = zip(views, all_ids.split(counts), all_logp.split(counts))
         for (key, ids, logp), row_ids, row_logp in found:
@@ -146,48 +148,45 @@ class Teacher:
 # ---- the process ------------------------------------------------------------------------------
 
 
-def ready_rows(waiting: dict[int, int], next_turn: int, config: Config):
-    """Take the rows to score now out of `waiting` (turn -> row), in the order of turns.
+def ready_rows(waiting: set[int], channel, next_group: int, config: Config):
+    """Take the rows to score now out of `waiting`, in the order of their tickets.
 
-    A teacher's turn i is its i-th ticket (tickets.teacher_of). In arrival order all rows are ready.
-
-    In batch order a group of turns is scored once all of it is there. A group is a quarter of what
-    a batch has for this teacher. So the groups do not depend on timing, and neither do the last
-    bits of the scores, which depend on who shares a forward pass.
+    In ticket order (a window of 0) these are group `next_group` once all of it is there: neither
+    the rows of a forward pass nor what the cache holds may depend on timing. Else all that wait.
     """
-    group = sorted(waiting)
-    if config.order == "batch":
-        share = config.batch_size // (config.nodes * config.teachers)  # of a batch, for us
-        share_end = (next_turn // share + 1) * share
-        group = range(next_turn, min(next_turn + max(1, share // 4), share_end))
-    is_whole = all(turn in waiting for turn in group)
-    return [waiting.pop(turn) for turn in group] if is_whole else []
+    rows = list(waiting)
+    if config.window == 0:
+        groups = channel.group[rows].tolist()
+        rows = [row for row, group in zip(rows, groups) if group == next_group]
+        if rows and len(rows) < channel.group_size[rows[0]]:
+            return []
+    waiting.difference_update(rows)
+    return sorted(rows, key=lambda row: int(channel.ticket[row]))
 
 
-def run(config: Config, channel: Channel, device: torch.device, number: int, next_ticket: int):
+def run(config: Config, channel: Channel, device: torch.device, number: int):
     """Teacher process `number`, until the leader says stop or is gone.
 
     1. take finished rows   2. score those that are ready   3. pass them on to the learner
     """
     dtype = compute_dtype(config, device)
-    model = load_model(config.path("teacher"), dtype, device, gpus=config.teacher_gpus)
+    path = config.teacher_paths[config.teacher_processes[number]]
+    model = load_model(path, dtype, device, gpus=config.teacher_gpus)
     teacher = Teacher(model, config, shared_vocabulary(config))
-    timeline = Timeline(config, channel, config.generators + number, f"teacher {number}")
-    _, next_turn = teacher_of(next_ticket, config)
-    waiting = {}  # turn -> row
+    timeline = Timeline(config, channel, config.generators + number)
+    waiting = set()
+    next_group = 0
     rows = []
     while channel.running():
         # After a group there may be another: look, and do not wait.
-        for row in channel.to_teachers[number].get_all(timeout=0.0 if rows else 0.02):
-            _, turn = teacher_of(int(channel.ticket[row]), config)
-            waiting[turn] = row
-        rows = ready_rows(waiting, next_turn, config)
+        waiting.update(channel.to_teachers[number].get_all(timeout=0.0 if rows else 0.02))
+        rows = ready_rows(waiting, channel, next_group, config)
         if not rows:
             timeline.flush()
             continue
         with timeline.span("score"):
             teacher.score(channel, rows)
-        next_turn += len(rows)
+        next_group += 1
         channel.cache_stats[number] = teacher.cache.stats()
         channel.to_learner.put(rows)
     timeline.flush()

@@ -8,10 +8,18 @@ with B the batch size, and makes weights of version v + 1. Rollout n may start o
 `max_staleness = 0` is synchronous training: no rollout of an update starts before the update before
 it was made. Nothing else schedules.
 
+Which rollouts make an update is one number, too, the window W. The update after version v waits for
+every ticket below (v + 1 - W) * B that was not trained yet, and fills up with those that came
+first. W = 0 is ticket order, a large W is order of arrival. No token that is trained comes from
+weights more than max_staleness + W updates old.
+
 Several nodes take turns: of the tickets that this run has left to train, node k of n has every n-th
 from the k-th on. Every node keeps the books of all nodes, so that any of them knows what was
 trained.
 """
+
+import math
+from collections import Counter, defaultdict
 
 import torch
 
@@ -25,25 +33,21 @@ def may_start(ticket: int, weight_version: int, config: Config):
     return ticket < (weight_version + 1 + config.max_staleness) * config.batch_size
 
 
-def teacher_of(ticket: int, config: Config):
-    """(number of the teacher that scores a ticket, how many tickets of the node it had before)."""
-    turn, teacher = divmod(ticket // config.nodes, config.teachers)
-    return teacher, turn
-
-
 class Tickets:
     """A leader's books: which row carries which ticket, which may start, which were trained."""
 
     def __init__(self, config: Config, channel: Channel, prompts, version=0, trained_ahead=()):
         """`version` updates were made before.
 
-        `trained_ahead`: tickets that were trained before an earlier one was (arrival order).
+        `trained_ahead`: tickets that were trained before an earlier one was.
         """
         self.config = config
         self.channel = channel
         self.prompts = prompts
         self.free_rows = list(range(config.table_rows))
+        self.in_flight = set()  # tickets of rows that the teacher has not scored yet
         self.scored = {}  # ticket -> row, in order of arrival
+        self.groups = Counter()  # of each teacher process so far
         self.trained_before = frozenset(trained_ahead)  # by the run that this one resumes
         self.trained_ahead = set(trained_ahead)
         self.turn = version * config.batch_size  # says whose the next ticket is
@@ -52,7 +56,11 @@ class Tickets:
         self.next = self.lowest  # the next that may be issued
 
     def issue(self, version: int):
-        """Give free rows to the tickets that weights of `version` admit, with their prompts."""
+        """Give free rows to the tickets that weights of `version` admit, with their prompts.
+
+        Rows are always enough for whole updates: so each teacher's groups are the same in every
+        run of equal settings.
+        """
         rows = []
         end = self.config.steps * self.config.batch_size
         while self.free_rows and self.next < end and may_start(self.next, version, self.config):
@@ -61,31 +69,68 @@ class Tickets:
                     rows.append(self.fill_row(self.next))
                 self.turn += 1
             self.next += 1
+        self.assign_teachers(rows)
         self.channel.to_generator.put(rows)
 
     def fill_row(self, ticket: int):
-        """Write a ticket and its prompt into a free row."""
+        """Write a ticket and its prompt, as the student and as the teacher read it."""
         row = self.free_rows.pop()
-        ids = self.prompts[prompt_of(ticket, len(self.prompts), self.config)].ids
-        self.channel.tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-        self.channel.prompt_len[row] = len(ids)
-        self.channel.ticket[row] = ticket
+        prompt = self.prompt_of(ticket)
+        channel = self.channel
+        for ids, tokens, length in (
+            (prompt.ids, channel.tokens, channel.prompt_len),
+            (prompt.for_teacher, channel.teacher_tokens, channel.teacher_prompt_len),
+        ):
+            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+            length[row] = len(ids)
+        channel.ticket[row] = ticket
+        self.in_flight.add(ticket)
         return row
+
+    def prompt_of(self, ticket: int):
+        return self.prompts[prompt_of(ticket, len(self.prompts), self.config)]
+
+    def assign_teachers(self, rows):
+        """Decide which teacher process scores a row, and together with which others.
+
+        Tickets and prompts alone decide it, because the last bits of a score depend on who shares
+        the forward pass. The rows of an update that name one teacher are dealt to its processes in
+        turn. A group, which a process scores at once, is a quarter of what it has of an update.
+        """
+        channel, names = self.channel, self.config.teacher_processes
+        shares = defaultdict(list)  # (update, name) -> rows
+        for row in rows:
+            ticket = int(channel.ticket[row])
+            shares[ticket // self.config.batch_size, self.prompt_of(ticket).teacher].append(row)
+        for (_, name), share in shares.items():
+            processes = [i for i, of in enumerate(names) if of == name]
+            for number, process in enumerate(processes):
+                own = share[number :: len(processes)]
+                size = math.ceil(len(own) / 4) or 1
+                for start in range(0, len(own), size):
+                    group = own[start : start + size]
+                    channel.teacher[group] = process
+                    channel.group[group] = self.groups[process]
+                    channel.group_size[group] = len(group)
+                    self.groups[process] += 1
 
     def receive(self, rows: list[int]):
         """Take note of rows that the teacher has scored."""
         for row in rows:
-            self.scored[int(self.channel.ticket[row])] = row
+            ticket = int(self.channel.ticket[row])
+            self.in_flight.remove(ticket)
+            self.scored[ticket] = row
 
     def batch(self, version: int):
-        """Rows of the update after `version`, in ticket order or as they came; None: not yet."""
-        size = self.config.batch_size
-        wanted = range(version * size, (version + 1) * size)  # of all nodes
-        if self.config.order == "arrival":
-            wanted = list(self.scored)
-        share = size // self.config.nodes
-        ready = [self.scored[ticket] for ticket in wanted if ticket in self.scored][:share]
-        return ready if len(ready) == share else None
+        """Rows of the update after `version`: those that are due, in ticket order, then those that
+        came first. None: not all are there yet.
+        """
+        size, share = self.config.batch_size, self.config.batch_size // self.config.nodes
+        due = (version + 1 - self.config.window) * size  # tickets below it
+        if min(self.in_flight, default=due) < due or len(self.scored) < share:
+            return None
+        chosen = sorted(self.scored, key=lambda ticket: min(ticket, due))[:share]
+        return [self.scored[ticket] for ticket in chosen]
 
     def trained(self, tickets: list[int]):
         """Remember the tickets of an update, of all nodes, and free the rows of our own."""

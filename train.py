@@ -82,18 +82,18 @@ def read_inputs(config: Config):
 # ---- generators and teachers ------------------------------------------------------------------
 
 
-def run_role(index, config, channel, devices, held_out, next_ticket):
+def run_role(index, config, channel, devices, held_out):
     """Entry of a role's process: generators 0, 1, ..., then the teachers.
 
-    `devices`: of all roles. `held_out`: evaluation prompts. `next_ticket`: the next to be scored.
+    `devices`: of all roles. `held_out`: evaluation prompts.
     """
     ignore_interrupts()
-    device = devices[index - config.generators - config.teachers]  # these roles have the last
+    device = devices[index - len(config.role_names) + 1]  # these roles have the last
     set_up_process(config, device, len(devices))
     if index < config.generators:
         generate.run(config, channel, device, index, held_out)
     else:
-        teacher.run(config, channel, device, index - config.generators, next_ticket)
+        teacher.run(config, channel, device, index - config.generators)
 
 
 # ---- the leader of a node ---------------------------------------------------------------------
@@ -114,12 +114,12 @@ class Leader:
         self.interrupts = []
         on_interrupt(lambda *_: self.interrupts.append(1))
         on_disk.start_output(config, inputs.checkpoint)
-        self.timeline = Timeline(config, channel, config.generators + config.teachers, "learner")
+        self.timeline = Timeline(config, channel, len(config.role_names) - 1)
         ahead = inputs.progress["trained_ahead"]
         self.tickets = Tickets(config, channel, inputs.prompts, learner.version, ahead)
         self.held_out = inputs.held_out if self.ranks.node == 0 else []  # node 0 evaluates
         learner.publish(channel)
-        for_all = (config, channel, devices, self.held_out, self.tickets.lowest)
+        for_all = (config, channel, devices, self.held_out)
         self.roles = Roles(run_role, for_all, config, channel)
 
     def main_loop(self):
@@ -178,10 +178,15 @@ class Leader:
         while (channel.eval_done < channel.eval_asked).any():
             self.check()
             time.sleep(0.002)
-        accuracy = float(channel.eval_correct[: len(self.held_out)].double().mean())
+        right = channel.eval_correct[: len(self.held_out)].double()
+        accuracy = {name: float(right.mean())}
+        for teacher in filter(None, self.config.teacher_paths):
+            is_of = [prompt.teacher == teacher for prompt in self.held_out]
+            if any(is_of):
+                accuracy[f"{name}/{teacher}"] = float(right[is_of].mean())
         if self.learner.version == 0:
-            print(f"accuracy before training {accuracy:.1%}")
-        return {name: accuracy}
+            print(f"accuracy before training {accuracy[name]:.1%}")
+        return accuracy
 
     def is_due(self, every: int):
         version = self.learner.version

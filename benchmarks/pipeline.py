@@ -36,7 +36,7 @@ from experiments.heal import pair_flags, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 STOPS = list(range(130, 134))
-MODES = {"sync": ["--max-staleness=0"], "async": [], "arrival": ["--order=arrival"]}
+MODES = {"sync": ["--max-staleness=0"], "async": [], "arrival": ["--window=100"]}
 
 
 def long_tailed(directory: Path) -> list[str]:

@@ -34,7 +34,7 @@ T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 CELL = {
     "staleness": ("start", "loss", "lag"),
     "estimators": ("estimator", "lag"),
-    "frontier": ("loss", "order", "max_staleness"),
+    "frontier": ("loss", "window", "max_staleness"),
     "real_curves": ("loss", "lag", "update"),
 }
 PAGE = ROOT / "docs" / "claims.md"
@@ -174,7 +174,7 @@ STRATIFIED, SPARSE = (
 )
 LAGS = (0, 2, 8, 32)
 NEAR = {"metric": "reverse_kl", "margin": 1 / 1.05, "ratio": True}
-PIPELINES = [*((loss, "batch") for loss in frontier.METHODS), ("stratified 28+4", "arrival")]
+PIPELINES = [*((loss, 0) for loss in frontier.METHODS), ("stratified 28+4", frontier.ARRIVAL)]
 CLAIMS = [
     # the paper's
     Claim(
@@ -238,18 +238,13 @@ CLAIMS = [
         "Asynchronous training has at least 1.6 times the throughput of synchronous training "
         "(the paper: 1.6 to 3.8)",
         [
-            Comparison(
-                "frontier", "tokens_per_second", (*run, 1), (run[0], "batch", 0), 1.6, ratio=True
-            )
+            Comparison("frontier", "tokens_per_second", (*run, 1), (run[0], 0, 0), 1.6, ratio=True)
             for run in PIPELINES
         ],
     ),
     Claim(
         "... at equal accuracy: at most 5 points less after the same number of updates",
-        [
-            Comparison("frontier", "accuracy", (*run, 1), (run[0], "batch", 0), -0.05)
-            for run in PIPELINES
-        ],
+        [Comparison("frontier", "accuracy", (*run, 1), (run[0], 0, 0), -0.05) for run in PIPELINES],
     ),
     # ours
     Claim(
@@ -314,9 +309,7 @@ CLAIMS = [
         "The pipeline with staleness 1 reaches 90 % at least 1.3 times sooner "
         "than the synchronous one",
         [
-            Comparison(
-                "frontier", "seconds_to_90", (*run, 1), (run[0], "batch", 0), 1.3, ratio=True
-            )
+            Comparison("frontier", "seconds_to_90", (*run, 1), (run[0], 0, 0), 1.3, ratio=True)
             for run in PIPELINES
         ],
     ),
@@ -327,8 +320,8 @@ CLAIMS = [
             Comparison(
                 "frontier",
                 "tokens_per_second",
-                (loss, "batch", 1),
-                (loss, "batch", 8),
+                (loss, 0, 1),
+                (loss, 0, 8),
                 0.8,
                 ratio=True,
             )
@@ -338,7 +331,7 @@ CLAIMS = [
     Claim(
         "... and at lr 1e-3 costs more than 5 points of accuracy where candidates are drawn",
         [
-            Comparison("frontier", "accuracy", (loss, "batch", 1), (loss, "batch", 8), 0.05)
+            Comparison("frontier", "accuracy", (loss, 0, 1), (loss, 0, 8), 0.05)
             for loss in ("stratified 28+4", "current signal + IS, N=32")
         ],
     ),
@@ -348,8 +341,8 @@ CLAIMS = [
             Comparison(
                 "frontier",
                 "accuracy",
-                ("forward KL 32", "batch", 8),
-                ("forward KL 32", "batch", 1),
+                ("forward KL 32", 0, 8),
+                ("forward KL 32", 0, 1),
                 -0.05,
             )
         ],
@@ -469,6 +462,9 @@ def describe(c: Comparison, result: Result) -> str:
     """One comparison in words: what both cells share, what tells them apart, the difference."""
 
     def name(key: str, value) -> str:
+        orders = {0: "ticket order", frontier.ARRIVAL: "order of arrival"}
+        if key == "window":
+            return orders.get(value, f"window {value}")
         words = {"lag": "lag {}", "max_staleness": "staleness {}", "update": "after {} updates"}
         return words.get(key, "{}").format(value)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from experiments.run_figure import Span, draw_run, draw_timeline, keep_window, label_ends, plt
 
 RESULTS = Path(__file__).parent / "results"
+ARRIVAL = 100  # the window of experiments/frontier.py that means order of arrival
 NODES = {  # variants of experiments/scaling.py
     "as built": ("#000000", "o"),
     "arrival order": ("#787878", "s"),
@@ -47,7 +48,7 @@ STYLE = {
     "stratified 12+4": ("#2BA87F", "D"),
     "stratified 28+4": ("#00593F", "P"),
     "stratified 16+16": ("#A6B727", "P"),
-    "stratified 28+4, arrival order": ("#68AB2D", "P"),
+    "stratified 28+4, order of arrival": ("#68AB2D", "P"),
     # on the real model
     "32 draws": ("#0B2A66", "s"),
     "32 draws, no baseline": ("#1F67AE", "s"),
@@ -117,7 +118,7 @@ def spread(axis, groups: dict[int, list[float]], name: str, shift: float, seeds:
     below = [mean - min(group) for mean, group in zip(means, groups.values())]
     above = [max(group) - mean for mean, group in zip(means, groups.values())]
     axis.errorbar(places, means, (below, above), fmt="none", ecolor=colour, elinewidth=1, capsize=2)
-    line = "--" if "arrival" in name else "-"
+    line = "--" if name.endswith("arrival") else "-"
     axis.plot(places, means, line, linewidth=1.3, markersize=5, label=name, **look)
     hollow = [i for i, group in enumerate(groups.values()) if len(group) < seeds]
     for i in hollow:
@@ -188,13 +189,27 @@ def draw_frontier(tables: dict[str, Cells], out: Path):
     known = tables["accuracy"]
     staleness = sorted({cell[-1] for cell in known})
     cells = {}
-    for loss, order in dict.fromkeys(cell[:2] for cell in known):
-        name = loss if order == "batch" else f"{loss}, {order} order"
-        cells[name] = [(loss, order, limit) for limit in staleness]
+    for loss, window in dict.fromkeys(cell[:2] for cell in known):
+        if window in (0, ARRIVAL):
+            name = f"{loss}, order of arrival" if window else loss
+            cells[name] = [(loss, window, limit) for limit in staleness]
     for axis, (key, title) in zip(axes.flat, FRONTIER.items()):
         over(axis, tables[key], cells, staleness)
         axis.set(title=title, xlabel="--max-staleness", ylim=(0, None))
         label_ends(axis)
+    figure.savefig(out)
+
+
+def draw_windows(tables: dict[str, Cells], out: Path):
+    """The same for --window at a staleness of 1."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3))
+    figure.subplots_adjust(wspace=0.35)
+    windows = sorted({cell[1] for cell in tables["accuracy"]})
+    ticks = [w if w < ARRIVAL else "arrival" for w in windows]
+    cells = {"stratified 28+4": [("stratified 28+4", w, 1) for w in windows]}
+    for axis, key in zip(axes, ("tokens_per_second", "lag_mean", "accuracy")):
+        over(axis, tables[key], cells, ticks)
+        axis.set(title=FRONTIER[key], xlabel="--window", ylim=(0, None))
     figure.savefig(out)
 
 
@@ -305,6 +320,7 @@ def draw_study(results: Path):
     lines = frontier.read(results / "frontier.csv")
     tables = {key: cells("frontier", lines, key) for key in FRONTIER}
     draw_frontier(tables, results / "frontier.png")
+    draw_windows(tables, results / "window.png")
     lines = real_curves.read(results / "real_curves.csv")
     values = cells("real_curves", lines, "reverse_kl")
     draw_real_curves(values, results / "real_curves.png")

@@ -32,10 +32,12 @@ METHODS = {  # name -> flags of train.py
 STALENESS = (0, 1, 2, 4, 8)
 STEPS, EVERY, TARGET = 80, 5, 0.9  # updates of a run, between evaluations; accuracy
 BUSY = ("generator_busy", "teacher_busy", "learner_busy")
-KINDS = {"loss": str, "order": str, "max_staleness": int, "seed": int}
+ARRIVAL = 100  # more than a run has updates: order of arrival
+WINDOWS = (1, 2, 4, ARRIVAL)  # beside 0, which is ticket order
+KINDS = {"loss": str, "window": int, "max_staleness": int, "seed": int}
 COLUMNS = (
     "loss",
-    "order",
+    "window",
     "max_staleness",
     "seed",
     "tokens_per_second",
@@ -95,16 +97,16 @@ def measure(records: list[dict], evaluations: list[float], every: int) -> dict[s
     }
 
 
-def run(job: tuple[str, str, int, int]) -> list[dict]:
-    """The CSV's one line for a (loss, order, max_staleness, seed)."""
-    loss, order, staleness, seed = job
+def run(job: tuple[str, int, int, int]) -> list[dict]:
+    """The CSV's one line for a (loss, window, max_staleness, seed)."""
+    loss, window, staleness, seed = job
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "run"
         command = [
             sys.executable,
             str(study.ROOT / "train.py"),
             f"--output-dir={output}",
-            f"--order={order}",
+            f"--window={window}",
             f"--max-staleness={staleness}",
             f"--seed={seed}",
             f"--steps={STEPS}",
@@ -128,16 +130,18 @@ def read(path: Path) -> list[dict]:
     return study.read(path, COLUMNS, KINDS, optional=("seconds_to_90", "updates_to_90"))
 
 
-def grid(losses, staleness, seeds: int) -> list[tuple[str, str, int, int]]:
-    """Jobs, seed by seed. Arrival order for the first loss alone, and not without staleness,
-    where there is one batch to take rollouts from."""
-    arrival = [(loss, "arrival", s) for loss in losses[:1] for s in staleness if s]
-    return jobs_for(
-        [(loss, "batch", s) for loss in losses for s in staleness] + arrival, range(seeds)
-    )
+def grid(losses, staleness, seeds: int) -> list[tuple[str, int, int, int]]:
+    """Jobs, seed by seed. Windows for the first loss alone, and not without staleness, where
+    there is one batch to take rollouts from; those between ticket order and arrival at a
+    staleness of 1.
+    """
+    cells = [(loss, 0, s) for loss in losses for s in staleness]
+    cells += [(loss, ARRIVAL, s) for loss in losses[:1] for s in staleness if s]
+    cells += [(loss, window, 1) for loss in losses[:1] for window in WINDOWS if 1 in staleness]
+    return jobs_for(cells, range(seeds))
 
 
-def make(path: Path, jobs: list[tuple[str, str, int, int]]) -> list[dict]:
+def make(path: Path, jobs: list[tuple[str, int, int, int]]) -> list[dict]:
     """Append the lines of those `jobs` that the CSV does not hold,
     one run at a time; all its lines."""
 
@@ -149,14 +153,14 @@ def make(path: Path, jobs: list[tuple[str, str, int, int]]) -> list[dict]:
 
 
 def jobs_for(cells: list[tuple], seeds: range) -> list[tuple]:
-    """Jobs of some (loss, order, max_staleness)."""
+    """Jobs of some (loss, window, max_staleness)."""
     return [(*cell, seed) for seed in seeds for cell in dict.fromkeys(cells)]
 
 
 def summary(lines: list[dict]) -> str:
-    """A line per loss, order and staleness: means over seeds."""
+    """A line per loss, window and staleness: means over seeds."""
     head = (
-        "                           order    staleness  seeds  tokens/s  mean lag  "
+        "                           window   staleness  seeds  tokens/s  mean lag  "
         "seconds to 90 %  accuracy"
     )
     rows = [head]
@@ -173,7 +177,7 @@ def summary(lines: list[dict]) -> str:
             else "never"
         )
         rows.append(
-            f"{cell[0]:26s} {cell[1]:8s} {cell[2]:9d}  {len(chosen):5d}  {rate:8.0f}  {lag:8.2f}  "
+            f"{cell[0]:26s} {cell[1]:6d}   {cell[2]:9d}  {len(chosen):5d}  {rate:8.0f}  {lag:8.2f}  "
             f"{seconds:>15s}  {accuracy:8.1%}"
         )
     return "\n".join(rows)

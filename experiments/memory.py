@@ -17,6 +17,7 @@ which uses the same KV cache. A graph's own memory is assumed (GRAPH).
 import argparse
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
@@ -54,12 +55,12 @@ def model_size(path: str):
 
 
 def estimate(config: Config, ranks: int, size: int):
-    """role -> {part: bytes} of one process, of a teacher on each of its GPUs.
+    """role -> {part: bytes} of one process, of a teacher on each of its GPUs. Each name of
+    --teacher is a role of its own.
 
     `ranks`: learner ranks of a node. `size`: bytes of a value in the forward pass.
     """
     count, layers, features, saved, keys = model_size(config.path("student"))
-    teacher_count, _, _, teacher_saved, _ = model_size(config.path("teacher"))
     vocab = shared_vocabulary(config)
     chunk = 4 * vocab * config.head_chunk  # of logits, float32
     tokens = size * config.micro_batch_tokens
@@ -85,12 +86,15 @@ def estimate(config: Config, ranks: int, size: int):
         "logits": (1 + evaluations) * slots * 12 * vocab,  # eager steps, and each pool of graphs
         "graphs": evaluations * len(shapes_of_steps(slots)) * GRAPH,
     }
-    teacher = {
-        "weights": size * teacher_count / config.teacher_gpus,
-        "activations": teacher_saved * tokens,
-        "logits": 2 * chunk,
-    }
-    return {"learner": learner, "generator": generator, "teacher": teacher}
+    roles = {"learner": learner, "generator": generator}
+    for name, path in config.teacher_paths.items():
+        count, _, _, saved, _ = model_size(path)
+        roles[f"teacher {name}".strip()] = {
+            "weights": size * count / config.teacher_gpus,
+            "activations": saved * tokens,
+            "logits": 2 * chunk,
+        }
+    return roles
 
 
 def needed(config: Config, ranks: int, size: int):
@@ -114,11 +118,12 @@ def rollouts_of_a_generator(config: Config):
 def roles_on_gpus(config: Config, ranks: int, gpus: int):
     """For every GPU the processes that it holds: [("learner", 0), ...], ..."""
     roles = [("learner", i) for i in range(ranks)]
-    roles += [("generator", i) for i in range(config.generators)]
-    roles += [("teacher", i) for i in range(config.teachers)]
+    for name in config.role_names[:-1]:
+        role, _, number = name.rpartition(" ")
+        roles.append((role, int(number)))
     held = [[] for _ in range(gpus)]
     for (role, number), device in zip(roles, role_devices(config, ranks, gpus)):
-        count = config.teacher_gpus if role == "teacher" else 1
+        count = config.teacher_gpus if role.startswith("teacher") else 1
         for gpu in range(device.index, device.index + count):
             held[gpu].append((role, number))
     return held
@@ -144,7 +149,7 @@ def largest(config: Config, ranks: int, memory: list[float], size: int):
     """
     most = rollouts_of_a_generator(config)
     asked = min(config.slots, most)
-    tokens = [config.max_sequence, *powers(config.max_sequence, token_limit(config))]
+    tokens = [longest_pass(config), *powers(longest_pass(config), token_limit(config))]
     for slots in (asked, *reversed(powers(0, asked))):
         for count in reversed(tokens):
             found = replace(config, micro_batch_tokens=count, slots=slots)
@@ -154,9 +159,14 @@ def largest(config: Config, ranks: int, memory: list[float], size: int):
     return None
 
 
+def longest_pass(config: Config):
+    """The longest sequence that any model reads."""
+    return max(config.max_sequence, config.max_teacher_sequence)
+
+
 def token_limit(config: Config):
     """A forward pass over all rollouts of an update; a power of two."""
-    return 1 << (config.batch_size * config.max_sequence - 1).bit_length()
+    return 1 << (config.batch_size * longest_pass(config) - 1).bit_length()
 
 
 def powers(above: int, limit: int):
@@ -166,7 +176,7 @@ def powers(above: int, limit: int):
 
 def smallest(config: Config):
     """`config` with as little at once as can be."""
-    least = {"micro_batch_tokens": config.max_sequence, "slots": 1, "checkpoint_activations": True}
+    least = {"micro_batch_tokens": longest_pass(config), "slots": 1, "checkpoint_activations": True}
     return replace(config, **least)
 
 
@@ -186,7 +196,7 @@ def report(config: Config, ranks: int, memory: list[float]):
     yield ""
     yield from of_gpus(config, ranks, memory, size)
     yield ""
-    yield f"The largest that fit: powers of two, or one sequence ({config.max_sequence} tokens)"
+    yield f"The largest that fit: powers of two, or one sequence ({longest_pass(config)} tokens)"
     for on in (False, True):
         flag = "--checkpoint-activations" if on else "--no-checkpoint-activations"
         found = largest(replace(config, checkpoint_activations=on), ranks, memory, size)
@@ -201,11 +211,12 @@ def report(config: Config, ranks: int, memory: list[float]):
 def table(config: Config, ranks: int, size: int):
     """What each role needs."""
     yield f"{'GiB of a process':24s}  {'  '.join(PARTS)}     all"
-    counts = {"learner": ranks, "generator": config.generators, "teacher": config.teachers}
     roles = estimate(config, ranks, size)
+    counts = Counter(name.rpartition(" ")[0] for name in config.role_names)
+    counts["learner"] = ranks
     for role, parts in roles.items():
         name = f"{role}, {counts[role]} of them" if counts[role] > 1 else role
-        if role == "teacher" and config.teacher_gpus > 1:
+        if role.startswith("teacher") and config.teacher_gpus > 1:
             name += ", on each GPU"
         cells = [gib(parts[part]) if part in parts else "-" for part in PARTS]
         padded = "  ".join(f"{cell:>{len(part)}s}" for cell, part in zip(cells, PARTS))
@@ -237,7 +248,7 @@ def advice(config: Config, ranks: int, memory: list[float], size: int):
         if needs[gpu] <= limit:
             continue
         alone = [role for role, _ in processes if sizes[role] > limit]
-        fix = "; ".join(f"{role}: {FIXES[role]}" for role in dict.fromkeys(alone))
+        fix = "; ".join(f"{role}: {FIXES[role.split()[0]]}" for role in dict.fromkeys(alone))
         yield (
             f"GPU {gpu} needs {gib(needs[gpu])} GiB with one sequence at a time. "
             + (fix or "Its roles would fit on a GPU each: take more GPUs, or fewer processes")
@@ -251,7 +262,8 @@ def gib(count: float):
 def gpu_memory(config: Config, ranks: int, gpus: int | None, gpu_gib: float | None):
     """(bytes of every GPU of a node, what to tell the user)."""
     found = torch.cuda.device_count()
-    processes = ranks + config.generators + config.teachers * config.teacher_gpus
+    teachers = len(config.teacher_processes) * config.teacher_gpus
+    processes = ranks + config.generators + teachers
     count = gpus or found or processes
     require(ranks <= count, f"{ranks} learner ranks, {count} GPUs: lower --nproc-per-node")
     if gpu_gib:
@@ -286,8 +298,9 @@ def main():
         own, config = parse_args()
         memory, note = gpu_memory(config, own.nproc_per_node, own.gpus, own.gpu_gib)
         with refusal("the sizes of the models cannot be estimated"):
-            shared_vocabulary(config), model_size(config.path("student"))
-            model_size(config.path("teacher"))
+            shared_vocabulary(config)
+            for path in (config.path("student"), *config.teacher_paths.values()):
+                model_size(path)
         print(note + "\n".join(report(config, own.nproc_per_node, memory)))
     except InputError as error:
         sys.exit(f"experiments.memory: error: {error}")

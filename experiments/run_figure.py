@@ -35,6 +35,7 @@ PANELS = {
 }
 WIDE = {"color": "#E69F00", "linewidth": 3}  # the mean stays visible on top of the maximum
 THIN = {"color": "#0072B2", "linewidth": 1}
+TEACHERS = ("#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 class Span(NamedTuple):
@@ -143,10 +144,12 @@ def middle(spans: list[Span], seconds: float = 2.0) -> list[Span]:
     return kept
 
 
-def rank(role: str) -> tuple[int, int]:
-    """The place of a role from top to bottom: generators by number, the teacher, the learner."""
-    kind, _, number = role.partition(" ")
-    return list(ROLES).index(kind), int(number or 0)
+def rank(role: str) -> tuple:
+    """The place of a role from top to bottom: generators by number, teachers by name and number,
+    the learner.
+    """
+    kind, *words = role.split()
+    return list(ROLES).index(kind), *(int(word) if word.isdecimal() else word for word in words)
 
 
 def draw_timeline(axis, spans: list[Span]):
@@ -197,7 +200,8 @@ def read_run(run: Path) -> list[dict]:
 def points_of(records: list[dict], key: str) -> list[tuple[int, float]]:
     """(update, value) wherever the metric was measured, before the first update included."""
     points = [(record["step"], record[key]) for record in records if key in record]
-    before = records[0].get(f"{key}_before")
+    metric, slash, teacher = key.partition("/")
+    before = records[0].get(f"{metric}_before{slash}{teacher}")
     return points if before is None else [(0, before), *points]
 
 
@@ -206,6 +210,12 @@ def panels_of(records: list[dict]) -> dict[str, dict[str, list]]:
     panels = {}
     for title, keys in PANELS.items():
         curves = {label: points_of(records, key) for label, key in keys.items()}
+        for key in sorted({key for record in records for key in record}):
+            metric, _, teacher = key.partition("/")
+            if metric == keys.get("") and teacher:
+                curves[teacher] = points_of(records, key)
+        if len(curves) > len(keys):
+            curves["all"] = curves.pop("")
         if all(curves.values()):
             panels[title] = curves
     return panels
@@ -214,9 +224,11 @@ def panels_of(records: list[dict]) -> dict[str, dict[str, list]]:
 def draw_curves(axis, curves: dict[str, list], title: str):
     """Lines {label: points} against the update."""
     extremes = [0.0]
-    for label, points in curves.items():
+    for number, (label, points) in enumerate(curves.items()):
         steps, values = zip(*points)
         look = WIDE if label == "max" else THIN
+        if "all" in curves:  # and one of each teacher
+            look = {"color": TEACHERS[number % len(TEACHERS)], "linewidth": 1}
         marker = "o" if len(points) <= 20 else ""
         axis.plot(steps, values, label=label, marker=marker, markersize=3, clip_on=False, **look)
         extremes.extend((min(values), max(values)))

@@ -11,7 +11,6 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from experiments import count, memory, splits
 from experiments.simulate import Result, Simulation, config_on, write
 from experiments.stages import H100, MEMORY, Model
 from support.config import builtin
+from support.data import Prompt
 
 SPREAD = 0.8
 PROMPT = 512
@@ -40,7 +40,7 @@ class Job:
     batch: int = 256  # rollouts of an update, of all nodes
     gpus: int = 8
     staleness: int = 4
-    order: str = "batch"
+    window: int = 0
     updates: int = UPDATES
     own_lengths: bool = True  # decoding reads each slot's own keys; False: to the longest slot's
 
@@ -103,11 +103,11 @@ def config_of(job: Job, split: Split, nodes=1):
         micro_batch_tokens=split.micro_batch_tokens,
         slots=split.slots,
         generators=split.generators,
-        teachers=split.teachers,
+        teachers=str(split.teachers),
         teacher_gpus=split.teacher_gpus,
         max_staleness=job.staleness,
         checkpoint_activations=split.recompute,
-        order=job.order,
+        window=job.window,
         steps=job.updates,
     )
 
@@ -115,7 +115,7 @@ def config_of(job: Job, split: Split, nodes=1):
 def simulated(job: Job, split: Split, nodes=1, spread=SPREAD, stages=None, **options) -> Result:
     """Updates after the first few. `stages`: in place of `costs`. `options`: of Simulation."""
     lengths = response_lengths(job.mean, job.longest, spread)
-    prompts = [SimpleNamespace(ids=[0] * PROMPT)]
+    prompts = [Prompt("", [0] * PROMPT)]
     options = {"nodes": nodes, "stride": STRIDE} | options
     stages = stages or costs(job, split)
     config = config_of(job, split, nodes)
@@ -230,14 +230,14 @@ def paper():
         "64 rollouts an update": (replace(base, batch=64), SPREAD),
         "1,024 rollouts an update": (replace(base, batch=1024), SPREAD),
         "staleness 1": (replace(base, staleness=1), SPREAD),
-        "arrival order": (replace(base, order="arrival"), SPREAD),
+        "arrival order": (replace(base, window=100), SPREAD),
         "a dense teacher of 8B": (replace(base, teacher="8B"), SPREAD),
         "a dense teacher of 32B": (replace(base, teacher="32B"), SPREAD),
     }
     rows = []
     for name, (job, spread) in jobs.items():
         split, _ = best(job)
-        synchronous = replace(job, staleness=0, order="batch")
+        synchronous = replace(job, staleness=0, window=0)
         slow_split, _ = best(synchronous)
         fast = simulated(job, split, spread=spread)
         slow = simulated(synchronous, slow_split, spread=spread)
@@ -264,8 +264,8 @@ def scale():
     split, _ = best(Job())
     variants = {  # changes of the job, options of the simulation
         "as built": ({}, {}),
-        "arrival order": ({"order": "arrival"}, {}),
-        "shared pool": ({"order": "arrival"}, {"pool": True}),
+        "arrival order": ({"window": 100}, {}),
+        "shared pool": ({"window": 100}, {"pool": True}),
         "staleness 1": ({"staleness": 1}, {}),
         "reading to the longest slot": ({"own_lengths": False}, {}),
     }

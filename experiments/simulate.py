@@ -37,7 +37,7 @@ from generate import Generator, take_rows
 from model import row_batches
 from support.config import Config, InputError
 from teacher import ready_rows
-from tickets import Tickets, may_start, teacher_of
+from tickets import Tickets, may_start
 
 Process = Iterator[float | None]
 MOVES = 0.15  # seconds, see Cores
@@ -227,6 +227,10 @@ def config_on(node: int, nodes: int):
     return type("Config", (Config,), {"node": node, "nodes": nodes})
 
 
+# Columns of the rollout table that Tickets and the roles use.
+OF_ROWS = """prompt_len length ticket teacher_prompt_len teacher group group_size""".split()
+
+
 class Node:
     """The roles of one node: generate.run, teacher.run, train.Leader without what they compute."""
 
@@ -239,20 +243,20 @@ class Node:
         widest = max(len(prompt.ids) for prompt in simulation.prompts)
         self.channel = SimpleNamespace(
             to_generator=Queue(machine),
-            to_teachers=[Queue(machine) for _ in range(config.teachers)],
+            to_teachers=[Queue(machine) for _ in config.teacher_processes],
             to_learner=Queue(machine),
             version=-1,
             tokens=torch.zeros(rows, widest, dtype=torch.int32),
-            prompt_len=torch.zeros(rows, dtype=torch.int32),
-            length=torch.zeros(rows, dtype=torch.int64),
-            ticket=torch.zeros(rows, dtype=torch.int64),
+            teacher_tokens=torch.zeros(rows, widest, dtype=torch.int32),
+            **{name: torch.zeros(rows, dtype=torch.int64) for name in OF_ROWS},
         )
         self.tickets = Tickets(config, self.channel, simulation.prompts)
         self.responses: dict[int, Response] = {}  # by row, from the last token to the update
         self.waited: list[float] = []  # for the other nodes, of each update
         self.learning = machine.add(number, self.learner())
         self.generating = [machine.add(number, self.generator()) for _ in range(config.generators)]
-        self.scoring = [machine.add(number, self.teacher(i)) for i in range(config.teachers)]
+        processes = len(config.teacher_processes)
+        self.scoring = [machine.add(number, self.teacher(i)) for i in range(processes)]
 
     def generator(self) -> Process:
         config, channel, stages = self.config, self.channel, self.stages
@@ -289,23 +293,20 @@ class Node:
                 me.active.remove(response)
                 self.responses[response.row] = response
                 channel.length[response.row] = response.length
-                teacher, _ = teacher_of(response.ticket, config)
-                channel.to_teachers[teacher].put([response.row])
+                channel.to_teachers[channel.teacher[response.row]].put([response.row])
 
     def teacher(self, index: int) -> Process:
         config, channel = self.config, self.channel
-        waiting, next_turn, rows = {}, 0, []
+        waiting, next_group, rows = set(), 0, []
         while True:
             finished = channel.to_teachers[index].get_all()
-            for row in finished:
-                _, turn = teacher_of(int(channel.ticket[row]), config)
-                waiting[turn] = row
-            rows = ready_rows(waiting, next_turn, config) if finished or rows else []
+            waiting.update(finished)
+            rows = ready_rows(waiting, channel, next_group, config) if finished or rows else []
             if not rows:
                 yield None
                 continue
             yield self.stages.score(self.passes(rows))
-            next_turn += len(rows)
+            next_group += 1
             channel.to_learner.put(rows)
 
     def passes(self, rows):

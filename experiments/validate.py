@@ -53,7 +53,7 @@ TAIL = "tail"  # stands for the student whose responses have a long tail
 RUNS = {  # name -> (nodes, flags)
     "staleness 1": (1, []),
     "staleness 4": (1, ["--max-staleness=4"]),
-    "arrival": (1, ["--order=arrival"]),
+    "arrival": (1, ["--window=100"]),
     "batch 128, synchronous": (1, ["--batch-size=128", "--max-staleness=0"]),
     "16 slots": (1, ["--slots=16"]),
     "2 generators": (1, ["--generators=2", "--max-staleness=2"]),

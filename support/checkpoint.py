@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import state_dict
 from support.config import Config, InputError, refusal, require
 
 # The settings that decide which rollouts come next.
-MUST_MATCH = """student prompts eval_prompts eval_size seed batch_size samples_per_prompt order
+MUST_MATCH = """student prompts eval_prompts eval_size seed batch_size samples_per_prompt
     max_prompt_tokens drop_long_prompts chat_template_kwargs""".split()
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 

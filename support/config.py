@@ -7,6 +7,7 @@ directory is the dump of the object that the run used. Derived values are proper
 import json
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,6 +20,7 @@ from losses import LOSSES, import_plugin, make_loss
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MAX_ROWS = 16_384  # of the rollout table: their numbers fit into a pipe
+NAMED = re.compile(r"(?:([\w.-]+)=)?(.*)", re.S)  # a value of --teacher or --teachers
 RATE = click.FloatRange(1e-12)
 COUNT = click.IntRange(0)
 ABOUT = "Asynchronous on-policy distillation. torchrun --nproc-per-node=N starts N learner ranks."
@@ -58,7 +60,9 @@ def option(default, help: str, limits=None):
 
 @dataclass(frozen=True)
 class Config:
-    teacher: str = option("", "directory or hub id; builtin: the shipped one")
+    teacher: tuple = option(
+        (), "directory or hub id; student: its first weights; NAME=...: for rows that name it"
+    )
     student: str = option("builtin", "directory or hub id; builtin: read assets/builtin.yaml")
     prompts: str = option("", "JSONL of training prompts; builtin: running sums")
     eval_prompts: str = option("", "JSONL of evaluation prompts; empty: hold out of --prompts")
@@ -66,6 +70,8 @@ class Config:
     chat_template_kwargs: str = option("{}", 'JSON: {"enable_thinking": false}, for all rows')
     drop_long_prompts: bool = option(False, "leave longer prompts out")
     max_prompt_tokens: int = option(1024, "longest prompt, tokens")
+    max_teacher_prompt_tokens: int = option(0, "longest of a teacher; 0: as above", COUNT)
+    teacher_system: str = option("", "a system message that the teacher alone reads first")
     max_new_tokens: int = option(1024, "longest response, tokens, stop token included")
     stop_token: tuple = option((), "one more token that ends a response; repeatable")
     plugin: str = option("", "FILE.py or module, imported first: it may add to losses.LOSSES")
@@ -74,7 +80,7 @@ class Config:
     num_samples: int = option(16, "draws a position, from 8 on with a baseline")
     temperature: float = option(1.0, "softmax of sampling and loss", click.FloatRange(1e-3))
     max_staleness: int = option(1, "updates that weights lag behind at a start; 0: none", COUNT)
-    order: str = option("batch", "train in ticket order or as they finish", ("batch", "arrival"))
+    window: int = option(0, "updates that a late rollout may miss; 0: ticket order", COUNT)
     refresh: str = option("in_flight", "weights: between tokens or batches", ("in_flight", "batch"))
     steps: int = option(200, "updates in total, those before --resume included")
     batch_size: int = option(64, "rollouts per update, over all ranks and nodes")
@@ -87,7 +93,7 @@ class Config:
     head_chunk: int = option(1024, "positions whose logits exist at once")
     seed: int = option(0, "seed of prompt order and sampling", click.IntRange(0, 2**32 - 1))
     generators: int = option(1, "generation processes of a node")
-    teachers: int = option(1, "teacher processes of a node; --batch-size is a multiple")
+    teachers: str = option("1", "processes of each teacher on a node; or NAME=2,NAME=1")
     teacher_gpus: int = option(1, "GPUs that each teacher is spread over")
     slots: int = option(64, "sequences that a generator decodes at once")
     teacher_cache_mb: int = option(0, "teacher's LRU cache of top-k scores, MiB; 0: off", COUNT)
@@ -101,10 +107,13 @@ class Config:
     resume: bool = option(False, "continue from the newest checkpoint in --output-dir")
 
     def __post_init__(self):
+        if isinstance(self.teacher, str):
+            object.__setattr__(self, "teacher", (self.teacher,))
         for item in fields(self):
             check_value(new_option(item), getattr(self, item.name))
         for name in ("teacher", "prompts", "output_dir"):
-            require(getattr(self, name), f"--{name.replace('_', '-')} is missing")
+            is_given = getattr(self, name) not in ("", (), ("",))
+            require(is_given, f"--{name.replace('_', '-')} is missing")
         with refusal(f"--chat-template-kwargs is {self.chat_template_kwargs}, no JSON object"):
             require(isinstance(json.loads(self.chat_template_kwargs), dict), "it is none")
         with refusal(f"--plugin {self.plugin}"):
@@ -113,17 +122,52 @@ class Config:
             judge(self)
         with refusal(f"--loss {self.loss}"):
             make_loss(self).check()
-        share = self.nodes * self.teachers  # all teachers score equally many
-        fix = f"take a multiple of nodes times --teachers, {share}"
-        require(self.batch_size % share == 0, f"--batch-size is {self.batch_size}: {fix}")
+        self.check_teachers()
+        fix = f"take a multiple of the number of nodes, {self.nodes}"
+        require(self.batch_size % self.nodes == 0, f"--batch-size is {self.batch_size}: {fix}")
         fix = f"the limit is {MAX_ROWS}: lower --batch-size or --max-staleness"
         require(self.table_rows <= MAX_ROWS, f"{self.table_rows} rollouts in flight, {fix}")
         budget = self.micro_batch_tokens
-        fix = f"one sequence may have {self.max_sequence}: raise it or lower --max-new-tokens"
-        require(self.max_sequence <= budget, f"--micro-batch-tokens is {budget}, {fix}")
+        longest = max(self.max_sequence, self.max_teacher_sequence)
+        fix = f"one sequence may have {longest}: raise it or lower --max-new-tokens"
+        require(longest <= budget, f"--micro-batch-tokens is {budget}, {fix}")
+
+    def check_teachers(self):
+        """Raise InputError if --teacher and --teachers do not name the same, each once."""
+        names = set(self.teacher_paths)
+        is_clear = len(names) == len(self.teacher) and ("" not in names or len(names) == 1)
+        fix = "several teachers need a name each: --teacher math=DIR --teacher code=DIR"
+        require(is_clear, f"--teacher {' --teacher '.join(self.teacher)}: {fix}")
+        counts = by_name(self.teachers.split(","))
+        is_whole = all(count.isdecimal() and int(count) for count in counts.values())
+        fix = "give a number from 1 on, or one for every name of --teacher: math=2,code=1"
+        require(is_whole and set(counts) in (names, {""}), f"--teachers is {self.teachers}: {fix}")
+
+    @property
+    def teacher_paths(self):
+        """Where each teacher lies, by the name that rows of --prompts give it; "": it has none."""
+        places = {"builtin": str(ASSETS / "teacher"), "student": self.path("student")}
+        given = by_name(self.teacher).items()
+        return {name: places.get(path, os.path.expanduser(path)) for name, path in given}
+
+    @property
+    def teacher_processes(self):
+        """The name of the teacher of each process of a node: ["math", "math", "code"]."""
+        counts = by_name(self.teachers.split(","))
+        counts = {name: int(counts.get(name, counts.get(""))) for name in self.teacher_paths}
+        return [name for name, count in counts.items() for _ in range(count)]
+
+    @property
+    def role_names(self):
+        """Generators, teachers, learner of a node, as messages, metrics and trace call them."""
+        names = self.teacher_processes
+        numbers = [names[:i].count(name) for i, name in enumerate(names)]  # of each name from 0 on
+        teachers = [f"{name} {i}".strip() for name, i in zip(names, numbers)]
+        generators = [f"generator {i}" for i in range(self.generators)]
+        return [*generators, *(f"teacher {name}" for name in teachers), "learner"]
 
     def path(self, name: str):
-        """Where `student`, `teacher`, `prompts` or `eval_prompts` lie; "": nowhere."""
+        """Where `student`, `prompts` or `eval_prompts` lie; "": nowhere."""
         value = getattr(self, name)
         if name == "eval_prompts" and self.prompts == "builtin":
             value = value or "builtin"
@@ -149,6 +193,10 @@ class Config:
         return self.max_prompt_tokens + self.max_new_tokens
 
     @property
+    def max_teacher_sequence(self):
+        return (self.max_teacher_prompt_tokens or self.max_prompt_tokens) + self.max_new_tokens
+
+    @property
     def table_rows(self):
         """Rollouts of a node that exist at once: what the inequality in tickets.py admits."""
         return (1 + self.max_staleness) * self.batch_size // self.nodes
@@ -161,6 +209,11 @@ class Config:
     def dump(self):
         """YAML that starts an equal run, anew."""
         return yaml.safe_dump(asdict(replace(self, resume=False)), sort_keys=False)
+
+
+def by_name(values):
+    """{"math": "DIR"} of ["math=DIR"], and {"": "DIR"} of ["DIR"]."""
+    return dict(NAMED.fullmatch(value).groups("") for value in values)
 
 
 def judge(config: Config):
@@ -208,10 +261,14 @@ def read_yaml(path):
         values = yaml.load(Path(path).read_text(), yaml.BaseLoader) or {}  # scalars stay text
     require(isinstance(values, dict), f"--config {path}: a mapping of option names is needed")
     named = {key.replace("-", "_"): value for key, value in values.items()}
-    kinds = {item.name: list if item.default == () else str for item in fields(Config)}
+    is_repeatable = {item.name: item.default == () for item in fields(Config)}
     for name, value in named.items():
+        if isinstance(value, dict):
+            value = [f"{key}={one}" for key, one in value.items()]
         fix = f"no option with {'a list' if isinstance(value, list) else 'one value'}, see --help"
-        require(isinstance(value, kinds.get(name, ())), f"--config {path}: {name} is {fix}")
+        is_fit = name in is_repeatable and (is_repeatable[name] or isinstance(value, str))
+        require(is_fit, f"--config {path}: {name} is {fix}")
+        named[name] = [value] if is_repeatable[name] and isinstance(value, str) else value
     return named
 
 

@@ -1,7 +1,7 @@
 """Prompts: the built-in task or JSONL files, and the order in which tickets visit them.
 
-The student sees every prompt as it was put in, or the line is refused. Left out: streaming data
-sets, several tasks at once.
+The student sees every prompt as it was put in, or the line is refused. A row may name the teacher
+that scores its responses, and give that teacher a prompt of its own. Left out: streaming data sets.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,9 +19,11 @@ import torch
 from tqdm import tqdm
 
 from support.config import Config, refusal, require
-from support.load import shared_vocabulary
+from support.load import load_tokenizer, shared_vocabulary, teacher_flag
 
-KEYS = {"prompt", "messages", "answer", "tools", "chat_template_kwargs"}  # of a row
+FOR_TEACHER = {"teacher_prompt": "prompt", "teacher_messages": "messages"}  # instead of the latter
+FOR_TEMPLATE = {"tools", "chat_template_kwargs"}
+KEYS = {"prompt", "messages", "answer", "teacher", *FOR_TEACHER, *FOR_TEMPLATE}  # of a row
 KINDS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow", ".txt": "text"}  # of `datasets`
 AT_ONCE = 1000  # texts that are tokenized together
 
@@ -29,8 +31,14 @@ AT_ONCE = 1000  # texts that are tokenized together
 @dataclass(frozen=True)
 class Prompt:
     text: str  # with the chat template applied
-    ids: list[int]  # what the model sees
+    ids: list[int]  # what the student reads
     answer: str | None = None
+    teacher: str = ""  # its name, see Config.teacher_paths
+    teacher_ids: list[int] | None = None  # what the teacher reads; None: what the student does
+
+    @property
+    def for_teacher(self):
+        return self.teacher_ids or self.ids
 
 
 def load_prompts(config: Config, tokenizer, started: datetime | None = None):
@@ -40,7 +48,7 @@ def load_prompts(config: Config, tokenizer, started: datetime | None = None):
     """
     kwargs = json.loads(config.chat_template_kwargs)
     vocab = shared_vocabulary(config)
-    options = (config.max_prompt_tokens, kwargs, config.drop_long_prompts, vocab)
+    options = (config.max_prompt_tokens, kwargs, config.drop_long_prompts, vocab, config)
     with mock.patch("transformers.utils.chat_template_utils.datetime") as clock:
         clock.now.return_value = started or datetime.now()
         train = read_jsonl(config.path("prompts"), tokenizer, *options)
@@ -55,15 +63,19 @@ def load_prompts(config: Config, tokenizer, started: datetime | None = None):
     return train, held_out[: config.eval_size]
 
 
-def read_jsonl(path: str, tokenizer, limit: int, kwargs=None, drop_long=False, vocab=math.inf):
+def read_jsonl(
+    path: str, tokenizer, limit: int, kwargs=None, drop_long=False, vocab=math.inf, config=None
+):
     """The prompts of a UTF-8 file, one JSON object per line.
 
     `prompt` is text, or a chat list like `messages`. Text gets the tokenizer's own special tokens
     before it. `messages` go through the chat template, with `kwargs` and the row's `tools` and
     `chat_template_kwargs`. An assistant's turn at the end is the answer that the student has to
     find: it is left out. `limit`: most tokens of a prompt; `drop_long` leaves longer ones out.
-    `vocab`: how many ids the models know. Raises InputError with the line that cannot be used.
+    `vocab`: how many ids the models know. `config`: its teachers are those that rows may name;
+    None: rows have no teachers. Raises InputError with the line that cannot be used.
     """
+    kwargs = kwargs or {}
     rows = [(where, check_row(where, item)) for where, item in json_lines(path)]
     answered = sum(drop_answer(where, row.get("messages", [])) for where, row in rows)
     if answered:
@@ -71,21 +83,31 @@ def read_jsonl(path: str, tokenizer, limit: int, kwargs=None, drop_long=False, v
     unknown = sorted({key for _, row in rows for key in row} - KEYS)
     if unknown:
         print(f"note: {path}: these keys of its rows are not used: {', '.join(unknown)}")
-    bar = tqdm(rows, f"{path}: chat template", leave=False, disable=None)
-    texts = [render(where, row, tokenizer, kwargs or {}) for where, row in bar]
-    all_ids = tokenize(path, texts, ["messages" in row for _, row in rows], tokenizer)
-    for (where, _), text, ids in zip(rows, texts, all_ids):
-        check_ids(where, text, ids, tokenizer, vocab)
-    count = sum(len(ids) > limit for ids in all_ids)
-    told = f"{path}: {count} of {len(rows)} prompts are longer than --max-prompt-tokens {limit}, "
-    told += f"the longest has {max(map(len, all_ids), default=0)} tokens"
+    encoded = encode(path, rows, tokenizer, kwargs, vocab)
+    prompts = [
+        Prompt(text, ids, answer_of(where, row)) for (where, row), (text, ids) in zip(rows, encoded)
+    ]
+    if config:
+        prompts = with_teachers(path, rows, prompts, config, kwargs, vocab)
+    prompts = fitting(path, prompts, "ids", "--max-prompt-tokens", limit, drop_long)
+    if config:
+        limit = config.max_teacher_sequence - config.max_new_tokens
+        flag = "--max-teacher-prompt-tokens"
+        prompts = fitting(path, prompts, "for_teacher", flag, limit, drop_long)
+    require(prompts, f"{path}: no prompts in it (up to {limit} tokens long)")
+    return prompts
+
+
+def fitting(path, prompts, name, flag, limit, drop_long):
+    """The prompts whose ids, in the field `name`, are not too many."""
+    lengths = [len(getattr(prompt, name)) for prompt in prompts]
+    count = sum(length > limit for length in lengths)
+    told = f"{path}: {count} of {len(prompts)} prompts are longer than {flag} {limit}, "
+    told += f"the longest has {max(lengths, default=0)} tokens"
     require(drop_long or not count, f"{told}: raise it, or --drop-long-prompts")
     if count:
         print(f"note: {told}: left out")
-    found = zip(texts, all_ids, [answer_of(where, row) for where, row in rows])
-    prompts = [Prompt(text, ids, answer) for text, ids, answer in found if len(ids) <= limit]
-    require(prompts, f"{path}: no prompts in it (up to {limit} tokens long)")
-    return prompts
+    return [prompt for prompt, length in zip(prompts, lengths) if length <= limit]
 
 
 def fingerprint(config: Config):
@@ -189,7 +211,64 @@ def answer_of(where, row):
     return None if answer is None else str(answer)
 
 
+# ---- teachers of rows -------------------------------------------------------------------------
+
+
+def with_teachers(path, rows, prompts, config: Config, kwargs, vocab):
+    """The prompts with their teachers' names, and with what these read instead of them."""
+    names = [teacher_of(where, row, config) for where, row in rows]
+    prompts = [replace(prompt, teacher=name) for prompt, name in zip(prompts, names)]
+    own_rows = [teacher_row(where, row, config.teacher_system) for where, row in rows]
+    for name, place in config.teacher_paths.items():
+        places = [i for i, row in enumerate(own_rows) if row and names[i] == name]
+        if places:
+            own = [(f"{rows[i][0]}, for the teacher", own_rows[i]) for i in places]
+            tokenizer = load_tokenizer(teacher_flag(name), place)
+            for i, (_, ids) in zip(places, encode(path, own, tokenizer, kwargs, vocab)):
+                prompts[i] = replace(prompts[i], teacher_ids=ids)
+    return prompts
+
+
+def teacher_of(where, row, config: Config):
+    """The name of the row's teacher. It may be missing if there is one."""
+    names = [*config.teacher_paths]
+    name = row.get("teacher") or (names[0] if len(names) == 1 else None)
+    fix = "--teacher NAME=DIR makes others" if names == [""] else f"take one of {', '.join(names)}"
+    require(name in names, f"{where}: `teacher` is {name!r}: no teacher has this name: {fix}")
+    return name
+
+
+def teacher_row(where, row, system: str):
+    """What the row's teacher reads, as a row. None: what the student reads.
+
+    `system`: a message to put first.
+    """
+    given = [key for key in FOR_TEACHER if row.get(key) is not None]
+    require(len(given) < 2, f"{where}: give `teacher_prompt` or `teacher_messages`, not both")
+    if given:
+        kept = FOR_TEMPLATE if given == ["teacher_messages"] else ()
+        own = {key: row[key] for key in kept if key in row}
+        row = check_row(where, own | {FOR_TEACHER[given[0]]: row[given[0]]})
+        fix = "its last turn is the assistant's, where the student's response belongs: drop it"
+        require(not drop_answer(where, row.get("messages", [])), f"{where}: {given[0]}: {fix}")
+    if system:
+        fix = "--teacher-system goes before a chat: this row has plain text"
+        require("messages" in row, f"{where}: {fix}")
+        row = row | {"messages": [{"role": "system", "content": system}, *row["messages"]]}
+    return row if given or system else None
+
+
 # ---- from rows to tokens ----------------------------------------------------------------------
+
+
+def encode(path, rows, tokenizer, kwargs, vocab):
+    """(text, ids) of each row, checked."""
+    bar = tqdm(rows, f"{path}: chat template", leave=False, disable=None)
+    texts = [render(where, row, tokenizer, kwargs) for where, row in bar]
+    all_ids = tokenize(path, texts, ["messages" in row for _, row in rows], tokenizer)
+    for (where, _), text, ids in zip(rows, texts, all_ids):
+        check_ids(where, text, ids, tokenizer, vocab)
+    return list(zip(texts, all_ids))
 
 
 def render(where, row, tokenizer, kwargs):

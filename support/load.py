@@ -49,19 +49,30 @@ def text_config(path: str):
 
 
 def shared_vocabulary(config: Config):
-    """How many ids, from 0 on, mean the same to both models. The others are never sampled.
+    """How many ids, from 0 on, mean the same to all models. The others are never sampled.
 
     Heads may be padded to different sizes, and one tokenizer may have more tokens at its end.
     Raises InputError if tokens differ before that.
     """
-    paths = (config.path("student"), config.path("teacher"))
+    student, paths = config.path("student"), config.teacher_paths
+    return min(common_ids(student, path, teacher_flag(name)) for name, path in paths.items())
+
+
+def teacher_flag(name: str):
+    """How messages call a teacher."""
+    return f"--teacher {name}".strip()
+
+
+def common_ids(student: str, teacher: str, flag: str):
+    """`shared_vocabulary` of two models."""
+    paths = (student, teacher)
     size = min(text_config(path).vocab_size for path in paths)
     tokenizers = (AutoTokenizer.from_pretrained(path, **NO_CODE) for path in paths)
     ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in tokenizers)
     differ = [i for i in range(size) if ours.get(i) != theirs.get(i)]
     first = min(differ, default=size)
     shown = ", ".join(f"{i}: {ours.get(i)!r} and {theirs.get(i)!r}" for i in differ[:3])
-    why = f"the tokenizers of --student and --teacher differ at {len(differ)} ids ({shown}, ...)"
+    why = f"the tokenizers of --student and {flag} differ at {len(differ)} ids ({shown}, ...)"
     is_end = not any(i in ours and i in theirs for i in range(first, size))
     require(is_end, f"{why}: choose two models of one family")
     return first
@@ -82,26 +93,32 @@ def stop_ids(path: str, tokenizer, more=()):
 
 
 def check_models(config: Config):
-    """Teacher and student must read text alike. Returns what the user should be told."""
+    """Every teacher must read text like the student. Returns what the user should be told."""
     student = load_tokenizer("--student", config.path("student"))
-    teacher = load_tokenizer("--teacher", config.path("teacher"))
+    flags = {teacher_flag(name): path for name, path in config.teacher_paths.items()}
+    teachers = {flag: load_tokenizer(flag, path) for flag, path in flags.items()}
     check_config(config)
     vocab = shared_vocabulary(config)
     check_top_k(config, vocab)
-    ours, theirs = (t(PROBE, add_special_tokens=False).input_ids for t in (student, teacher))
-    why = "--student and --teacher have the same tokens, but split text differently"
-    require(ours == theirs, f"{why}: choose two models of one family")
+    stops = stop_ids(config.path("student"), student, config.stop_token)
+    require(min(stops) < vocab, "a teacher knows no stop token of the student: give --stop-token")
     notes = []
-    ours = stop_ids(config.path("student"), student, config.stop_token)
-    theirs = stop_ids(config.path("teacher"), teacher)
-    require(min(ours) < vocab, "the teacher knows no stop token of the student: give --stop-token")
-    if ours != theirs:
-        shown = [student.convert_ids_to_tokens(sorted(ids)) for ids in (ours, theirs)]
-        fix = "--stop-token adds to the student's, its generation_config.json has the others"
-        notes.append("student stops at {}, teacher at {}: {}".format(*shown, fix))
-    ours, theirs = (chat_of(t, json.loads(config.chat_template_kwargs)) for t in (student, teacher))
-    if ours and theirs and ours != theirs:
-        notes.append(f"the student's chat template counts: {ours!r}. The teacher's: {theirs!r}")
+    for flag, teacher in teachers.items():
+        ours, theirs = (t(PROBE, add_special_tokens=False).input_ids for t in (student, teacher))
+        why = f"--student and {flag} have the same tokens, but split text differently"
+        require(ours == theirs, f"{why}: choose two models of one family")
+        theirs = stop_ids(flags[flag], teacher)
+        if stops != theirs:
+            shown = [student.convert_ids_to_tokens(sorted(ids)) for ids in (stops, theirs)]
+            fix = "--stop-token adds to the student's, its generation_config.json has the others"
+            notes.append(f"student stops at {shown[0]}, {flag[2:]} at {shown[1]}: {fix}")
+        kwargs = json.loads(config.chat_template_kwargs)
+        ours, theirs = (chat_of(t, kwargs) for t in (student, teacher))
+        if ours and theirs and ours != theirs:
+            told = (
+                f"the student's chat template counts: {ours!r}. That of the {flag[2:]}: {theirs!r}"
+            )
+            notes.append(told)
     return notes
 
 
@@ -120,16 +137,19 @@ def check_top_k(config: Config, vocab: int):
 
 
 def check_config(config: Config):
-    """Both models must take the longest sequence, and must not be quantised."""
-    for path in (config.path("student"), config.path("teacher")):
+    """Every model must take its longest sequence, and must not be quantised."""
+    longest = {config.path("student"): config.max_sequence}
+    for path in config.teacher_paths.values():  # it may be the student's
+        longest[path] = max(config.max_teacher_sequence, longest.get(path, 0))
+    for path, length in longest.items():
         settings = text_config(path)
-        positions = getattr(settings, "max_position_embeddings", None) or config.max_sequence
+        positions = getattr(settings, "max_position_embeddings", None) or length
         rope = getattr(settings, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":  # a longer sequence changes all keys
             positions = rope["original_max_position_embeddings"]
-        longest = f"a sequence may have {config.max_sequence} tokens, the model takes {positions}"
-        fix = "lower --max-prompt-tokens or --max-new-tokens"
-        require(config.max_sequence <= positions, f"{path}: {longest}: {fix}")
+        told = f"a sequence may have {length} tokens, the model takes {positions}"
+        fix = "lower --max-new-tokens, --max-prompt-tokens or --max-teacher-prompt-tokens"
+        require(length <= positions, f"{path}: {told}: {fix}")
         is_quantised = getattr(settings, "quantization_config", None)
         require(not is_quantised, f"{path}: its weights are quantised: that is not supported")
 

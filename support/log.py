@@ -21,13 +21,13 @@ class Timeline:
     Spans of one name that follow each other within a millisecond are drawn as one.
     """
 
-    def __init__(self, config: Config, channel, track, name):
+    def __init__(self, config: Config, channel, track):
         """`track`: the role's place in `channel.busy` and on screen."""
         self.busy = channel.busy[track : track + 1]
         self.track = track
         self.last_span = None
         self.file = open(config.output / "trace.json", "a", buffering=1)
-        self.write(name="thread_name", ph="M", args={"name": name})
+        self.write(name="thread_name", ph="M", args={"name": config.role_names[track]})
 
     @contextmanager
     def span(self, name):
@@ -56,6 +56,16 @@ class Timeline:
         self.file.write(json.dumps({"pid": 0, "tid": self.track, **event}) + ",\n")
 
 
+def cache_figures(stats):
+    """Metrics of a row of `channel.cache_stats`."""
+    hits, misses, used, evicted = stats.tolist()
+    return {
+        "teacher_cache_hit_rate": hits / max(1, hits + misses),
+        "teacher_cache_bytes": used,
+        "teacher_cache_evictions": evicted,
+    }
+
+
 # ---- metrics and progress ---------------------------------------------------------------------
 
 
@@ -82,16 +92,17 @@ class Log:
         seconds = self.channel.busy.clone()
         busy = (seconds - self.seconds) / elapsed  # of every role
         self.seconds = seconds
-        parts = busy.split((self.config.generators, self.config.teachers, 1))
-        for role, part in zip(("generator", "teacher", "learner"), parts):
-            record[f"{role}_busy"] = float(part.mean())
-        hits, misses, used, evicted = self.channel.cache_stats.sum(0).tolist()
-        record |= {
-            "teacher_cache_hit_rate": hits / max(1, hits + misses),
-            "teacher_cache_bytes": used,
-            "teacher_cache_evictions": evicted,
-            "wall_seconds": now - self.started,
-        }
+        names = self.config.role_names
+        for role in ("generator", "teacher", "learner"):
+            of_role = [name.startswith(role) for name in names]
+            record[f"{role}_busy"] = float(busy[of_role].mean())
+        record |= cache_figures(self.channel.cache_stats.sum(0))
+        if len(self.channel.cache_stats) > 1:  # of each teacher process
+            start = self.config.generators
+            for name, part, stats in zip(names[start:], busy[start:], self.channel.cache_stats):
+                own = {"teacher_busy": float(part), **cache_figures(stats)}
+                record |= {f"{key}/{name[8:]}": value for key, value in own.items()}
+        record["wall_seconds"] = now - self.started
         self.file.write(json.dumps(record) + "\n")
         self.show(record)
         self.advise(record)

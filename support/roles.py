@@ -30,8 +30,7 @@ class Roles:
     def __init__(self, entry, arguments, config: Config, channel):
         """Every role's process calls entry(its number, *arguments)."""
         self.channel = channel
-        self.names = [f"generator {i}" for i in range(config.generators)]
-        self.names += [f"teacher {i}" for i in range(config.teachers)]
+        self.names = config.role_names[:-1]  # the learner starts them
         start_fork_server()
         try:
             options = {"join": False, "daemon": True, "start_method": "forkserver"}
@@ -97,7 +96,7 @@ def role_devices(config: Config, learners: int, gpus: int):
     lacks others.
     """
     first = learners + config.generators
-    needed = first + config.teachers * config.teacher_gpus
+    needed = first + len(config.teacher_processes) * config.teacher_gpus
     fix = (
         f"the roles then share no GPU and need {needed}, there are {gpus}: lower it or their number"
     )

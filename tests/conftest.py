@@ -33,7 +33,7 @@ from transformers import (  # noqa: E402
 )
 
 from assets.tokenizer import build_tokenizer  # noqa: E402
-from channel import STOP, write_rollout  # noqa: E402
+from channel import STOP, Channel, write_rollout  # noqa: E402
 from experiments.corrections import CORRECTIONS, SIGNALS  # noqa: E402
 from generate import Generator  # noqa: E402
 from kv_cache import switch_to_slots  # noqa: E402
@@ -156,14 +156,21 @@ def new_generator(
     )
 
 
+class Table(SimpleNamespace):
+    as_teacher_reads = Channel.as_teacher_reads
+
+
 def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
     """The fields of a Channel that teacher and learner use, filled from finished Rollouts."""
     rows, total = len(rollouts), max_prompt + max_new
-    table = SimpleNamespace(
+    table = Table(
         tokens=torch.zeros(rows, total, dtype=torch.int32),
         prompt_len=torch.zeros(rows, dtype=torch.int32),
         length=torch.zeros(rows, dtype=torch.int32),
         ticket=torch.arange(rows),
+        teacher_tokens=torch.zeros(rows, total, dtype=torch.int32),
+        teacher_prompt_len=torch.zeros(rows, dtype=torch.int32),
+        teacher=torch.zeros(rows, dtype=torch.int32),
         finish=torch.full((rows,), STOP, dtype=torch.int32),
         weight_version=torch.zeros(rows, max_new, dtype=torch.int32),
         candidate_ids=torch.zeros(rows, max_new, columns, dtype=torch.int32),
@@ -172,10 +179,9 @@ def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
     )
     for row, rollout in enumerate(rollouts):
         rollout.row = row
-        table.prompt_len[row] = len(rollout.prompt_ids)
-        table.tokens[row, : len(rollout.prompt_ids)] = torch.tensor(
-            rollout.prompt_ids, dtype=torch.int32
-        )
+        prompt = torch.tensor(rollout.prompt_ids, dtype=torch.int32)
+        table.prompt_len[row] = table.teacher_prompt_len[row] = len(prompt)
+        table.tokens[row, : len(prompt)] = table.teacher_tokens[row, : len(prompt)] = prompt
         write_rollout(table, rollout)
     return table
 

@@ -1,6 +1,7 @@
 """Claims about the settings: what cannot work is refused, with value, limit and fix."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -40,8 +41,8 @@ def refused(*argv):
         (["--resume", "false"], "Got unexpected extra argument (false)"),
         (["--loss", "kl"], "--loss kl: one of forward_kl, sparse_reverse_kl, "),
         (
-            ["--order", "random"],
-            "Invalid value for '--order': 'random' is not one of 'batch', 'arrival'.",
+            ["--window", "-1"],
+            "Invalid value for '--window': -1 is not in the range x>=0.",
         ),
         (["--signal", "rollout"], "No such option"),
         (["--correction", "ppo"], "No such option"),
@@ -51,7 +52,7 @@ def refused(*argv):
         ),
         (
             ["--teachers", "3"],
-            "--batch-size is 64: take a multiple of nodes times --teachers, 3",
+            "--batch-size is 64: take a multiple of the number of nodes, 3",
         ),
         (
             ["--max-new-tokens", "9000"],
@@ -70,7 +71,7 @@ def test_settings_made_in_code_are_checked_like_flags():
         ("steps", 7.5),
         ("steps", "7"),
         ("lr", float("nan")),
-        ("order", "random"),
+        ("window", "arrival"),
         ("loss", "kl"),
         ("teacher", None),
     ):
@@ -122,8 +123,7 @@ def test_a_repeatable_option_is_a_list_in_yaml_and_flags_win(tmp_path):
     assert parse(["--config", str(path)]) == config
     assert parse(["--config", str(path), "--stop-token", "x"]) == builtin(stop_token=("x",))
     path.write_text("stop-token: <eos>\n")
-    message = f"--config {path}: stop_token is no option with one value, see --help"
-    assert message in refused("--config", str(path))
+    assert parse(["--config", str(path)]) == builtin(stop_token=("<eos>",))
     assert "--stop-token is --resume: its own value is missing" in refused(
         "--stop-token", "--resume"
     )
@@ -132,6 +132,61 @@ def test_a_repeatable_option_is_a_list_in_yaml_and_flags_win(tmp_path):
             builtin(stop_token=wrong)
     with pytest.raises(InputError, match="--steps is "):
         builtin(steps=(3,))
+
+
+NAMED = ("math=builtin", "code=student")
+
+
+def test_teachers_have_names_on_the_command_line_and_in_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    flags = ["--teacher", "math=builtin", "--teacher=code=student", "--teachers=math=2,code=1"]
+    config = parse(flags)
+    assert config == builtin(teacher=NAMED, teachers="math=2,code=1")
+    path.write_text("teacher: {math: builtin, code: student}\nteachers: math=2,code=1\n")
+    assert parse(["--config", str(path)]) == config
+    path.write_text(config.dump())
+    assert parse(["--config", str(path)]) == config
+    assert parse(["--config", str(path), "--teacher=x", "--teachers=1"]).teacher == ("x",)
+    path.write_text("teacher: [a=x, b=y]\nteachers: 3\n")
+    assert parse(["--config", str(path)]) == builtin(teacher=("a=x", "b=y"), teachers="3")
+
+
+def test_what_each_process_of_a_node_is_called_and_where_its_model_lies():
+    config = builtin(teacher=NAMED, teachers="code=1,math=2", generators=2)
+    assets = Path(config.path("student")).parent
+    assert config.teacher_paths == {"math": f"{assets}/teacher", "code": f"{assets}/student"}
+    assert config.teacher_processes == ["math", "math", "code"]
+    assert config.role_names == [
+        "generator 0", "generator 1", "teacher math 0", "teacher math 1", "teacher code 0", "learner"
+    ]  # fmt: skip
+    assert builtin(teachers="2").role_names[1:] == ["teacher 0", "teacher 1", "learner"]
+    assert builtin(teacher=NAMED, teachers="2").teacher_processes == ["math"] * 2 + ["code"] * 2
+    for path in ("runs/lr=1e-4/step_3", "./lr=1/x", "org/name", "a b=c"):  # no names
+        assert builtin(teacher=path).teacher_paths == {"": path}
+
+
+@pytest.mark.parametrize(
+    "teacher, teachers, message",
+    [
+        (("a=x", "y"), "1", "--teacher a=x --teacher y: several teachers need a name each"),
+        (("x", "y"), "1", "several teachers need a name each"),
+        (("a=x", "a=y"), "1", "several teachers need a name each"),
+        ((), "1", "--teacher is missing"),
+        ("", "1", "--teacher is missing"),
+        ("x", "0", "--teachers is 0: give a number from 1 on"),
+        ("x", "two", "--teachers is two: "),
+        ("x", "1.5", "--teachers is 1.5: "),
+        ("x", "a=2", "--teachers is a=2: "),
+        (("a=x", "b=y"), "a=2", "or one for every name of --teacher: math=2,code=1"),
+        (("a=x", "b=y"), "a=2,b=0", "--teachers is a=2,b=0: "),
+        (("a=x", "b=y"), "a=2,b=1,c=1", "--teachers is a=2,b=1,c=1: "),
+        (("a=x", "b=y"), "2,b=1", "--teachers is 2,b=1: "),
+    ],
+)
+def test_teachers_that_are_not_named_clearly_are_refused(teacher, teachers, message):
+    with pytest.raises(InputError) as error:
+        builtin(teacher=teacher, teachers=teachers)
+    assert message in str(error.value)
 
 
 def test_without_a_student_of_ones_own_the_defaults_are_those_of_the_built_in_task(tmp_path):
@@ -173,7 +228,7 @@ def test_every_option_has_a_help_text_and_a_flag(capsys):
 
 def test_a_batch_that_the_nodes_cannot_share_equally_is_refused(monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
-    message = "--batch-size is 64: take a multiple of nodes times --teachers, 3"
+    message = "--batch-size is 64: take a multiple of the number of nodes, 3"
     with pytest.raises(InputError, match=message):
         builtin()
 

@@ -58,7 +58,7 @@ LONGROPE = {
             {"max_position_embeddings": 103},
             (
                 "a sequence may have 104 tokens, the model takes 103: "
-                "lower --max-prompt-tokens or --max-new-tokens"
+                "lower --max-new-tokens, --max-prompt-tokens or --max-teacher"
             ),
         ),
         (
@@ -127,7 +127,7 @@ def test_a_stop_token_that_would_be_cut_off_is_refused(model_dir, tmp_path):
     more.add_special_tokens({"eos_token": "<|im_end|>"})
     other = save_pair(model_dir, tmp_path, more)
     (Path(other) / "generation_config.json").write_text('{"eos_token_id": 173}')
-    with pytest.raises(InputError, match="the teacher knows no stop token of the student"):
+    with pytest.raises(InputError, match="a teacher knows no stop token of the student"):
         check_models(builtin(student=other, teacher=model_dir(vocab=190)))
 
 
@@ -225,7 +225,7 @@ def test_chat_templates_that_differ_are_shown(tmp_path, tokenizer, model_dir):
         tokenizer.save_pretrained(paths[-1])
     student, teacher, bare = map(str, paths)
     (note,) = check_models(builtin(student=student, teacher=teacher))
-    assert "the student's chat template counts: " in note and "The teacher's: " in note
+    assert "the student's chat template counts: " in note and "That of the teacher: " in note
     assert "<a>'" in note and "<b>'" in note
     assert check_models(builtin(student=student, teacher=student)) == []
     assert check_models(builtin(student=student, teacher=bare)) == []

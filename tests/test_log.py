@@ -17,7 +17,7 @@ def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_p
     monkeypatch.setattr("support.log.time", SimpleNamespace(monotonic=lambda: next(clock)))
     ours, config = SimpleNamespace(busy=torch.zeros(3)), builtin(output_dir=str(tmp_path))
     start_output(config, None)
-    first, second = (Timeline(config, ours, i, f"role {i}") for i in (0, 1))
+    first, second = (Timeline(config, ours, i) for i in (0, 1))
     for timeline, name in (
         (first, "decode"),
         (first, "decode"),

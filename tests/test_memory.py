@@ -261,15 +261,15 @@ def test_the_tool_refuses_what_train_refuses(tool):
 
 
 def test_a_teacher_gets_the_gpus_behind_its_own_and_none_of_its_neighbours():
-    config = builtin(generators=3, teachers=2, teacher_gpus=2, batch_size=4)
+    config = builtin(generators=3, teachers="2", teacher_gpus=2, batch_size=4)
     names = [str(device) for device in role_devices(config, 1, gpus=8)]
     assert names == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:6"]
     held = memory.roles_on_gpus(config, 1, gpus=8)
     assert held[4:] == [[("teacher", 0)]] * 2 + [[("teacher", 1)]] * 2
-    config = builtin(generators=8, teachers=2, batch_size=4)
+    config = builtin(generators=8, teachers="2", batch_size=4)
     names = [str(device) for device in role_devices(config, 1, gpus=8)]
     assert names == [f"cuda:{i % 8}" for i in range(11)]  # they share
-    config = builtin(generators=3, teachers=2, teacher_gpus=3, batch_size=4)
+    config = builtin(generators=3, teachers="2", teacher_gpus=3, batch_size=4)
     match = (
         "--teacher-gpus is 3: the roles then share no GPU and need 10, there are 8: "
         "lower it or their number"

@@ -215,7 +215,7 @@ Tickets.batch, Tickets.trained = batch, trained
 def test_in_arrival_order_2_then_1_then_3_nodes_train_every_ticket_once(pair, tmp_path):
     plugin = tmp_path / "plugin.py"
     plugin.write_text(NEWEST_FIRST.format(path=tmp_path))
-    flags = [*pair, "--batch-size=12", "--max-staleness=2", "--eval-every=0", "--order=arrival"]
+    flags = [*pair, "--batch-size=12", "--max-staleness=2", "--eval-every=0", "--window=100"]
     flags += [f"--plugin={plugin}"]
     ahead = []
     for steps, count, resume in ((3, 2, "--no-resume"), (6, 1, "--resume"), (9, 3, "--resume")):

@@ -12,9 +12,10 @@ from experiments.count import Counted, Kernels
 from experiments.simulate import RESULTS, Cores, Machine, Queue, Result, Simulation
 from experiments.stages import H100, Model, Stages
 from support.config import builtin
+from support.data import Prompt
 from tickets import may_start
 
-PROMPTS = [SimpleNamespace(ids=[0] * 10)]
+PROMPTS = [Prompt("", [0] * 10)]
 FREE = Stages((0.0, 0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), 0.0, 0.0, 0.0)
 SLOW = Stages(
     step=(0.5, 0.0, 0.0), fill=(0.25, 0.0), pass_teacher=(2.0, 0.0), pass_learner=(3.0, 0.0),
@@ -91,7 +92,7 @@ def test_no_token_is_drawn_by_weights_that_the_inequality_forbids():
         max_staleness=2,
         slots=2,
         generators=2,
-        order="arrival",
+        window=100,
         steps=12,
     )
     assert simulation.updates and all(lags >= 0 for _, _, lags, _ in simulation.updates.values())
@@ -179,7 +180,7 @@ def test_a_shared_pool_does_not_wait_for_the_slowest_node():
     common = dict(
         lengths=lambda ticket: 32 if ticket % 2 else 4,
         nodes=2,
-        order="arrival",
+        window=100,
         max_staleness=2,
         steps=20,
         slots=2,

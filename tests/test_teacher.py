@@ -11,7 +11,7 @@ from channel import Rollout
 from losses import make_loss
 from model import head_weight, predicting_positions, row_batches
 from support.config import builtin
-from teacher import Teacher, TopKCache, ready_rows
+from teacher import Teacher, TopKCache
 
 
 def scored_table(student, teacher_path, config):
@@ -132,6 +132,7 @@ def test_the_same_response_after_another_split_of_prompt_and_response_is_another
     config = builtin(loss="forward_kl", top_k=4)
     table, teacher = scored_table(model_dir(seed=0), model_dir(seed=1), config)
     table.prompt_len[0] += 1
+    table.teacher_prompt_len[0] += 1
     assert not teacher.from_cache(table, 0)
 
 
@@ -145,40 +146,6 @@ def test_row_batches_cover_everything_within_the_budget_and_are_at_most_a_third_
         for batch in batches
     )
     assert batches == [[7], [1], [4, 3], [5, 6, 0], [2]]
-
-
-def test_in_batch_order_the_rows_scored_together_do_not_depend_on_timing():
-    config = builtin(batch_size=8)
-    groups = []
-    waiting = {}
-    for ticket in (1, 3, 0, 2, 7, 6, 4, 5):
-        waiting[ticket] = 100 + ticket
-        if rows := ready_rows(waiting, 2 * len(groups), config):  # takes them out of `waiting`
-            groups.append(rows)
-    while rows := ready_rows(waiting, 2 * len(groups), config):
-        groups.append(rows)
-    assert groups == [[100, 101], [102, 103], [104, 105], [106, 107]] and not waiting
-
-
-def test_no_group_reaches_into_the_next_batch_and_arrival_order_scores_what_is_there():
-    waiting = {ticket: ticket for ticket in range(20)}
-    # The end of the first batch; the groups of this size have two.
-    assert ready_rows(waiting, 8, builtin(batch_size=9)) == [8]
-    assert ready_rows(waiting, 9, builtin(batch_size=9)) == [9, 10]
-    assert ready_rows({7: 1, 3: 2}, 0, builtin(order="arrival")) == [2, 1] and not ready_rows(
-        {}, 0, builtin(order="arrival")
-    )
-
-
-def test_several_teachers_share_the_tickets_of_every_batch_and_score_them_in_order():
-    config = builtin(batch_size=16, teachers=2)
-    for teacher in range(2):
-        waiting = {ticket // 2: ticket for ticket in range(teacher, 48, 2)}  # as `run` keys them
-        turn, groups = 0, []
-        while rows := ready_rows(waiting, turn, config):
-            groups.append(rows)
-            turn += len(rows)
-        assert groups == [[ticket, ticket + 2] for ticket in range(teacher, 48, 4)] and not waiting
 
 
 @pytest.mark.parametrize("mean, longest, most", [(1024, 2048, 0.05), (8192, 16_384, 0.01)])

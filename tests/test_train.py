@@ -217,7 +217,7 @@ def test_the_cache_serves_recurring_sequences_and_changes_no_loss(pair, tmp_path
 
 @slow
 def test_two_generators_in_arrival_order_train_to_the_end_with_lag(pair, tmp_path):
-    flags = ["--max-staleness=2", "--steps=12", "--generators=2", "--order=arrival"]
+    flags = ["--max-staleness=2", "--steps=12", "--generators=2", "--window=100"]
     finish(start(tmp_path / "run", *pair, *flags, "--eval-every=0", "--loss=forward_kl"))
     records = metrics(tmp_path / "run")
     assert len(records) == 12 and max(r["lag_max"] for r in records) > 0
@@ -700,7 +700,7 @@ def test_the_log_adds_up_the_caches_of_all_teachers_and_averages_what_is_busy(
     monkeypatch.setattr("support.log.time", SimpleNamespace(monotonic=lambda: next(clock)))
     stats = torch.tensor([[1, 3, 100, 5], [2, 2, 50, 0]])
     channel = SimpleNamespace(busy=torch.zeros(4), cache_stats=stats)
-    log = Log(builtin(output_dir=str(tmp_path), teachers=2), channel)
+    log = Log(builtin(output_dir=str(tmp_path), teachers="2"), channel)
     channel.busy += torch.tensor([1.0, 0.5, 1.5, 2.0])
     log.write(1, {"tokens": 10, "reverse_kl": 0.5, "lag_mean": 0.0})
     (record,) = metrics(tmp_path)
