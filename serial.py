@@ -46,7 +46,7 @@ class Serial:
 
         `prompts`, `held_out`: data.Prompt objects to train on and to evaluate on.
         """
-        self.config = config = replace(config, max_staleness=0, window=0)
+        self.config = config = replace(config, max_staleness=0, window=0, teachers="1")
         student = load_model(config.path("student"), torch.float32, CPU)
         vocab = shared_vocabulary(config)
         self.learner = Learner(student, config, vocab, torch.float32)

@@ -51,8 +51,8 @@ def refused(*argv):
             "18000 rollouts in flight, the limit is 16384: lower --batch-size",
         ),
         (
-            ["--teachers", "3"],
-            "--batch-size is 64: take a multiple of the number of nodes, 3",
+            ["--teachers", "math=2"],
+            "--teachers is math=2: give a number from 1 on, or one for every name of --teacher",
         ),
         (
             ["--max-new-tokens", "9000"],
