@@ -94,7 +94,8 @@ def test_each_teacher_scores_the_students_response_after_its_own_prompt(
 ):
     """Longer and shorter than the student's, chat and plain, responses of one token and cut."""
     rows, texts = zip(*ROWS)
-    config = config_of(places, tmp_path, rows, loss=loss, top_k=4, max_new_tokens=longest)
+    changes = {"loss": loss, "top_k": 4, "max_new_tokens": longest, "teachers": "2"}
+    config = config_of(places, tmp_path, rows, **changes)
     run = serial_of(config)
     read = {prompt.text: prompt for prompt in run.tickets.prompts}
     assert len(read) == len(rows) - 1  # two rows ask the student the same

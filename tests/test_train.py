@@ -412,7 +412,7 @@ def new_leader(monkeypatch, tmp_path):
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in INTERRUPTS}
     monkeypatch.setattr("support.roles.start_fork_server", lambda: None)
 
-    def make(exits=(), **settings):
+    def make(exits=(), held_out=(Prompt("y", [2]),), **settings):
         monkeypatch.setattr(mp, "start_processes", lambda *args, **kwargs: StubContext(exits))
         config = builtin(output_dir=str(tmp_path), batch_size=4, **settings)
         channel = Channel.create(config, 1, torch.float32)
@@ -421,7 +421,7 @@ def new_leader(monkeypatch, tmp_path):
             config=config,
             checkpoint=None,
             prompts=[Prompt("x", [1])],
-            held_out=[Prompt("y", [2])],
+            held_out=[*held_out],
             progress={"prompts": "their fingerprint", "trained_ahead": []},
             tokenizer=None,
         )
@@ -430,6 +430,19 @@ def new_leader(monkeypatch, tmp_path):
     yield make
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def test_the_accuracy_of_each_teacher_is_that_of_its_own_prompts(new_leader):
+    held_out = [Prompt("y", [2], teacher=name) for name in ("b", "a", "b", "b", "a")]
+    leader = new_leader(held_out=held_out, teacher=("a=x", "b=y", "c=z"))
+    leader.channel.eval_correct[:5] = torch.tensor([1, 0, 1, 0, 0])
+    leader.channel.eval_done += 1  # it was made as soon as it was asked for
+    assert leader.evaluate("eval_accuracy") == {
+        "eval_accuracy": 2 / 5, "eval_accuracy/a": 0.0, "eval_accuracy/b": 2 / 3
+    }  # fmt: skip
+    leader = new_leader(held_out=held_out, teacher="x")
+    leader.channel.eval_done += 1
+    assert list(leader.evaluate("eval_accuracy")) == ["eval_accuracy"]
 
 
 def waits(leader):
