@@ -1,6 +1,7 @@
 """What staleness buys: the real pipeline at several --max-staleness.
 
-    python -m experiments.frontier
+    python -m experiments.frontier             # loss, order, staleness
+    python -m experiments.frontier --windows   # --window at a staleness of 1: windows.csv
 
 Whole runs of `train.py` on the built-in task, one after the other, one thread per role. A line of
 the CSV per run: tokens/s, measured lag, seconds and updates to 90 % accuracy, final accuracy.
@@ -20,6 +21,7 @@ from pathlib import Path
 from experiments import study
 
 RESULTS = study.RESULTS / "frontier.csv"
+OF_WINDOWS = study.RESULTS / "windows.csv"
 METHODS = {  # name -> flags of train.py
     "stratified 28+4": ["--loss=stratified_reverse_kl", "--top-k=28", "--num-samples=4"],
     "current signal + IS, N=32": [
@@ -33,7 +35,7 @@ STALENESS = (0, 1, 2, 4, 8)
 STEPS, EVERY, TARGET = 80, 5, 0.9  # updates of a run, between evaluations; accuracy
 BUSY = ("generator_busy", "teacher_busy", "learner_busy")
 ARRIVAL = 100  # more than a run has updates: order of arrival
-WINDOWS = (1, 2, 4, ARRIVAL)  # beside 0, which is ticket order
+WINDOWS = (0, 1, 2, 4, ARRIVAL)  # 0: ticket order
 KINDS = {"loss": str, "window": int, "max_staleness": int, "seed": int}
 COLUMNS = (
     "loss",
@@ -131,14 +133,17 @@ def read(path: Path) -> list[dict]:
 
 
 def grid(losses, staleness, seeds: int) -> list[tuple[str, int, int, int]]:
-    """Jobs, seed by seed. Windows for the first loss alone, and not without staleness, where
-    there is one batch to take rollouts from; those between ticket order and arrival at a
-    staleness of 1.
+    """Jobs, seed by seed. Order of arrival for the first loss alone, and not without staleness,
+    where there is one batch to take rollouts from.
     """
     cells = [(loss, 0, s) for loss in losses for s in staleness]
     cells += [(loss, ARRIVAL, s) for loss in losses[:1] for s in staleness if s]
-    cells += [(loss, window, 1) for loss in losses[:1] for window in WINDOWS if 1 in staleness]
     return jobs_for(cells, range(seeds))
+
+
+def window_grid(seeds: int) -> list[tuple[str, int, int, int]]:
+    """Jobs of every window, in turn, for the first loss at a staleness of 1."""
+    return jobs_for([([*METHODS][0], window, 1) for window in WINDOWS], range(seeds))
 
 
 def make(path: Path, jobs: list[tuple[str, int, int, int]]) -> list[dict]:
@@ -187,13 +192,16 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV, continued if it exists")
+    parser.add_argument("--out", type=Path, help="CSV, continued if it exists")
+    parser.add_argument("--windows", action="store_true", help="every --window at a staleness of 1")
     parser.add_argument("--seeds", type=study.at_least(1), default=5)
     parser.add_argument("--staleness", type=study.at_least(0), nargs="+", default=STALENESS)
     parser.add_argument("--losses", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     jobs = grid(args.losses, args.staleness, args.seeds)
-    lines = make(args.out, jobs)
+    if args.windows:
+        jobs = window_grid(args.seeds)
+    lines = make(args.out or (OF_WINDOWS if args.windows else RESULTS), jobs)
     print(summary([line for line in lines if tuple(line[key] for key in COLUMNS[:4]) in jobs]))
 
 
