@@ -7,6 +7,9 @@ stopped in the jump of its learning curve and has never seen a synonym, only cop
 embeddings: it has half the arithmetic and none of the style. About fifteen minutes on one core;
 writes assets/teacher and assets/student (safetensors, float32). `--only prompts` writes
 prompts.jsonl and eval.jsonl.
+
+`second_task` makes what experiments/two_teachers.py needs: a teacher of running maxima, which is
+the built-in teacher trained on, and the built-in student after a little of both tasks.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
-from assets.task import EVALUATION_SEED, running_sums  # noqa: E402
+from assets.task import EVALUATION_SEED, running_maxima, running_sums  # noqa: E402
 from assets.tokenizer import SYNONYMS, build_tokenizer  # noqa: E402
 
 ASSETS = Path(__file__).resolve().parent
@@ -54,9 +57,9 @@ class Examples:
     Synonyms are drawn anew each time.
     """
 
-    def __init__(self, tokenizer, count, seed, synonyms):
+    def __init__(self, tokenizer, count, seed, synonyms, tasks=(running_sums,)):
         self.generator = torch.Generator().manual_seed(seed)
-        pairs = running_sums(count, seed, heldout=False)
+        pairs = [pair for task in tasks for pair in task(count, seed, heldout=False)]
         self.encoded = [
             (tokenizer(p).input_ids, tokenizer(a).input_ids + [tokenizer.eos_token_id])
             for p, a in pairs
@@ -85,10 +88,10 @@ class Examples:
 
 
 @torch.no_grad()
-def exact_match(model, tokenizer, count=256):
+def exact_match(model, tokenizer, count=256, task=running_sums):
     """Greedy exact match on held-out prompts, grouped by length so that no padding is needed."""
     groups = {}
-    for prompt, answer in running_sums(count, PROBE_SEED, heldout=True):
+    for prompt, answer in task(count, PROBE_SEED, heldout=True):
         ids = tokenizer(prompt).input_ids
         groups.setdefault(len(ids), []).append((ids, answer))
     correct = 0
@@ -129,6 +132,35 @@ def train(model, examples, steps, batch_size, lr, probe=None, label=""):
             )
         if probe and step % 10 == 0 and probe(step):
             return
+
+
+def second_task(out):
+    """Write teacher_maxima and student_both into `out`: four minutes on two cores.
+
+    The student is stopped as soon as it can do some of the second task.
+    """
+    tokenizer = build_tokenizer()
+    torch.manual_seed(2)
+    teacher = Qwen3ForCausalLM.from_pretrained(ASSETS / "teacher", dtype=torch.float32)
+    both = (running_sums, running_maxima)
+
+    def solved(step):
+        return step % 50 == 0 and exact_match(teacher, tokenizer, task=running_maxima) >= 0.99
+
+    examples = Examples(tokenizer, 50_000, 4, True, both[1:])
+    train(teacher, examples, 1500, 64, 1e-3, solved, "teacher of maxima")
+    student = Qwen3ForCausalLM.from_pretrained(ASSETS / "student", dtype=torch.float32)
+
+    def begun(step):
+        return step % 20 == 0 and exact_match(student, tokenizer, 128, running_maxima) >= 0.3
+
+    examples = Examples(tokenizer, 50_000, 5, False, both)
+    train(student, examples, 3000, 64, 1e-3, begun, "student of both")
+    for model, name in ((teacher, "teacher_maxima"), (student, "student_both")):
+        sums, maxima = (exact_match(model, tokenizer, task=task) for task in both)
+        print(f"{name}: {sums:.1%} of the sums, {maxima:.1%} of the maxima", flush=True)
+        model.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
 
 
 def write_prompts(directory):

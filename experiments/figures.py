@@ -213,6 +213,31 @@ def draw_windows(tables: dict[str, Cells], out: Path):
     figure.savefig(out)
 
 
+def draw_two_teachers(lines: list[dict], out: Path):
+    """Accuracy of both tasks against updates, with the right teachers and with a wrong one.
+
+    Lines are means over seeds, bands reach to the extremes.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
+    figure.subplots_adjust(wspace=0.3)
+    titles = {"right": "each task has its own teacher", "wrong": "one teacher for both"}
+    for axis, (run, title) in zip(axes, titles.items()):
+        for task, colour in (("sums", "#0B2A66"), ("maxima", "#D98300")):
+            groups = {}
+            for line in lines:
+                if (line["run"], line["task"]) == (run, task):
+                    groups.setdefault(line["update"], []).append(line["accuracy"])
+            means = [statistics.mean(group) for group in groups.values()]
+            ends = [[end(group) for group in groups.values()] for end in (min, max)]
+            axis.fill_between([*groups], *ends, color=colour, alpha=0.2, linewidth=0)
+            axis.plot([*groups], means, color=colour, label=task)
+        axis.set(title=title, xlabel="updates", ylim=(0, 1))
+    axes[0].set(ylabel="accuracy, held-out prompts")
+    for axis in axes:
+        label_ends(axis)
+    figure.savefig(out)
+
+
 def draw_real_curves(values: Cells, out: Path):
     """Held-out reverse KL of a real model against updates, a panel for every lag."""
     lags = sorted({cell[1] for cell in values})
@@ -304,7 +329,7 @@ def draw_nodes(path: Path, out: Path):
 
 def draw_study(results: Path):
     # These import torch, which the picture of a run does without.
-    from experiments import estimators, frontier, real_curves, real_model, staleness
+    from experiments import estimators, frontier, real_curves, real_model, staleness, two_teachers
     from experiments.claims import cells
 
     lines = staleness.read(results / "staleness.csv")
@@ -323,6 +348,7 @@ def draw_study(results: Path):
     lines = frontier.read(results / "windows.csv")
     tables = {key: cells("frontier", lines, key) for key in FRONTIER}
     draw_windows(tables, results / "windows.png")
+    draw_two_teachers(two_teachers.read(results / "two_teachers.csv"), results / "two_teachers.png")
     lines = real_curves.read(results / "real_curves.csv")
     values = cells("real_curves", lines, "reverse_kl")
     draw_real_curves(values, results / "real_curves.png")

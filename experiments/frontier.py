@@ -182,8 +182,8 @@ def summary(lines: list[dict]) -> str:
             else "never"
         )
         rows.append(
-            f"{cell[0]:26s} {cell[1]:6d}   {cell[2]:9d}  {len(chosen):5d}  {rate:8.0f}  {lag:8.2f}  "
-            f"{seconds:>15s}  {accuracy:8.1%}"
+            f"{cell[0]:26s} {cell[1]:6d}   {cell[2]:9d}  {len(chosen):5d}  {rate:8.0f}  "
+            f"{lag:8.2f}  {seconds:>15s}  {accuracy:8.1%}"
         )
     return "\n".join(rows)
 

@@ -33,6 +33,7 @@ PANELS = {
     "tokens / s": {"": "tokens_per_second"},
     "lag, updates": {"max": "lag_max", "mean": "lag_mean"},
 }
+ROLLOUTS = 16  # of an update of experiments/context.py
 WIDE = {"color": "#E69F00", "linewidth": 3}  # the mean stays visible on top of the maximum
 THIN = {"color": "#0072B2", "linewidth": 1}
 TEACHERS = ("#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -236,6 +237,29 @@ def draw_curves(axis, curves: dict[str, list], title: str):
     axis.set(title=title, xlabel="update", xlim=(0, 1.05 * steps[-1]), ylim=(min(extremes), top))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     label_ends(axis)
+
+
+def draw_context(records: list[dict], lines: list[dict], out: Path):
+    """A run of experiments/context.py: reverse KL, length of answers, answers that obey.
+
+    `lines`: of its CSV.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(10, 2.8))
+    figure.subplots_adjust(wspace=0.4)
+    steps = [record["step"] for record in records]
+    size = sum(line["when"] == "before" for line in lines)
+    axes[0].plot(steps, [record["reverse_kl"] for record in records], **THIN)
+    axes[0].set(title="reverse KL, nats a token", xlabel="update", ylim=0)
+    counts = [record["tokens"] / ROLLOUTS for record in records]
+    axes[1].plot(steps, counts, **THIN)
+    axes[1].set(title="tokens of an answer", xlabel="update", ylim=0)
+    whens = ("before", "after", "teacher")
+    shares = [
+        sum(line["is_short"] for line in lines if line["when"] == when) / size for when in whens
+    ]
+    axes[2].bar(whens, shares, color=("#787878", "#0072B2", "#009E73"))
+    axes[2].set(title=f"one short sentence, {size} questions", ylim=(0, 1))
+    figure.savefig(out)
 
 
 def draw_run(run: Path, out: Path):

@@ -136,6 +136,7 @@ class Config:
         """Raise InputError if --teacher and --teachers do not name the same, each once."""
         names = set(self.teacher_paths)
         is_clear = len(names) == len(self.teacher) and ("" not in names or len(names) == 1)
+        is_clear = is_clear and all(self.teacher_paths.values())
         fix = "several teachers need a name each: --teacher math=DIR --teacher code=DIR"
         require(is_clear, f"--teacher {' --teacher '.join(self.teacher)}: {fix}")
         counts = by_name(self.teachers.split(","))

@@ -157,7 +157,8 @@ def test_what_each_process_of_a_node_is_called_and_where_its_model_lies():
     assert config.teacher_paths == {"math": f"{assets}/teacher", "code": f"{assets}/student"}
     assert config.teacher_processes == ["math", "math", "code"]
     assert config.role_names == [
-        "generator 0", "generator 1", "teacher math 0", "teacher math 1", "teacher code 0", "learner"
+        "generator 0", "generator 1",
+        "teacher math 0", "teacher math 1", "teacher code 0", "learner",
     ]  # fmt: skip
     assert builtin(teachers="2").role_names[1:] == ["teacher 0", "teacher 1", "learner"]
     assert builtin(teacher=NAMED, teachers="2").teacher_processes == ["math"] * 2 + ["code"] * 2
@@ -171,6 +172,7 @@ def test_what_each_process_of_a_node_is_called_and_where_its_model_lies():
         (("a=x", "y"), "1", "--teacher a=x --teacher y: several teachers need a name each"),
         (("x", "y"), "1", "several teachers need a name each"),
         (("a=x", "a=y"), "1", "several teachers need a name each"),
+        (("a=x", "b="), "1", "several teachers need a name each"),
         ((), "1", "--teacher is missing"),
         ("", "1", "--teacher is missing"),
         ("x", "0", "--teachers is 0: give a number from 1 on"),

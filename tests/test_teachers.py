@@ -119,8 +119,8 @@ def test_one_system_message_goes_before_every_chat_for_the_teacher_alone(places,
     rows = [
         {"messages": [USER], "teacher": "math"},
         {"messages": [USER, {"role": "assistant", "content": "7"}], "teacher": "math"},
-        {"messages": [USER], "teacher_messages": [{"role": "user", "content": "9?"}], "teacher": "math"},
-    ]  # fmt: skip
+        {"messages": [USER], "teacher": "math", "teacher_messages": [USER | {"content": "9?"}]},
+    ]
     config = config_of(places, tmp_path, rows, teacher_system="Be brief.")
     tokenizer = load_tokenizer("--student", places["student"])
     prompts, _ = load_prompts(config, tokenizer)
@@ -329,7 +329,8 @@ def flags(places, tmp_path):
         f"--student={places['student']}", f"--teacher=math={places['math']}",
         f"--teacher=code={places['code']}", "--teachers=math=2,code=1",
         f"--prompts={write_lines(tmp_path / 'p.jsonl', *SUMS)}", "--eval-size=4",
-        "--batch-size=12", "--steps=4", "--max-staleness=0", "--teacher-cache-mb=1", "--eval-every=2", "--lr=1e-3",
+        "--batch-size=12", "--steps=4", "--max-staleness=0", "--eval-every=2", "--lr=1e-3",
+        "--teacher-cache-mb=1",
     ]  # fmt: skip
 
 

@@ -25,22 +25,28 @@ def test_a_node_has_its_share_of_an_update(student):
     """Node k of n trains its own tickets of the update, batch_size / n of them."""
     settings = {"batch_size": 6, "max_staleness": 1}
     arrivals = [(8, 4), (12, 1), (6, 0), (14, 5), (10, 2)]  # node 0 has the even tickets
-    for order, right in (("batch", [0, 4, 2]), ("arrival", [4, 1, 0])):
-        found = student.batches(settings | {"order": order}, 1, arrivals, 0, 2)
-        waits = 4 if order == "batch" else 2
+    for window, right in ((0, [0, 4, 2]), (9, [4, 1, 0])):
+        found = student.batches(settings | {"window": window}, 1, arrivals, 0, 2)
+        waits = 2 if window else 4
         check(
             found[:waits] == [None] * waits,
-            f"node 0 of 2, order {order}: its share has not come, batch returns {found[:waits]}",
+            f"node 0 of 2, window {window}: its share has not come, batch returns {found[:waits]}",
         )
         check(
             found[-1] == right,
-            f"node 0 of 2, order {order}: the rows {right} are right, batch returns {found[-1]}",
+            f"node 0 of 2, window {window}: the rows {right} are right, batch returns {found[-1]}",
         )
     arrivals = [(17, 3), (13, 1), (15, 2)]
-    found = student.batches(settings | {"order": "batch"}, 2, arrivals, 1, 2)
+    found = student.batches(settings | {"window": 0}, 2, arrivals, 1, 2)
     check(
         found == [None, None, [1, 2, 3]],
-        f"node 1 of 2, order batch: after each arrival batch returns {found}",
+        f"node 1 of 2, window 0: after each arrival batch returns {found}",
+    )
+    arrivals = [(19, 3), (21, 1), (23, 2), (7, 0)]  # below (3 + 1 - 2) * 6 the others are due
+    found = student.batches(settings | {"window": 2}, 3, arrivals, 1, 2, late=(7,))
+    check(
+        found == [None, None, None, [0, 3, 1]],
+        f"node 1 of 2, window 2, ticket 7 is due: after each arrival batch returns {found}",
     )
 
 
@@ -59,16 +65,26 @@ def test_whole_runs_at_other_sizes(student):
 
 
 @worth(1)
-def test_runs_in_arrival_order(student):
-    """A run in arrival order trains each ticket at most once, never waits for a slow one, and
-    starts none before its time."""
-    settings = {"batch_size": 4, "max_staleness": 2, "steps": 12, "order": "arrival"}
-    entries = student.pipeline(settings, [1, 1, 1, 1, 1, 1, 1, 200], 2)
-    updates = len({update for update, *_ in entries})
-    check(updates == 12, f"the run stands still after {updates} of 12 updates")
-    tickets = [ticket for _, ticket, *_ in entries]
-    check(len(set(tickets)) == 48, f"12 updates of 4 train the tickets {sorted(tickets)}")
-    first = [ticket for update, ticket, *_ in entries if update == 1]
-    check(7 not in first, f"update 1 waits for the slow ticket 7: it trains {first}")
-    early = [(ticket, version) for _, ticket, version, _ in entries if ticket // 4 - version > 2]
-    check(not early, f"(ticket, version that sampled it) {early[:3]}: these start too early")
+def test_runs_with_a_window(student):
+    """A run trains each ticket at most once, starts none before its time, and waits for a slow one
+    if it must, so that no lag is above max_staleness + window."""
+    responses = [1, 1, 1, 1, 1, 1, 1, 200]
+    for window in (0, 1, 3, 100):
+        settings = {"batch_size": 4, "max_staleness": 2, "steps": 12, "window": window}
+        entries = student.pipeline(settings, responses, 2)
+        what = f"window {window}"
+        updates = len({update for update, *_ in entries})
+        check(updates == 12, f"{what}: the run stands still after {updates} of 12 updates")
+        tickets = [ticket for _, ticket, *_ in entries]
+        check(len(set(tickets)) == 48, f"{what}: 12 updates train the tickets {sorted(tickets)}")
+        first = [ticket for update, ticket, *_ in entries if update == 1]
+        check(
+            (7 in first) == (window == 0),
+            f"{what}: ticket 7, which is slow, belongs to update 1, which trains {first}",
+        )
+        early = [
+            (ticket, sampled) for _, ticket, sampled, _ in entries if ticket // 4 - sampled > 2
+        ]
+        check(not early, f"{what}: (ticket, version that sampled it) {early[:3]} start too early")
+        worst = max(update - sampled for update, _, sampled, _ in entries)
+        check(worst <= 2 + window, f"{what}: a lag of {worst} is above max_staleness + window")

@@ -27,11 +27,12 @@ def new_tickets(config):
     from tickets import Tickets
 
     rows = config.table_rows
+    names = ("prompt_len", "ticket", "teacher_prompt_len", "teacher", "group", "group_size")
     channel = SimpleNamespace(
         tokens=torch.zeros(rows, 4, dtype=torch.int32),
-        prompt_len=torch.zeros(rows, dtype=torch.int32),
-        ticket=torch.zeros(rows, dtype=torch.int64),
+        teacher_tokens=torch.zeros(rows, 4, dtype=torch.int32),
         to_generator=TicketQueue(),
+        **{name: torch.zeros(rows, dtype=torch.int64) for name in names},
     )
     return Tickets(config, channel, [Prompt("1", [1])])
 
@@ -46,12 +47,20 @@ def admitted(settings: dict, version: int, count: int, node: int = 0, nodes: int
         return [ticket for ticket in range(count) if may_start(ticket, version, config)]
 
 
-def batches(settings: dict, version: int, arrivals, node: int = 0, nodes: int = 1):
-    """What Tickets.batch returns after each arrival. `arrivals`: pairs of a ticket and its row."""
+def batches(settings: dict, version: int, arrivals, node: int = 0, nodes: int = 1, late=()):
+    """What Tickets.batch returns after each arrival. `arrivals`: pairs of a ticket and its row.
+
+    All of the node's tickets that weights of `version` admit are under way, from those of update
+    `version` on. `late`: tickets of earlier updates that are, too.
+    """
     from support.config import builtin
 
     with on_node(node, nodes):
-        tickets = new_tickets(builtin(**settings))
+        config = builtin(**settings)
+        tickets = new_tickets(config)
+        end = (version + 1 + config.max_staleness) * config.batch_size
+        issued = range(version * config.batch_size, end)
+        tickets.in_flight = {*late, *(ticket for ticket in issued if ticket % nodes == node)}
         found = []
         for ticket, row in arrivals:
             tickets.channel.ticket[row] = ticket

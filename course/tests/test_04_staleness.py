@@ -55,9 +55,9 @@ def test_a_rollout_starts_as_soon_as_it_is_not_too_stale(student):
 
 
 @worth(1)
-def test_in_batch_order_an_update_waits_for_its_own_tickets(student):
-    """Order "batch": when all tickets of the update are there, their rows, in ticket order."""
-    settings = {"batch_size": 4, "max_staleness": 2, "order": "batch"}
+def test_without_a_window_an_update_waits_for_its_own_tickets(student):
+    """A window of 0: when all tickets of the update are there, their rows, in ticket order."""
+    settings = {"batch_size": 4, "max_staleness": 2, "window": 0}
     arrivals = [(6, 3), (9, 8), (4, 11), (8, 0), (7, 5), (10, 1), (5, 2)]
     found = student.batches(settings, 1, arrivals)
     check(
@@ -72,9 +72,9 @@ def test_in_batch_order_an_update_waits_for_its_own_tickets(student):
 
 
 @worth(1)
-def test_in_arrival_order_the_first_to_come_are_trained(student):
-    """Order "arrival": the rows that came first, whatever their tickets, and not one more."""
-    settings = {"batch_size": 4, "max_staleness": 2, "order": "arrival"}
+def test_with_a_window_the_first_to_come_are_trained_but_what_is_due_is_waited_for(student):
+    """A window of 2: the rows that came first, and before them those of tickets that are due."""
+    settings = {"batch_size": 4, "max_staleness": 2, "window": 2}
     arrivals = [(6, 3), (9, 8), (4, 11), (8, 0), (7, 5), (10, 1), (5, 2)]
     found = student.batches(settings, 1, arrivals)
     check(
@@ -85,7 +85,21 @@ def test_in_arrival_order_the_first_to_come_are_trained(student):
     for rows in found[3:]:
         check(
             rows == [3, 8, 11, 0],
-            f"3, 8, 11 and 0 are the rows that came first, in this order; batch returns {rows}",
+            f"update 1, window 2: nothing is due; 3, 8, 11 and 0 are the rows that came first, in "
+            f"this order; batch returns {rows}",
+        )
+    arrivals = [(13, 3), (12, 8), (16, 11), (14, 0), (7, 5), (5, 2), (15, 1)]
+    found = student.batches(settings, 3, arrivals, late=(5, 7))
+    check(
+        found[:5] == [None] * 5,
+        f"update 3, window 2: the tickets 5 and 7 are due, and 5 has not come; batch returns "
+        f"{next((rows for rows in found[:5] if rows is not None), None)}",
+    )
+    for rows in found[5:]:
+        check(
+            rows == [2, 5, 3, 8],
+            f"update 3, window 2: the due tickets 5 and 7 are in the rows 2 and 5, the first to "
+            f"come after them in 3 and 8; batch returns {rows}",
         )
 
 
