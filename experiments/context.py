@@ -72,7 +72,6 @@ def answers_of(model, path: Path, prompts: list[list[int]]):
     return generator.generate([Rollout(ids, ticket) for ticket, ids in enumerate(prompts)])
 
 
-@torch.no_grad()
 def measure(when: str, student: Path, teacher: Path, prompts):
     """Lines of the CSV: of the student's answers, or of the teacher's own."""
     tokenizer = load_tokenizer("--student", str(student))
@@ -87,8 +86,9 @@ def measure(when: str, student: Path, teacher: Path, prompts):
         text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
         # The same answer, after the teacher's prompt.
         other = Rollout(prompts[number].for_teacher, candidate_ids=rollout.candidate_ids)
-        s = response_logits(models[0], rollout).log_softmax(-1)  # [T,V]
-        t = response_logits(models[1], other).log_softmax(-1)
+        with torch.no_grad():
+            s = response_logits(models[0], rollout).log_softmax(-1)  # [T,V]
+            t = response_logits(models[1], other).log_softmax(-1)
         kl = float((s.exp() * (s - t)).sum(-1).mean())
         short = int(is_short(text, rollout.finish == STOP))
         lines.append(dict(zip(COLUMNS, (when, number, len(s), short, kl, text))))
