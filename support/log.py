@@ -101,7 +101,8 @@ class Log:
             start = self.config.generators
             for name, part, stats in zip(names[start:], busy[start:], self.channel.cache_stats):
                 own = {"teacher_busy": float(part), **cache_figures(stats)}
-                record |= {f"{key}/{name[8:]}": value for key, value in own.items()}
+                label = name.removeprefix("teacher ")
+                record |= {f"{key}/{label}": value for key, value in own.items()}
         record["wall_seconds"] = now - self.started
         self.file.write(json.dumps(record) + "\n")
         self.show(record)
