@@ -13,8 +13,8 @@ lengths:
 
 Modes: `sync` is strict (--max-staleness 0: every token from the weights it trains) and streams
 finished rollouts to the teacher while the others decode; `async` is the default; `arrival` adds
---order arrival, so that no update waits for one long answer. Each mode gets the threads per role
-that suit it best: a pilot run tries all of --threads.
+--window 100 (order of arrival), so that no update waits for one long answer. Each mode gets the
+threads per role that suit it best: a pilot run tries all of --threads.
 Tokens per second are response tokens trained over the wall time of the updates after the first
 `--skip`; evaluation is off.
 """

@@ -138,7 +138,7 @@ def fitting(job: Job, teacher_gpus: int):
     roles = product(range(1, job.gpus), repeat=2)
     for (ranks, teachers), (slots, tokens, recompute) in product(roles, choices):
         generators = job.gpus - ranks - teachers * teacher_gpus
-        if generators < 1 or job.batch % teachers:
+        if generators < 1:
             continue
         split = Split(ranks, generators, teachers, slots, tokens, recompute, teacher_gpus)
         needed = memory.needed(config_of(job, split), ranks, 2)
@@ -230,6 +230,8 @@ def paper():
         "64 rollouts an update": (replace(base, batch=64), SPREAD),
         "1,024 rollouts an update": (replace(base, batch=1024), SPREAD),
         "staleness 1": (replace(base, staleness=1), SPREAD),
+        "window 1": (replace(base, window=1), SPREAD),
+        "window 4": (replace(base, window=4), SPREAD),
         "arrival order": (replace(base, window=100), SPREAD),
         "a dense teacher of 8B": (replace(base, teacher="8B"), SPREAD),
         "a dense teacher of 32B": (replace(base, teacher="32B"), SPREAD),

@@ -65,7 +65,7 @@ def test_steps_of_one_event_cost_what_they_cost_one_by_one(stride):
 
 
 @pytest.mark.parametrize("role, stages, seconds", [
-    # In batch order it scores a quarter of a batch at a time.
+    # In ticket order it scores a quarter of a batch at a time.
     ("teacher", replace(FREE, pass_teacher=(1.5, 0.0)), 4 * 1.5),
     ("learner", replace(FREE, pass_learner=(2.5, 0.0), update=0.5), 2.5 + 0.5),
     ("generator", replace(FREE, step=(0.5, 0.0, 0.0)), 8 * 0.5),
