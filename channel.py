@@ -246,6 +246,14 @@ class Rollout:
         return self.candidate_ids[:, 0].tolist()
 
 
+def write_prompt(channel: Channel, row: int, ids: list[int], teacher_ids: list[int]):
+    """Fill in the prompt of a row, as the student and as the teacher reads it."""
+    channel.tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
+    channel.prompt_len[row] = len(ids)
+    channel.teacher_tokens[row, : len(teacher_ids)] = torch.tensor(teacher_ids, dtype=torch.int32)
+    channel.teacher_prompt_len[row] = len(teacher_ids)
+
+
 def read_rollout(channel: Channel, row: int):
     """The rollout that a row's prompt starts."""
     prompt = channel.tokens[row, : channel.prompt_len[row]].tolist()

@@ -185,15 +185,16 @@ class Learner:
         )
         sums = torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
         is_of = self.teachers_of(channel, rows).to(s.device)  # [names,T]
-        return torch.cat([sums, is_of @ reverse_kl.double(), is_of.sum(1)])
+        by_teacher = torch.where(is_of, reverse_kl.double(), 0.0).sum(1)
+        return torch.cat([sums, by_teacher, is_of.sum(1)])
 
     def teachers_of(self, channel, rows):
-        """Whose each response position of `rows` is: float64 [teachers,T] of ones and zeros."""
+        """Whose each response position of `rows` is: bool [teachers,T]."""
         names = [*self.config.teacher_paths]
         index = [names.index(name) for name in self.config.teacher_processes]
         process = channel.teacher[:, None].expand_as(channel.weight_version)  # [R,M]
         process = of_responses(channel, rows, process)  # [T]
-        return F.one_hot(torch.tensor(index)[process], len(names)).T.double()
+        return F.one_hot(torch.tensor(index)[process], len(names)).T.bool()
 
     def step(self):
         """Clip the gradient and change the parameters."""

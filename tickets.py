@@ -21,9 +21,7 @@ trained.
 import math
 from collections import Counter, defaultdict
 
-import torch
-
-from channel import Channel
+from channel import Channel, write_prompt
 from support.config import Config
 from support.data import prompt_of
 
@@ -58,8 +56,8 @@ class Tickets:
     def issue(self, version: int):
         """Give free rows to the tickets that weights of `version` admit, with their prompts.
 
-        Rows are always enough for whole updates: so each teacher's groups are the same in every
-        run of equal settings.
+        In ticket order rows are enough for whole updates. So each teacher's groups are the same in
+        every run of equal settings.
         """
         rows = []
         end = self.config.steps * self.config.batch_size
@@ -73,17 +71,11 @@ class Tickets:
         self.channel.to_generator.put(rows)
 
     def fill_row(self, ticket: int):
-        """Write a ticket and its prompt, as the student and as the teacher read it."""
+        """Write a ticket and its prompt into a free row."""
         row = self.free_rows.pop()
         prompt = self.prompt_of(ticket)
-        channel = self.channel
-        for ids, tokens, length in (
-            (prompt.ids, channel.tokens, channel.prompt_len),
-            (prompt.for_teacher, channel.teacher_tokens, channel.teacher_prompt_len),
-        ):
-            tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-            length[row] = len(ids)
-        channel.ticket[row] = ticket
+        write_prompt(self.channel, row, prompt.ids, prompt.for_teacher)
+        self.channel.ticket[row] = ticket
         self.in_flight.add(ticket)
         return row
 

@@ -180,10 +180,10 @@ class Leader:
             time.sleep(0.002)
         right = channel.eval_correct[: len(self.held_out)].double()
         accuracy = {name: float(right.mean())}
-        for teacher in filter(None, self.config.teacher_paths):
-            is_of = [prompt.teacher == teacher for prompt in self.held_out]
+        for owner in filter(None, self.config.teacher_paths):
+            is_of = [prompt.teacher == owner for prompt in self.held_out]
             if any(is_of):
-                accuracy[f"{name}/{teacher}"] = float(right[is_of].mean())
+                accuracy[f"{name}/{owner}"] = float(right[is_of].mean())
         if self.learner.version == 0:
             print(f"accuracy before training {accuracy[name]:.1%}")
         return accuracy

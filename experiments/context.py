@@ -32,8 +32,8 @@ from kv_cache import switch_to_slots
 from losses import Proposal
 from model import head_weight
 from support.config import builtin
-from support.data import read_jsonl
-from support.load import load_model, load_tokenizer, stop_ids
+from support.data import for_teachers, read_jsonl
+from support.load import load_model, load_tokenizer, shared_vocabulary, stop_ids
 
 EXAMPLES = {
     "What is the capital of Sweden?": "The capital of Sweden is Stockholm.",
@@ -151,7 +151,8 @@ def main():
     (args.out / "prompts.jsonl").write_text("".join(lines[HELD_OUT:]))
     config = builtin(student=str(model), teacher="student", **LENGTHS)
     tokenizer = load_tokenizer("--student", str(model))
-    held_out = read_jsonl(str(args.out / "held_out.jsonl"), tokenizer, 64, config=config)
+    held_out = read_jsonl(str(args.out / "held_out.jsonl"), tokenizer, 64)
+    held_out = for_teachers(held_out, config, {}, shared_vocabulary(config))
     lines = measure("before", model, model, held_out)
     lines += measure("teacher", model, model, held_out)
     print(summary(lines), flush=True)

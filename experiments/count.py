@@ -286,9 +286,11 @@ def of_training(model, config: Config):
 def main():
     try:
         config = parse(["--prompts=builtin", *sys.argv[1:]])
-        for name in ("student", "teacher"):
-            found = counted(config.path(name), config)
-            print(f"{name} {getattr(config, name)}:")
+        paths = {"student": config.path("student")}
+        paths |= {f"teacher {name}".strip(): path for name, path in config.teacher_paths.items()}
+        for name, path in paths.items():
+            found = counted(path, config)
+            print(f"{name}, {path}:")
             for what, kernels in vars(found).items():
                 item = "slot" if what == "step" else "token"
                 mega = kernels.bytes / 1e6

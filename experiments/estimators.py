@@ -187,7 +187,9 @@ class Snapshot:
                 weights, task()[0][first : min(first + size, prompts.stop)], ticket=first
             )
             with torch.no_grad():
-                frozen = [lagged.logits(model, rows) for model in (sampler, lagged.teacher.model)]
+                frozen = [
+                    lagged.logits(model, rows) for model in (sampler, lagged.teachers[0].model)
+                ]
             parts.append([lagged.logits(lagged.learner.model, rows), *frozen])
         self.logits, *frozen = (torch.cat(column) for column in zip(*parts))
         self.s, self.b, self.t = (z.detach().log_softmax(-1) for z in (self.logits, *frozen))

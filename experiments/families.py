@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KINDS
 
 from assets.tokenizer import build_tokenizer
-from channel import Channel, Rollout, read_rollout, write_rollout
+from channel import Channel, Rollout, read_rollout, write_prompt, write_rollout
 from generate import Generator
 from kv_cache import switch_to_slots
 from learner import Learner
@@ -313,7 +313,7 @@ def check_sampling(config: Config):
     model = load_with_slots(config.student, config)
     weights = flatten_parameters(model)
     generator = Generator(model, Proposal(), config, set(), len(head_weight(model)), slots=2)
-    for path in (config.student, config.teacher):
+    for path in (config.student, config.teacher_paths[""]):
         reference = load(path, config)
         weights.copy_(flat_parameters(reference))
         # What is not trained is not published either: the towers of the two models differ.
@@ -367,15 +367,15 @@ def check_training(config: Config):
 def fill_table(config: Config, channel: Channel):
     """Rows of the table: the student's rollouts, scored by the teacher."""
     for row, ids in enumerate(PROMPTS):
-        channel.tokens[row, : len(ids)] = torch.tensor(ids)
-        channel.prompt_len[row], channel.ticket[row] = len(ids), row
+        write_prompt(channel, row, ids, ids)
+        channel.ticket[row] = row
     rows = list(range(len(PROMPTS)))
     model = load_with_slots(config.student, config)
     generator = Generator(model, make_loss(config), config, set(), VOCAB, slots=2)
     rollouts = generator.generate([read_rollout(channel, row) for row in rows])
     for rollout in rollouts:
         write_rollout(channel, rollout)
-    teacher = load(config.teacher, config)
+    teacher = load(config.teacher_paths[""], config)
     Teacher(teacher, config, VOCAB).score(channel, rows)
     for rollout in rollouts:
         scored = channel.teacher_logp[rollout.row, : len(rollout.response_ids)]

@@ -60,7 +60,7 @@ class Lagged(Serial):
         hidden = response_hidden(model, self.channel, rows)
         return head_logits(
             hidden,
-            head_weight(model)[: self.teacher.vocab],
+            head_weight(model)[: self.teachers[0].vocab],
             head_factor(model) / self.config.temperature,
         )
 
@@ -75,7 +75,7 @@ class Lagged(Serial):
             )
             s, t = (
                 self.logits(model, rows).log_softmax(-1)
-                for model in (self.learner.model, self.teacher.model)
+                for model in (self.learner.model, self.teachers[0].model)
             )
             forward = (t.exp() * (t - s)).sum(dtype=torch.float64)
             reverse = (s.exp() * (s - t)).sum(dtype=torch.float64)

@@ -150,7 +150,7 @@ def rank(role: str) -> tuple:
     the learner.
     """
     kind, *words = role.split()
-    return list(ROLES).index(kind), *(int(word) if word.isdecimal() else word for word in words)
+    return list(ROLES).index(kind), *(word.zfill(6) for word in words)  # 2 before 10
 
 
 def draw_timeline(axis, spans: list[Span]):
@@ -216,7 +216,7 @@ def panels_of(records: list[dict]) -> dict[str, dict[str, list]]:
             if metric == keys.get("") and teacher:
                 curves[teacher] = points_of(records, key)
         if len(curves) > len(keys):
-            curves["all"] = curves.pop("")
+            curves["(all)"] = curves.pop("")
         if all(curves.values()):
             panels[title] = curves
     return panels
@@ -228,7 +228,7 @@ def draw_curves(axis, curves: dict[str, list], title: str):
     for number, (label, points) in enumerate(curves.items()):
         steps, values = zip(*points)
         look = WIDE if label == "max" else THIN
-        if "all" in curves:  # and one of each teacher
+        if "(all)" in curves:  # and one of each teacher
             look = {"color": TEACHERS[number % len(TEACHERS)], "linewidth": 1}
         marker = "o" if len(points) <= 20 else ""
         axis.plot(steps, values, label=label, marker=marker, markersize=3, clip_on=False, **look)

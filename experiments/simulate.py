@@ -32,6 +32,7 @@ from types import SimpleNamespace
 
 import torch
 
+from channel import Channel
 from experiments.stages import Stages
 from generate import Generator, take_rows
 from model import row_batches
@@ -241,13 +242,14 @@ class Node:
         machine = simulation.machine
         rows = config.table_rows
         widest = max(len(prompt.ids) for prompt in simulation.prompts)
+        for_teacher = max(len(prompt.for_teacher) for prompt in simulation.prompts)
         self.channel = SimpleNamespace(
             to_generator=Queue(machine),
             to_teachers=[Queue(machine) for _ in config.teacher_processes],
             to_learner=Queue(machine),
             version=-1,
             tokens=torch.zeros(rows, widest, dtype=torch.int32),
-            teacher_tokens=torch.zeros(rows, widest, dtype=torch.int32),
+            teacher_tokens=torch.zeros(rows, for_teacher, dtype=torch.int32),
             **{name: torch.zeros(rows, dtype=torch.int64) for name in OF_ROWS},
         )
         self.tickets = Tickets(config, self.channel, simulation.prompts)
@@ -305,14 +307,14 @@ class Node:
             if not rows:
                 yield None
                 continue
-            yield self.stages.score(self.passes(rows))
+            yield self.stages.score(self.passes(rows, Channel.as_teacher_reads(channel)))
             next_group += 1
             channel.to_learner.put(rows)
 
-    def passes(self, rows):
-        """(rows, longest sequence) of each forward pass over `rows`."""
-        groups = row_batches(self.channel, rows, self.config.micro_batch_tokens)
-        return [(len(group), int(self.channel.length[group].max())) for group in groups]
+    def passes(self, rows, table):
+        """(rows, longest sequence) of each forward pass over `rows` of a table."""
+        groups = row_batches(table, rows, self.config.micro_batch_tokens)
+        return [(len(group), int(table.length[group].max())) for group in groups]
 
     def learner(self) -> Process:
         channel, tickets, stages = self.channel, self.tickets, self.stages
@@ -328,7 +330,7 @@ class Node:
                 if not rows:
                     yield None
             # train.Leader meets the other nodes before its passes: a difference of two percent.
-            yield stages.accumulate(self.passes(rows))
+            yield stages.accumulate(self.passes(rows, channel))
             ready = self.simulation.machine.now
             self.simulation.arrive(version, channel.ticket[rows].tolist())
             while not self.simulation.have_met(version):

@@ -135,7 +135,8 @@ def watch_serial(watch: Stopwatch, config: Config, updates: int):
     prompts, held_out = load_prompts(config, load_tokenizer("--student", config.path("student")))
     serial = Serial(config, 0, prompts, held_out)
     serial.update()  # sets libraries up
-    generator, learner, teacher = serial.sampler.generator, serial.learner, serial.teacher
+    generator, learner = serial.sampler.generator, serial.learner
+    teacher = serial.teachers[0]
 
     def slots():
         longest = max((rollout.length for rollout in generator.active), default=0)

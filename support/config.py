@@ -139,8 +139,10 @@ class Config:
         is_clear = is_clear and all(self.teacher_paths.values())
         fix = "several teachers need a name each: --teacher math=DIR --teacher code=DIR"
         require(is_clear, f"--teacher {' --teacher '.join(self.teacher)}: {fix}")
-        counts = by_name(self.teachers.split(","))
-        is_whole = all(count.isdecimal() and int(count) for count in counts.values())
+        parts = self.teachers.split(",")
+        counts = by_name(parts)
+        is_whole = all(re.fullmatch(r"[1-9]\d{0,3}", count) for count in counts.values())
+        is_whole = is_whole and len(counts) == len(parts)
         fix = "give a number from 1 on, or one for every name of --teacher: math=2,code=1"
         require(is_whole and set(counts) in (names, {""}), f"--teachers is {self.teachers}: {fix}")
 
@@ -264,9 +266,11 @@ def read_yaml(path):
     named = {key.replace("-", "_"): value for key, value in values.items()}
     is_repeatable = {item.name: item.default == () for item in fields(Config)}
     for name, value in named.items():
-        if isinstance(value, dict):
-            value = [f"{key}={one}" for key, one in value.items()]
-        fix = f"no option with {'a list' if isinstance(value, list) else 'one value'}, see --help"
+        if isinstance(value, dict) and name in ("teacher", "teachers"):
+            parts = [f"{key}={one}" for key, one in value.items() if isinstance(one, str)]
+            value = parts if name == "teacher" else ",".join(parts)
+        what = {list: "a list", dict: "a mapping"}.get(type(value), "one value")
+        fix = f"no option with {what} in this version, see --help"
         is_fit = name in is_repeatable and (is_repeatable[name] or isinstance(value, str))
         require(is_fit, f"--config {path}: {name} is {fix}")
         named[name] = [value] if is_repeatable[name] and isinstance(value, str) else value

@@ -35,6 +35,7 @@ class Prompt:
     answer: str | None = None
     teacher: str = ""  # its name, see Config.teacher_paths
     teacher_ids: list[int] | None = None  # what the teacher reads; None: what the student does
+    source: tuple | None = None  # (file and line, row), until the teacher's side is read
 
     @property
     def for_teacher(self):
@@ -48,13 +49,15 @@ def load_prompts(config: Config, tokenizer, started: datetime | None = None):
     """
     kwargs = json.loads(config.chat_template_kwargs)
     vocab = shared_vocabulary(config)
-    options = (config.max_prompt_tokens, kwargs, config.drop_long_prompts, vocab, config)
+    options = (config.max_prompt_tokens, kwargs, config.drop_long_prompts, vocab)
     with mock.patch("transformers.utils.chat_template_utils.datetime") as clock:
         clock.now.return_value = started or datetime.now()
         train = read_jsonl(config.path("prompts"), tokenizer, *options)
+        train = for_teachers(train, config, kwargs, vocab)
         held_out = hold_out(config, train)
         if config.path("eval_prompts"):
             held_out = read_jsonl(config.path("eval_prompts"), tokenizer, *options)
+            held_out = [named(prompt, config) for prompt in held_out]
     fix = "every evaluation prompt needs an `answer`"
     require(all(p.answer is not None for p in held_out), f"{config.path('eval_prompts')}: {fix}")
     seen = {prompt.text for prompt in held_out}
@@ -63,19 +66,15 @@ def load_prompts(config: Config, tokenizer, started: datetime | None = None):
     return train, held_out[: config.eval_size]
 
 
-def read_jsonl(
-    path: str, tokenizer, limit: int, kwargs=None, drop_long=False, vocab=math.inf, config=None
-):
-    """The prompts of a UTF-8 file, one JSON object per line.
+def read_jsonl(path: str, tokenizer, limit: int, kwargs=None, drop_long=False, vocab=math.inf):
+    """The prompts of a UTF-8 file, one JSON object per line, as the student reads them.
 
     `prompt` is text, or a chat list like `messages`. Text gets the tokenizer's own special tokens
     before it. `messages` go through the chat template, with `kwargs` and the row's `tools` and
     `chat_template_kwargs`. An assistant's turn at the end is the answer that the student has to
     find: it is left out. `limit`: most tokens of a prompt; `drop_long` leaves longer ones out.
-    `vocab`: how many ids the models know. `config`: its teachers are those that rows may name;
-    None: rows have no teachers. Raises InputError with the line that cannot be used.
+    `vocab`: how many ids the models know. Raises InputError with the line that cannot be used.
     """
-    kwargs = kwargs or {}
     rows = [(where, check_row(where, item)) for where, item in json_lines(path)]
     answered = sum(drop_answer(where, row.get("messages", [])) for where, row in rows)
     if answered:
@@ -83,17 +82,12 @@ def read_jsonl(
     unknown = sorted({key for _, row in rows for key in row} - KEYS)
     if unknown:
         print(f"note: {path}: these keys of its rows are not used: {', '.join(unknown)}")
-    encoded = encode(path, rows, tokenizer, kwargs, vocab)
+    encoded = encode(path, rows, tokenizer, kwargs or {}, vocab)
     prompts = [
-        Prompt(text, ids, answer_of(where, row)) for (where, row), (text, ids) in zip(rows, encoded)
+        Prompt(text, ids, answer_of(*source), source=source)
+        for source, (text, ids) in zip(rows, encoded)
     ]
-    if config:
-        prompts = with_teachers(path, rows, prompts, config, kwargs, vocab)
     prompts = fitting(path, prompts, "ids", "--max-prompt-tokens", limit, drop_long)
-    if config:
-        limit = config.max_teacher_sequence - config.max_new_tokens
-        flag = "--max-teacher-prompt-tokens"
-        prompts = fitting(path, prompts, "for_teacher", flag, limit, drop_long)
     require(prompts, f"{path}: no prompts in it (up to {limit} tokens long)")
     return prompts
 
@@ -214,28 +208,36 @@ def answer_of(where, row):
 # ---- teachers of rows -------------------------------------------------------------------------
 
 
-def with_teachers(path, rows, prompts, config: Config, kwargs, vocab):
-    """The prompts with their teachers' names, and with what these read instead of them."""
-    names = [teacher_of(where, row, config) for where, row in rows]
-    prompts = [replace(prompt, teacher=name) for prompt, name in zip(prompts, names)]
-    own_rows = [teacher_row(where, row, config.teacher_system) for where, row in rows]
+def for_teachers(prompts: list[Prompt], config: Config, kwargs, vocab):
+    """The training prompts with their teachers' names, and with what these read."""
+    system, path = config.teacher_system, config.path("prompts")
+    sources = [prompt.source for prompt in prompts]
+    rows = [
+        (f"{where}, for the teacher", teacher_row(where, row, system)) for where, row in sources
+    ]
+    prompts = [named(prompt, config) for prompt in prompts]
     for name, place in config.teacher_paths.items():
-        places = [i for i, row in enumerate(own_rows) if row and names[i] == name]
-        if places:
-            own = [(f"{rows[i][0]}, for the teacher", own_rows[i]) for i in places]
+        own = [i for i, (_, row) in enumerate(rows) if row and prompts[i].teacher == name]
+        if own:
             tokenizer = load_tokenizer(teacher_flag(name), place)
-            for i, (_, ids) in zip(places, encode(path, own, tokenizer, kwargs, vocab)):
+            encoded = encode(path, [rows[i] for i in own], tokenizer, kwargs, vocab)
+            for i, (_, ids) in zip(own, encoded):
                 prompts[i] = replace(prompts[i], teacher_ids=ids)
+    limit = config.max_teacher_sequence - config.max_new_tokens
+    flag = "--max-teacher-prompt-tokens"
+    prompts = fitting(path, prompts, "for_teacher", flag, limit, config.drop_long_prompts)
+    require(prompts, f"{path}: no prompts in it (up to {limit} tokens long for the teacher)")
     return prompts
 
 
-def teacher_of(where, row, config: Config):
-    """The name of the row's teacher. It may be missing if there is one."""
+def named(prompt: Prompt, config: Config):
+    """The prompt with its teacher's name, which may be missing in its row if there is one teacher."""
+    where, row = prompt.source
     names = [*config.teacher_paths]
     name = row.get("teacher") or (names[0] if len(names) == 1 else None)
     fix = "--teacher NAME=DIR makes others" if names == [""] else f"take one of {', '.join(names)}"
     require(name in names, f"{where}: `teacher` is {name!r}: no teacher has this name: {fix}")
-    return name
+    return replace(prompt, teacher=name, source=None)
 
 
 def teacher_row(where, row, system: str):
@@ -246,9 +248,9 @@ def teacher_row(where, row, system: str):
     given = [key for key in FOR_TEACHER if row.get(key) is not None]
     require(len(given) < 2, f"{where}: give `teacher_prompt` or `teacher_messages`, not both")
     if given:
-        kept = FOR_TEMPLATE if given == ["teacher_messages"] else ()
-        own = {key: row[key] for key in kept if key in row}
-        row = check_row(where, own | {FOR_TEACHER[given[0]]: row[given[0]]})
+        options = {key: row[key] for key in FOR_TEMPLATE if key in row}
+        row = check_row(where, {FOR_TEACHER[given[0]]: row[given[0]]})
+        row |= options if "messages" in row else {}
         fix = "its last turn is the assistant's, where the student's response belongs: drop it"
         require(not drop_answer(where, row.get("messages", [])), f"{where}: {given[0]}: {fix}")
     if system:

@@ -33,7 +33,7 @@ from transformers import (  # noqa: E402
 )
 
 from assets.tokenizer import build_tokenizer  # noqa: E402
-from channel import STOP, Channel, write_rollout  # noqa: E402
+from channel import STOP, Channel, write_prompt, write_rollout  # noqa: E402
 from experiments.corrections import CORRECTIONS, SIGNALS  # noqa: E402
 from generate import Generator  # noqa: E402
 from kv_cache import switch_to_slots  # noqa: E402
@@ -179,9 +179,7 @@ def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
     )
     for row, rollout in enumerate(rollouts):
         rollout.row = row
-        prompt = torch.tensor(rollout.prompt_ids, dtype=torch.int32)
-        table.prompt_len[row] = table.teacher_prompt_len[row] = len(prompt)
-        table.tokens[row, : len(prompt)] = table.teacher_tokens[row, : len(prompt)] = prompt
+        write_prompt(table, row, rollout.prompt_ids, rollout.prompt_ids)
         write_rollout(table, rollout)
     return table
 

@@ -89,10 +89,10 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     path.write_text(replace(config, resume=True).dump())
     assert parse(["--config", str(path)]) == config  # the settings of a resumed run start a new one
     path.write_text("stepz: 7\n")
-    message = f"--config {path}: stepz is no option with one value, see --help"
+    message = f"--config {path}: stepz is no option with one value in this version"
     assert message in refused("--config", str(path))
     path.write_text("steps: [7]\n")
-    message = f"--config {path}: steps is no option with a list, see --help"
+    message = f"--config {path}: steps is no option with a list in this version"
     assert message in refused("--config", str(path))
     path.write_text("prompts:\n")
     assert "--prompts is missing" in refused("--config", str(path))

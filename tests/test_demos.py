@@ -10,7 +10,7 @@ from test_data import byte_tokenizer
 from assets.task import running_maxima, running_sums
 from experiments import context, two_teachers
 from support.config import builtin
-from support.data import read_jsonl
+from support.data import for_teachers, read_jsonl
 
 ASSETS = ROOT / "assets"
 
@@ -56,7 +56,8 @@ def test_the_examples_stand_in_the_teachers_prompt_alone(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     lengths = {"max_prompt_tokens": 200, "max_teacher_prompt_tokens": 900, "max_new_tokens": 8}
     config = builtin(student=str(tmp_path), teacher="student", **lengths)
-    for prompt in read_jsonl(str(path), byte_tokenizer(), 200, config=config):
+    prompts = read_jsonl(str(path), byte_tokenizer(), 200)
+    for prompt in for_teachers(prompts, config, {}, vocab=259):
         read = byte_tokenizer().decode(prompt.for_teacher)
         for question, answer in context.EXAMPLES.items():
             assert question in read and answer in read

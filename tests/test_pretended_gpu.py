@@ -9,7 +9,7 @@ import torch
 from conftest import CPU, FAMILIES, corrected
 from pretended_gpu import CUDA, host_of, pretended_gpu
 
-from channel import Channel, read_rollout, write_rollout
+from channel import Channel, read_rollout, write_prompt, write_rollout
 from experiments.memory import shapes_of_steps
 from generate import Generator
 from kernels.head import CandidateLoss
@@ -74,8 +74,8 @@ def roles(config, paths, device, dtype):
     flat = flatten_parameters(sampler)
     table = Channel.create(config, flat.numel(), dtype)
     for row, ids in enumerate(prompts()):
-        table.tokens[row, : len(ids)] = torch.tensor(ids)
-        table.prompt_len[row], table.ticket[row] = len(ids), row
+        write_prompt(table, row, ids, ids)
+        table.ticket[row] = row
     rows = list(range(5))
     generator = Generator(sampler, make_loss(config), config, {1}, VOCAB, 3)
     for rollout in generator.generate([read_rollout(table, row) for row in rows]):

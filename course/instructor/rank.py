@@ -35,7 +35,7 @@ def reverse_kl(run):
 
     rows = list(range(run.config.table_rows))
     logp = []
-    for model in (run.learner.model, run.teacher.model):
+    for model in (run.learner.model, run.teachers[0].model):
         hidden = response_hidden(model, run.channel, rows).detach()
         logits = head_logits(hidden, head_weight(model).detach())
         logp.append(logits.double().log_softmax(-1))

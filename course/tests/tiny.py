@@ -46,6 +46,10 @@ def frozen_table():
     """Rollouts of the built-in student, scored by the built-in teacher: a rollout table on disk.
 
     Fields as in channel.Channel. The candidates are those of the stratified loss: column 0 the
-    emitted token, then the sampler's top 4, then 4 draws from the rest.
+    emitted token, then the sampler's top 4, then 4 draws from the rest. The teacher reads what the
+    student does.
     """
-    return SimpleNamespace(**load_file(HERE / "rollouts.safetensors"))
+    table = SimpleNamespace(**load_file(HERE / "rollouts.safetensors"))
+    table.teacher_tokens, table.teacher_prompt_len = table.tokens, table.prompt_len
+    table.as_teacher_reads = lambda: table
+    return table
