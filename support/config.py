@@ -266,12 +266,14 @@ def read_yaml(path):
     named = {key.replace("-", "_"): value for key, value in values.items()}
     is_repeatable = {item.name: item.default == () for item in fields(Config)}
     for name, value in named.items():
-        if isinstance(value, dict) and name in ("teacher", "teachers"):
-            parts = [f"{key}={one}" for key, one in value.items() if isinstance(one, str)]
-            value = parts if name == "teacher" else ",".join(parts)
+        is_mapping = isinstance(value, dict) and all(isinstance(x, str) for x in value.values())
+        if name in ("teacher", "teachers") and is_mapping:
+            value = [f"{key}={one}" for key, one in value.items()]
+            value = value if name == "teacher" else ",".join(value)
+        kinds = (str, list) if is_repeatable.get(name) else str
         what = {list: "a list", dict: "a mapping"}.get(type(value), "one value")
         fix = f"no option with {what} in this version, see --help"
-        is_fit = name in is_repeatable and (is_repeatable[name] or isinstance(value, str))
+        is_fit = name in is_repeatable and isinstance(value, kinds)
         require(is_fit, f"--config {path}: {name} is {fix}")
         named[name] = [value] if is_repeatable[name] and isinstance(value, str) else value
     return named

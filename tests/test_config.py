@@ -112,6 +112,10 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     path.write_text("a: [")
     assert f"--config {path}: while parsing" in refused("--config", str(path))
     assert "Is a directory" in refused("--config", "")
+    nested = "teacher: {math: [a, b], code: c}"
+    for text in ("stop_token: {a: b}", "order: batch", "prompts: {a: b}", nested):
+        path.write_text(text)
+        assert "in this version, see --help" in refused("--config", str(path))
 
 
 def test_a_repeatable_option_is_a_list_in_yaml_and_flags_win(tmp_path):
@@ -142,7 +146,7 @@ def test_teachers_have_names_on_the_command_line_and_in_yaml(tmp_path):
     flags = ["--teacher", "math=builtin", "--teacher=code=student", "--teachers=math=2,code=1"]
     config = parse(flags)
     assert config == builtin(teacher=NAMED, teachers="math=2,code=1")
-    path.write_text("teacher: {math: builtin, code: student}\nteachers: math=2,code=1\n")
+    path.write_text("teacher: {math: builtin, code: student}\nteachers: {math: 2, code: 1}\n")
     assert parse(["--config", str(path)]) == config
     path.write_text(config.dump())
     assert parse(["--config", str(path)]) == config
@@ -183,6 +187,9 @@ def test_what_each_process_of_a_node_is_called_and_where_its_model_lies():
         (("a=x", "b=y"), "a=2,b=0", "--teachers is a=2,b=0: "),
         (("a=x", "b=y"), "a=2,b=1,c=1", "--teachers is a=2,b=1,c=1: "),
         (("a=x", "b=y"), "2,b=1", "--teachers is 2,b=1: "),
+        (("a=x", "b=y"), "a=1,a=2,b=1", "--teachers is a=1,a=2,b=1: "),
+        ("x", "2,3", "--teachers is 2,3: "),
+        ("x", "9" * 5000, "--teachers is 999"),
     ],
 )
 def test_teachers_that_are_not_named_clearly_are_refused(teacher, teachers, message):

@@ -1,13 +1,15 @@
 """Claims about several teachers, and about a teacher that reads more than the student."""
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_model, load
 from runs import finish, metrics, read_trace, start, start_nodes
-from test_data import CHATML, byte_tokenizer, write_lines
+from test_data import CHATML, WITH_TOOLS, byte_tokenizer, write_lines
 from test_train import assert_same_run, comparable
 
 from serial import Serial
@@ -63,7 +65,7 @@ def config_of(places, tmp_path, rows, **changes):
     """Settings of a run on these rows of a file."""
     settings = {
         "student": places["student"],
-        "teacher": (f"math={places['math']}", f"code={places['code']}"),
+        "teacher": tuple(f"{name}={places.get(name)}" for name in ("math", "code")),
         "prompts": write_lines(tmp_path / "prompts.jsonl", *rows),
         "max_prompt_tokens": 128,
         "max_new_tokens": 7,
@@ -226,6 +228,38 @@ def test_a_row_whose_teacher_cannot_read_it_is_refused_with_its_line(
         load_prompts(config, load_tokenizer("--student", config.path("student")))
     assert message in str(error.value)
     assert "line 2" in str(error.value) or "longer" in message
+
+
+def test_evaluation_rows_name_a_teacher_and_need_nothing_else_for_it(places, tmp_path):
+    """No teacher reads them."""
+    rows = [{"messages": [USER], "teacher": "math"}]
+    held_out = {"prompt": "1+1=", "answer": "2", "teacher": "code", "teacher_prompt": "x" * 500}
+    changes = {"eval_prompts": write_lines(tmp_path / "e.jsonl", held_out), "teacher_system": "Be."}
+    config = config_of(places, tmp_path, rows, **changes)
+    tokenizer = load_tokenizer("--student", places["student"])
+    (prompt,) = load_prompts(config, tokenizer)[1]
+    assert (prompt.text, prompt.teacher) == ("1+1=", "code")
+    write_lines(tmp_path / "e.jsonl", held_out | {"teacher": "other"})
+    with pytest.raises(InputError, match="e.jsonl, line 1: `teacher` is 'other'"):
+        load_prompts(config, tokenizer)
+
+
+def test_tools_and_template_settings_of_a_row_hold_for_a_teachers_chat_too(places, tmp_path):
+    tokenizer = byte_tokenizer(WITH_TOOLS)
+    for place in ("student", "math"):
+        tokenizer.save_pretrained(tmp_path / place)
+        shutil.copy(Path(places[place]) / "config.json", tmp_path / place)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    asked = {"messages": [USER], "tools": tools}
+    rows = [asked | {"teacher_messages": [HINT, USER]}, asked | {"teacher_prompt": [HINT, USER]}]
+    rows.append(asked | {"teacher_prompt": "plain"})
+    config = config_of(
+        {"student": str(tmp_path / "student")}, tmp_path, rows, teacher=str(tmp_path / "math"),
+        max_prompt_tokens=400,
+    )  # fmt: skip
+    read = [tokenizer.decode(p.for_teacher) for p in load_prompts(config, tokenizer)[0]]
+    assert read[0] == read[1] and '"add"' in read[0] and HINT["content"] in read[0]
+    assert read[2] == "plain"
 
 
 def test_rows_that_are_too_long_for_the_teacher_can_be_left_out(places, tmp_path, capsys):
