@@ -25,7 +25,8 @@ from support.config import Config, InputError, refusal, require
 
 # The settings that decide which rollouts come next, and how old they may be.
 MUST_MATCH = """student prompts eval_prompts eval_size seed batch_size samples_per_prompt window
-    max_teacher_prompt_tokens teacher_system max_prompt_tokens drop_long_prompts chat_template_kwargs""".split()
+    max_prompt_tokens max_teacher_prompt_tokens teacher_system drop_long_prompts
+    chat_template_kwargs""".split()
 WHOLE = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 

@@ -231,7 +231,7 @@ def for_teachers(prompts: list[Prompt], config: Config, kwargs, vocab):
 
 
 def named(prompt: Prompt, config: Config):
-    """The prompt with its teacher's name, which may be missing in its row if there is one teacher."""
+    """The prompt with its teacher's name. The row may leave it out if there is one teacher."""
     where, row = prompt.source
     names = [*config.teacher_paths]
     name = row.get("teacher") or (names[0] if len(names) == 1 else None)

@@ -46,6 +46,7 @@ WAITS = {
     "teacher.py:look_up to host",
     "learner.py:<genexpr> to device",  # the candidates of a micro-batch
     "learner.py:forward to device",
+    "learner.py:backward to device",  # whose teacher each position is
     "corrections.py:<listcomp> to host",  # M2PO
     "learner.py:update to host",  # the metrics of an update
     "learner.py:step to host",  # the gradient norm: for the check in clip_grad_norm_, and for us
