@@ -27,7 +27,7 @@ from experiments import study
 
 RESULTS = study.RESULTS / "two_teachers.csv"
 TASKS = {"sums": running_sums, "maxima": running_maxima}
-STEPS, EVERY = 120, 10  # updates, between evaluations
+STEPS, EVERY = 200, 20  # updates, between evaluations
 KINDS = {"run": str, "seed": int, "update": int, "task": str}
 COLUMNS = (*KINDS, "accuracy")
 
