@@ -41,6 +41,13 @@ f32, f64, i32, i64 = torch.float32, torch.float64, torch.int32, torch.int64
 Field = namedtuple("Field", "dtype shape")
 
 
+def is_readable(fd: int, timeout: float = 0.0):
+    """Is there something to read, within `timeout` seconds? `select` takes no number above 1,023."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(1000 * timeout))
+
+
 class RowQueue:
     """Row numbers in a pipe, for any number of writers and readers.
 
@@ -58,7 +65,7 @@ class RowQueue:
 
     def get(self, timeout: float = 0.0):
         """The next row. None if there is none for `timeout` seconds, or if others took it."""
-        select.select([self.fd], [], [], timeout)
+        is_readable(self.fd, timeout)
         try:
             return struct.unpack("i", os.read(self.fd, 4))[0]
         except BlockingIOError:
@@ -135,8 +142,7 @@ class Channel:
 
     def running(self):
         """False once the leader said stop or is gone. Every loop of a role asks."""
-        is_gone = select.select([self.leader], [], [], 0)[0]
-        return not self.stop.item() and not is_gone
+        return not self.stop.item() and not is_readable(self.leader)
 
     def as_teacher_reads(self):
         """The sequences of the table with the teacher's prompts: tokens, prompt_len, length."""

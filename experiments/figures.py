@@ -222,7 +222,7 @@ def draw_two_teachers(lines: list[dict], out: Path):
     figure.subplots_adjust(wspace=0.3)
     titles = {"right": "each task has its own teacher", "wrong": "one teacher for both"}
     for axis, (run, title) in zip(axes, titles.items()):
-        for task, colour in (("sums", "#0B2A66"), ("maxima", "#D98300")):
+        for task, colour in (("sums", "#0B2A66"), ("pairs", "#D98300")):
             groups = {}
             for line in lines:
                 if (line["run"], line["task"]) == (run, task):

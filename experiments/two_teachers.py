@@ -1,12 +1,12 @@
 """One student, two teachers:
 `python -m experiments.two_teachers`, a quarter of an hour on two cores.
 
-One teacher adds numbers up, the other looks for the largest (assets/task.py); neither does what the
+One teacher knows running sums, the other sums of neighbours (assets/task.py); neither does what the
 other does. The student has begun both. Every prompt names its teacher. Two kinds of runs of
 train.py have the same student and the same prompts:
 
-    right   sums go to the teacher of sums, maxima to that of maxima
-    wrong   both go to the teacher of sums, the wrong one for half of the prompts
+    right   each task goes to its own teacher
+    wrong   both go to the teacher of running sums, the wrong one for half of the prompts
 
 `--out` gets models, prompts and runs. The CSV gets the accuracy of each task at each evaluation. A
 CSV that exists is continued. The figure needs matplotlib.
@@ -22,12 +22,12 @@ import sys
 from pathlib import Path
 
 from assets.make_assets import ASSETS, second_task
-from assets.task import EVALUATION_SEED, running_maxima, running_sums
+from assets.task import EVALUATION_SEED, neighbour_sums, running_sums
 from experiments import study
 
 RESULTS = study.RESULTS / "two_teachers.csv"
-TASKS = {"sums": running_sums, "maxima": running_maxima}
-STEPS, EVERY = 200, 20  # updates, between evaluations
+TASKS = {"sums": running_sums, "pairs": neighbour_sums}
+STEPS, EVERY = 120, 10  # updates, between evaluations
 KINDS = {"run": str, "seed": int, "update": int, "task": str}
 COLUMNS = (*KINDS, "accuracy")
 
@@ -57,7 +57,7 @@ def train(out: Path, run: str, seed: int):
     command = [
         sys.executable, str(study.ROOT / "train.py"), f"--config={ASSETS}/builtin.yaml",
         f"--student={out}/student_both", f"--teacher=sums={ASSETS}/teacher",
-        f"--teacher=maxima={out}/teacher_maxima", f"--prompts={out}/{run}.jsonl",
+        f"--teacher=pairs={out}/teacher_pairs", f"--prompts={out}/{run}.jsonl",
         f"--eval-prompts={out}/eval.jsonl", f"--output-dir={output}", f"--seed={seed}",
         f"--steps={STEPS}", f"--eval-every={EVERY}", "--save-every=0", "--cpu-threads=1",
     ]  # fmt: skip

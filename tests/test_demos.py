@@ -1,5 +1,6 @@
 """Claims about the two demonstrations: two teachers, and a teacher with examples in its prompt."""
 
+import itertools
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 from conftest import ROOT, build_model
 from test_data import byte_tokenizer
 
-from assets.task import running_maxima, running_sums
+from assets.task import neighbour_sums, running_sums
 from experiments import context, two_teachers
 from support.config import builtin
 from support.data import for_teachers, read_jsonl
@@ -15,18 +16,15 @@ from support.data import for_teachers, read_jsonl
 ASSETS = ROOT / "assets"
 
 
-def test_running_maxima_are_right_and_held_out_prompts_are_disjoint(tokenizer):
-    train, held_out = (dict(running_maxima(2000, 0, held_out)) for held_out in (False, True))
+def test_sums_of_neighbours_are_right_and_held_out_prompts_are_disjoint(tokenizer):
+    train, held_out = (dict(neighbour_sums(2000, 0, held_out)) for held_out in (False, True))
     assert len(train) == len(held_out) == 2000 and not set(train) & set(held_out)
     assert not set(train) & set(dict(running_sums(2000, 0, False)))  # the sign tells them apart
     for prompt, answer in train.items():
         numbers = {term[0]: int(term[1:]) for term in prompt.rstrip("=").split(",")}
         found = {term[0]: int(term[:0:-1]) for term in answer.split(",")}
-        names = [*numbers]
-        expected = {names[i]: max([*numbers.values()][: i + 1]) for i in range(1, len(names))}
-        assert found == expected
-        ids = tokenizer(prompt + answer).input_ids
-        assert tokenizer.unk_token_id not in ids
+        assert found == {b: numbers[a] + numbers[b] for a, b in itertools.pairwise(numbers)}
+        assert tokenizer.unk_token_id not in tokenizer(prompt + answer).input_ids
 
 
 @pytest.mark.parametrize(
@@ -68,7 +66,7 @@ def test_the_examples_stand_in_the_teachers_prompt_alone(tmp_path):
 @pytest.mark.slow
 def test_the_study_of_two_teachers_writes_every_line_once_and_continues(tmp_path, monkeypatch):
     def models(out):
-        for name, source in (("teacher_maxima", "teacher"), ("student_both", "student")):
+        for name, source in (("teacher_pairs", "teacher"), ("student_both", "student")):
             shutil.copytree(ASSETS / source, out / name)
 
     monkeypatch.setattr(two_teachers, "second_task", models)
