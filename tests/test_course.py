@@ -768,6 +768,9 @@ def test_a_blank_in_sampling_the_cache_or_tickets_fails_no_test_of_the_learner_o
     for name in (*names, "losses.Proposal.propose"):
         path, inner = build.place_of(name)
         (tree / path).write_text(syntax.blank((tree / path).read_text(), inner, "blank"))
+    losses = (tree / "losses.py").read_text()  # where every Config calls `check`, as in a course
+    losses = losses.replace("    def check(self):", "    check = bool\n\n    def unused(self):")
+    (tree / "losses.py").write_text(losses)
     command = [
         sys.executable,
         "-m",
