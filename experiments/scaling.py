@@ -138,7 +138,7 @@ def fitting(job: Job, teacher_gpus: int):
     roles = product(range(1, job.gpus), repeat=2)
     for (ranks, teachers), (slots, tokens, recompute) in product(roles, choices):
         generators = job.gpus - ranks - teachers * teacher_gpus
-        if generators < 1:
+        if generators < 1 or job.batch % teachers:  # equal work for every teacher
             continue
         split = Split(ranks, generators, teachers, slots, tokens, recompute, teacher_gpus)
         needed = memory.needed(config_of(job, split), ranks, 2)
