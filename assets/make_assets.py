@@ -157,7 +157,7 @@ def second_task(out):
     student = Qwen3ForCausalLM.from_pretrained(ASSETS / "student", dtype=torch.float32)
 
     def begun(step):
-        return step % 20 == 0 and exact_match(student, tokenizer, 128, neighbour_sums) >= 0.6
+        return step % 20 == 0 and exact_match(student, tokenizer, 128, neighbour_sums) >= 0.75
 
     examples = Examples(tokenizer, 50_000, 5, False, both)
     train(student, examples, 3000, 64, 1e-3, begun, "student of both")

@@ -58,7 +58,7 @@ def train(out: Path, run: str, seed: int):
         sys.executable, str(study.ROOT / "train.py"), f"--config={ASSETS}/builtin.yaml",
         f"--student={out}/student_both", f"--teacher=sums={ASSETS}/teacher",
         f"--teacher=pairs={out}/teacher_pairs", f"--prompts={out}/{run}.jsonl",
-        f"--eval-prompts={out}/eval.jsonl", f"--output-dir={output}", f"--seed={seed}",
+        f"--eval-prompts={out}/eval.jsonl", f"--output-dir={output}", f"--seed={seed}", "--lr=5e-4",
         f"--steps={STEPS}", f"--eval-every={EVERY}", "--save-every=0", "--cpu-threads=1",
     ]  # fmt: skip
     if not (output / f"step_{STEPS}").exists():
