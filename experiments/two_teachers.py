@@ -27,7 +27,7 @@ from experiments import study
 
 RESULTS = study.RESULTS / "two_teachers.csv"
 TASKS = {"sums": running_sums, "pairs": neighbour_sums}
-STEPS, EVERY = 120, 10  # updates, between evaluations
+STEPS, EVERY = 300, 20  # updates, between evaluations
 KINDS = {"run": str, "seed": int, "update": int, "task": str}
 COLUMNS = (*KINDS, "accuracy")
 
