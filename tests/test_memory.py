@@ -318,6 +318,19 @@ def test_the_head_of_a_model_on_several_gpus_is_checked_where_its_hidden_states_
     assert loading.agree(torch.ones(3), same) and not loading.agree(torch.ones(3), torch.zeros(3))
 
 
+def test_each_named_teacher_has_a_size_and_processes_of_its_own(model_dir):
+    names = (f"small={model_dir()}", f"large={model_dir(hidden=40)}")
+    config = builtin(student=model_dir(), teacher=names, teachers="small=2,large=1")
+    sizes = needed(config, 1, 2)
+    assert [*sizes] == ["learner", "generator", "teacher small", "teacher large"]
+    alone = needed(replace(config, teacher=(model_dir(hidden=40),), teachers="1"), 1, 2)["teacher"]
+    assert sizes["teacher large"] == alone > sizes["teacher small"]
+    held = memory.roles_on_gpus(config, 1, 5)
+    assert held[2:] == [[("teacher small", 0)], [("teacher small", 1)], [("teacher large", 0)]]
+    text = "\n".join(memory.report(config, 1, [2**30] * 5))
+    assert "teacher small, 2 of them" in text and "fits: teacher large 0" in text
+
+
 # ---- recomputing activations ------------------------------------------------------------------
 
 
