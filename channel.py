@@ -42,7 +42,7 @@ Field = namedtuple("Field", "dtype shape")
 
 
 def is_readable(fd: int, timeout: float = 0.0):
-    """Is there something to read, within `timeout` seconds? `select` takes no number above 1,023."""
+    """Is there something to read, within `timeout` seconds? `select` takes no fd above 1,023."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(1000 * timeout))

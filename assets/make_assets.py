@@ -8,8 +8,8 @@ embeddings: it has half the arithmetic and none of the style. About fifteen minu
 writes assets/teacher and assets/student (safetensors, float32). `--only prompts` writes
 prompts.jsonl and eval.jsonl.
 
-`second_task` makes what experiments/two_teachers.py needs: a teacher of sums of neighbours, which is
-the built-in teacher trained on, and the built-in student after a little of both tasks.
+`second_task` makes what experiments/two_teachers.py needs: a teacher of sums of neighbours, which
+is the built-in teacher trained on, and the built-in student after a little of both tasks.
 """
 
 import argparse
