@@ -135,7 +135,7 @@ def train(model, examples, steps, batch_size, lr, probe=None, label=""):
 
 
 def second_task(out):
-    """Write teacher_pairs and student_both into `out`: six minutes on one core.
+    """Write teacher_pairs and student_both into `out`: three minutes on one core.
 
     The student is stopped while its accuracy at the second task jumps.
     """

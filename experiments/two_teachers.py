@@ -1,5 +1,5 @@
 """One student, two teachers:
-`python -m experiments.two_teachers`, a quarter of an hour on two cores.
+`python -m experiments.two_teachers`, ten minutes on two cores.
 
 One teacher knows running sums, the other sums of neighbours (assets/task.py); neither does what the
 other does. The student has begun both. Every prompt names its teacher. Two kinds of runs of
