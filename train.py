@@ -21,6 +21,7 @@ TORCHRUN = os.getppid()  # asked before the slow imports: it may die during them
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -74,8 +75,14 @@ def read_inputs(config: Config):
         notes.append(f"accuracy is measured on {len(held_out)} prompts: --eval-prompts gives more")
     for note in notes:
         print(f"note: {note}")
-    print(f"first prompt: {tokenizer.decode(prompts[0].ids)!r}")
-    print(f"{len(prompts)} prompts to train on, {len(held_out)} to evaluate on")
+    first = prompts[0]
+    print(f"first prompt: {tokenizer.decode(first.ids)!r}")
+    if first.teacher_ids:
+        print(f"for its teacher: {tokenizer.decode(first.teacher_ids)!r}")
+    for part, use in ((prompts, "train"), (held_out, "evaluate")):
+        counts = Counter(prompt.teacher for prompt in part)
+        named = ", ".join(f"{counts[name]} of {name}" for name in config.teacher_paths if name)
+        print(f"{len(part)} prompts to {use} on" + f": {named}" * bool(named))
     return Inputs(config, tokenizer, prompts, held_out, checkpoint, progress)
 
 
@@ -264,7 +271,8 @@ def run_rank(ranks: Ranks):
         print(f"note: --lr is {config.lr:g}, for {count:,} parameters {ratio:.3g} times the usual")
     channel = ranks.tell(Channel.create(config, count, dtype))
     channel.pin(device)
-    print(f"learners, generators, teachers on {', '.join(map(str, devices))}")
+    names = ["learner"] * ranks.local_world_size + config.role_names[:-1]
+    print(", ".join(f"{name} on {device}" for name, device in zip(names, devices)))
     leader = Leader(inputs, learner, channel, devices)
     try:
         leader.lead()

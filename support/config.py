@@ -61,7 +61,7 @@ def option(default, help: str, limits=None):
 @dataclass(frozen=True)
 class Config:
     teacher: tuple = option(
-        (), "directory or hub id; student: its first weights; NAME=...: for rows that name it"
+        (), "directory or hub id; student: its first weights; repeatable as NAME=DIR"
     )
     student: str = option("builtin", "directory or hub id; builtin: read assets/builtin.yaml")
     prompts: str = option("", "JSONL of training prompts; builtin: running sums")
@@ -137,13 +137,14 @@ class Config:
         names = set(self.teacher_paths)
         is_clear = len(names) == len(self.teacher) and ("" not in names or len(names) == 1)
         is_clear = is_clear and all(self.teacher_paths.values())
-        fix = "several teachers need a name each: --teacher math=DIR --teacher code=DIR"
+        fix = "several teachers need different names: --teacher math=DIR --teacher code=DIR"
         require(is_clear, f"--teacher {' --teacher '.join(self.teacher)}: {fix}")
         parts = self.teachers.split(",")
         counts = by_name(parts)
         is_whole = all(re.fullmatch(r"[1-9]\d{0,3}", count) for count in counts.values())
         is_whole = is_whole and len(counts) == len(parts)
-        fix = "give a number from 1 on, or one for every name of --teacher: math=2,code=1"
+        fix = "give a number from 1 on, or one for every teacher: "
+        fix += ",".join(f"{name}=1" for name in self.teacher_paths if name) or "they have no names"
         require(is_whole and set(counts) in (names, {""}), f"--teachers is {self.teachers}: {fix}")
 
     @property
@@ -271,10 +272,10 @@ def read_yaml(path):
             value = [f"{key}={one}" for key, one in value.items()]
             value = value if name == "teacher" else ",".join(value)
         kinds = (str, list) if is_repeatable.get(name) else str
-        what = {list: "a list", dict: "a mapping"}.get(type(value), "one value")
-        fix = f"no option with {what} in this version, see --help"
-        is_fit = name in is_repeatable and isinstance(value, kinds)
-        require(is_fit, f"--config {path}: {name} is {fix}")
+        fix = "no option of this version, see --help"
+        require(name in is_repeatable, f"--config {path}: {name} is {fix}")
+        fix = "one value is needed, or a list where an option is repeatable"
+        require(isinstance(value, kinds), f"--config {path}: {name} is {value}: {fix}")
         named[name] = [value] if is_repeatable[name] and isinstance(value, str) else value
     return named
 

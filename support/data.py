@@ -212,9 +212,8 @@ def for_teachers(prompts: list[Prompt], config: Config, kwargs, vocab):
     """The training prompts with their teachers' names, and with what these read."""
     system, path = config.teacher_system, config.path("prompts")
     sources = [prompt.source for prompt in prompts]
-    rows = [
-        (f"{where}, for the teacher", teacher_row(where, row, system)) for where, row in sources
-    ]
+    sources = [(f"{where}, for the teacher", row) for where, row in sources]
+    rows = [(where, teacher_row(where, row, system)) for where, row in sources]
     prompts = [named(prompt, config) for prompt in prompts]
     for name, place in config.teacher_paths.items():
         own = [i for i, (_, row) in enumerate(rows) if row and prompts[i].teacher == name]
@@ -236,7 +235,8 @@ def named(prompt: Prompt, config: Config):
     names = [*config.teacher_paths]
     name = row.get("teacher") or (names[0] if len(names) == 1 else None)
     fix = "--teacher NAME=DIR makes others" if names == [""] else f"take one of {', '.join(names)}"
-    require(name in names, f"{where}: `teacher` is {name!r}: no teacher has this name: {fix}")
+    told = "names no `teacher`" if name is None else f"`teacher` is {name!r}: none has this name"
+    require(name in names, f"{where}: {told}: {fix}")
     return replace(prompt, teacher=name, source=None)
 
 
@@ -254,7 +254,7 @@ def teacher_row(where, row, system: str):
         fix = "its last turn is the assistant's, where the student's response belongs: drop it"
         require(not drop_answer(where, row.get("messages", [])), f"{where}: {given[0]}: {fix}")
     if system:
-        fix = "--teacher-system goes before a chat: this row has plain text"
+        fix = "--teacher-system goes before a chat, and this is plain text: give `messages`"
         require("messages" in row, f"{where}: {fix}")
         row = row | {"messages": [{"role": "system", "content": system}, *row["messages"]]}
     return row if given or system else None

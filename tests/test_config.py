@@ -52,7 +52,7 @@ def refused(*argv):
         ),
         (
             ["--teachers", "math=2"],
-            "--teachers is math=2: give a number from 1 on, or one for every name of --teacher",
+            "--teachers is math=2: give a number from 1 on, or one for every teacher: they have no",
         ),
         (
             ["--max-new-tokens", "9000"],
@@ -89,10 +89,10 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     path.write_text(replace(config, resume=True).dump())
     assert parse(["--config", str(path)]) == config  # the settings of a resumed run start a new one
     path.write_text("stepz: 7\n")
-    message = f"--config {path}: stepz is no option with one value in this version"
+    message = f"--config {path}: stepz is no option of this version, see --help"
     assert message in refused("--config", str(path))
     path.write_text("steps: [7]\n")
-    message = f"--config {path}: steps is no option with a list in this version"
+    message = f"--config {path}: steps is ['7']: one value is needed"
     assert message in refused("--config", str(path))
     path.write_text("prompts:\n")
     assert "--prompts is missing" in refused("--config", str(path))
@@ -113,9 +113,11 @@ def test_yaml_sets_options_flags_win_and_the_dump_reads_back(tmp_path):
     assert f"--config {path}: while parsing" in refused("--config", str(path))
     assert "Is a directory" in refused("--config", "")
     nested = "teacher: {math: [a, b], code: c}"
-    for text in ("stop_token: {a: b}", "order: batch", "prompts: {a: b}", nested):
+    for text in ("stop_token: {a: b}", "prompts: {a: b}", nested):
         path.write_text(text)
-        assert "in this version, see --help" in refused("--config", str(path))
+        assert "one value is needed, or a list where" in refused("--config", str(path))
+    path.write_text("order: batch")
+    assert "order is no option of this version" in refused("--config", str(path))
 
 
 def test_a_repeatable_option_is_a_list_in_yaml_and_flags_win(tmp_path):
@@ -173,17 +175,17 @@ def test_what_each_process_of_a_node_is_called_and_where_its_model_lies():
 @pytest.mark.parametrize(
     "teacher, teachers, message",
     [
-        (("a=x", "y"), "1", "--teacher a=x --teacher y: several teachers need a name each"),
-        (("x", "y"), "1", "several teachers need a name each"),
-        (("a=x", "a=y"), "1", "several teachers need a name each"),
-        (("a=x", "b="), "1", "several teachers need a name each"),
+        (("a=x", "y"), "1", "--teacher a=x --teacher y: several teachers need different names"),
+        (("x", "y"), "1", "several teachers need different names"),
+        (("a=x", "a=y"), "1", "several teachers need different names"),
+        (("a=x", "b="), "1", "several teachers need different names"),
         ((), "1", "--teacher is missing"),
         ("", "1", "--teacher is missing"),
         ("x", "0", "--teachers is 0: give a number from 1 on"),
         ("x", "two", "--teachers is two: "),
         ("x", "1.5", "--teachers is 1.5: "),
         ("x", "a=2", "--teachers is a=2: "),
-        (("a=x", "b=y"), "a=2", "or one for every name of --teacher: math=2,code=1"),
+        (("a=x", "b=y"), "a=2", "or one for every teacher: a=1,b=1"),
         (("a=x", "b=y"), "a=2,b=0", "--teachers is a=2,b=0: "),
         (("a=x", "b=y"), "a=2,b=1,c=1", "--teachers is a=2,b=1,c=1: "),
         (("a=x", "b=y"), "2,b=1", "--teachers is 2,b=1: "),

@@ -178,7 +178,7 @@ def test_a_whole_run_on_one_gpu(flags, tmp_path):
     ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "teachers on cuda:0" in result.stdout
+    assert "teacher 0 on cuda:0" in result.stdout
     records = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

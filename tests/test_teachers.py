@@ -178,18 +178,30 @@ def test_the_cache_keeps_apart_what_teachers_read_before_one_response(places, tm
 @pytest.mark.parametrize(
     "row, changes, message",
     [
-        ({}, {}, "`teacher` is None: no teacher has this name: take one of math, code"),
-        ({"teacher": "mth"}, {}, "`teacher` is 'mth': no teacher has this name: take one of math"),
-        ({"teacher": ["math"]}, {}, "`teacher` is ['math']: no teacher has this name"),
-        ({"teacher": 1}, {}, "`teacher` is 1: no teacher has this name"),
+        ({}, {}, "line 2: names no `teacher`: take one of math, code"),
+        ({"teacher": "mth"}, {}, "`teacher` is 'mth': none has this name: take one of math"),
+        ({"teacher": ["math"]}, {}, "`teacher` is ['math']: none has this name"),
+        ({"teacher": 1}, {}, "`teacher` is 1: none has this name"),
         (
             {"teacher": "math", "teacher_prompt": "a", "teacher_messages": [USER]},
             {},
             "give `teacher_prompt` or `teacher_messages`, not both",
         ),
-        ({"teacher": "math", "teacher_prompt": ""}, {}, "the prompt is empty or not text"),
-        ({"teacher": "math", "teacher_prompt": 7}, {}, "the prompt is empty or not text"),
-        ({"teacher": "math", "teacher_messages": []}, {}, "the prompt is empty or not text"),
+        (
+            {"teacher": "math", "teacher_prompt": ""},
+            {},
+            "for the teacher: the prompt is empty or not text",
+        ),
+        (
+            {"teacher": "math", "teacher_prompt": 7},
+            {},
+            "for the teacher: the prompt is empty or not text",
+        ),
+        (
+            {"teacher": "math", "teacher_messages": []},
+            {},
+            "for the teacher: the prompt is empty or not text",
+        ),
         (
             {"teacher": "math", "teacher_messages": [USER, {"role": "assistant", "content": "7"}]},
             {},
@@ -203,7 +215,7 @@ def test_the_cache_keeps_apart_what_teachers_read_before_one_response(places, tm
         (
             {"teacher": "math"},
             {"teacher_system": "Be brief."},
-            "--teacher-system goes before a chat: this row has plain text",
+            "--teacher-system goes before a chat, and this is plain text: give `messages`",
         ),
         (
             {"teacher": "math", "teacher_prompt": "x" * 200},
