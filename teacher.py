@@ -90,9 +90,9 @@ class Teacher:
     def score(self, channel: Channel, rows: list[int]):
         """Fill teacher_logp of `rows` and, for forward KL, the top-K columns of candidate_ids."""
         missing = [row for row in rows if not self.from_cache(channel, row)]
-        read = channel.as_teacher_reads()
-        for batch in row_batches(read, missing, self.config.micro_batch_tokens):
-            self.compute(channel, read, batch)
+        sequences = channel.as_teacher_reads()
+        for batch in row_batches(sequences, missing, self.config.micro_batch_tokens):
+            self.compute(channel, batch)
 
     def views(self, channel, row):
         """Cache key of a row, and its candidate_ids and teacher_logp as views [T,C].
@@ -116,12 +116,13 @@ class Teacher:
         logp.copy_(found)
         return True
 
-    def compute(self, channel, read, rows):
-        """Fill rows by one forward pass, and remember its top ids. `read`: as_teacher_reads()."""
+    def compute(self, channel, rows):
+        """Fill rows by one forward pass, and remember its top ids."""
         views = [self.views(channel, row) for row in rows]
         proposed = self.loss.num_proposed  # columns that the generator has filled
         wanted = torch.cat([ids[:, :proposed] for _, ids, _ in views])  # [T,proposed]
-        all_ids, all_logp = self.look_up(response_hidden(self.model, read, rows), wanted)
+        hidden = response_hidden(self.model, channel.as_teacher_reads(), rows)  # [T,F]
+        all_ids, all_logp = self.look_up(hidden, wanted)
         counts = [len(ids) for _, ids, _ in views]
         found = zip(views, all_ids.split(counts), all_logp.split(counts))
         for (key, ids, logp), row_ids, row_logp in found:

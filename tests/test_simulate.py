@@ -5,12 +5,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 
 from experiments import scaling, validate
 from experiments.count import Counted, Kernels
 from experiments.simulate import RESULTS, Cores, Machine, Queue, Result, Simulation
-from experiments.stages import H100, Model, Stages
+from experiments.stages import H100, Model, Stages, measured
 from support.config import builtin
 from support.data import Prompt
 from tickets import may_start
@@ -282,3 +283,11 @@ def test_the_page_shows_the_committed_comparison_with_every_error():
         percent = 100 * float(row["speed_error"])
         shown = f"| {row['run']} | {predicted:,.0f} | {measured:,.0f} | {percent:+.1f} % |"
         assert shown in text and f"| {float(row['lag_error']):+.2f} |" in text
+
+
+def test_the_stages_of_this_machine_are_measured_from_serial_updates():
+    threads = torch.get_num_threads()
+    found = measured([builtin(batch_size=8, eval_size=8)], updates=2)
+    torch.set_num_threads(threads)
+    assert found.step[0] > 0 and sum(found.pass_teacher) > 0 and sum(found.pass_learner) > 0
+    assert min(found.update, found.publishing, found.picking_up) > 0
