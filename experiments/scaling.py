@@ -44,6 +44,11 @@ class Job:
     updates: int = UPDATES
     own_lengths: bool = True  # decoding reads each slot's own keys; False: to the longest slot's
 
+    @property
+    def teachers(self):
+        """Names of the teachers' sizes: "8B+32B" are two, of half of the prompts each."""
+        return self.teacher.split("+")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -51,7 +56,7 @@ class Split:
 
     ranks: int
     generators: int
-    teachers: int
+    teachers: int  # processes of each teacher
     slots: int
     micro_batch_tokens: int
     recompute: bool
@@ -95,7 +100,7 @@ def model_of(name: str):
 def config_of(job: Job, split: Split, nodes=1):
     return config_on(0, nodes)(
         student=model_of(job.student)[0],
-        teacher=model_of(job.teacher)[0],
+        teacher=tuple(f"{name}={model_of(name)[0]}" for name in job.teachers),
         prompts="builtin",  # it reads none
         max_prompt_tokens=PROMPT,
         max_new_tokens=job.longest,
@@ -115,7 +120,7 @@ def config_of(job: Job, split: Split, nodes=1):
 def simulated(job: Job, split: Split, nodes=1, spread=SPREAD, stages=None, **options) -> Result:
     """Updates after the first few. `stages`: in place of `costs`. `options`: of Simulation."""
     lengths = response_lengths(job.mean, job.longest, spread)
-    prompts = [Prompt("", [0] * PROMPT)]
+    prompts = [Prompt("", [0] * PROMPT, teacher=name) for name in job.teachers]
     options = {"nodes": nodes, "stride": STRIDE} | options
     stages = stages or costs(job, split)
     config = config_of(job, split, nodes)
@@ -123,9 +128,10 @@ def simulated(job: Job, split: Split, nodes=1, spread=SPREAD, stages=None, **opt
 
 
 def costs(job: Job, split: Split, kind=H100):
-    student, teacher = model_of(job.student)[1], model_of(job.teacher)[1]
+    student = model_of(job.student)[1]
+    teachers = {name: model_of(name)[1] for name in job.teachers}
     spread = split.recompute, split.teacher_gpus, job.own_lengths
-    return kind(student, teacher, split.ranks, *spread)
+    return kind(student, teachers, split.ranks, *spread)
 
 
 # ---- the best split -----------------------------------------------------------------------------
@@ -137,7 +143,7 @@ def fitting(job: Job, teacher_gpus: int):
     choices = product((128, 64, 32, 16, 8), budgets, (False, True))
     roles = product(range(1, job.gpus), repeat=2)
     for (ranks, teachers), (slots, tokens, recompute) in product(roles, choices):
-        generators = job.gpus - ranks - teachers * teacher_gpus
+        generators = job.gpus - ranks - teachers * len(job.teachers) * teacher_gpus
         if generators < 1 or job.batch % teachers:  # equal work for every teacher
             continue
         split = Split(ranks, generators, teachers, slots, tokens, recompute, teacher_gpus)
@@ -171,7 +177,8 @@ def closed_form(job: Job, split: Split):
     step = stages.decode(int(slots), length, 1)
     generating = job.batch * job.mean / (slots * split.generators) * step
     learning = stages.accumulate(passes) + stages.apply(1) + stages.publish()
-    return generating, stages.score(passes) / split.teachers, learning
+    scoring = max(stages.score(passes, name) for name in job.teachers)
+    return generating, scoring / split.teachers / len(job.teachers), learning
 
 
 def best(job: Job, tries: int = 4):
@@ -322,7 +329,7 @@ def plan(pairs: list[str], gpus: int, batch: int, staleness: int):
         sizes = memory.needed(config_of(job, split), split.ranks, 2)
         busy = [result.busy[role] for role in ("learner", "generator", "teacher")]
         cells += [
-            str(split),
+            str(split) + " of each" * (len(job.teachers) > 1),
             f"{split.slots}, {split.micro_batch_tokens:,}",
             ", ".join(f"{size / 2**30:.0f}" for size in sizes.values()),
             f"{result.seconds:.1f}",

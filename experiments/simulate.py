@@ -307,7 +307,8 @@ class Node:
             if not rows:
                 yield None
                 continue
-            yield self.stages.score(self.passes(rows, Channel.as_teacher_reads(channel)))
+            passes = self.passes(rows, Channel.as_teacher_reads(channel))
+            yield self.stages.score(passes, config.teacher_processes[index])
             next_group += 1
             channel.to_learner.put(rows)
 
@@ -470,7 +471,8 @@ def main():
         nargs="+",
         default=scaling.PAIRS,
         metavar="PAIR",
-        help="of --plan: student,teacher,mean,longest response, such as 0.6B,8B,1024,2048",
+        help="of --plan: student,teacher,mean,longest response, such as 0.6B,8B,1024,2048; "
+        "8B+32B are two teachers of half of the prompts each",
     )
     parser.add_argument("flags", nargs="*", help="of --calibrate, after --: flags of train.py")
     args = parser.parse_args()

@@ -46,7 +46,7 @@ class Stages:
     def prefill(self, tokens: int):
         return self.fill[0] + self.fill[1] * tokens
 
-    def score(self, passes: list[tuple]):
+    def score(self, passes: list[tuple], name=""):
         """`passes`: (rows, longest sequence) of each forward pass."""
         call, token = self.pass_teacher
         return sum(call + token * rows * longest for rows, longest in passes)
@@ -196,7 +196,7 @@ class H100:
     """The costs of a node of H100s, in the place of Stages. Nothing is measured."""
 
     student: Model
-    teacher: Model
+    teacher: Model | dict[str, Model]  # of several by name
     ranks: int
     recompute: bool
     teacher_gpus: int = 1
@@ -223,11 +223,12 @@ class H100:
     def prefill(self, tokens: int):
         return self.matmuls(self.student, 1, tokens) + rest(self.student.counted.forward, tokens)
 
-    def score(self, passes: list[tuple]):
+    def score(self, passes: list[tuple], name=""):
         """The layers lie on `teacher_gpus` GPUs and work one after the other."""
-        read = 2 * self.teacher.parameters / (BYTES * BANDWIDTH)
-        kernels = self.teacher.counted.scoring
-        products = (max(read, self.matmuls(self.teacher, *one)) for one in passes)
+        model = self.teacher[name] if isinstance(self.teacher, dict) else self.teacher
+        read = 2 * model.parameters / (BYTES * BANDWIDTH)
+        kernels = model.counted.scoring
+        products = (max(read, self.matmuls(model, *one)) for one in passes)
         return sum(products) + sum(rest(kernels, rows * longest) for rows, longest in passes)
 
     def accumulate(self, passes: list[tuple]):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from experiments import scaling, validate
+from experiments import memory, scaling, validate
 from experiments.count import Counted, Kernels
 from experiments.simulate import RESULTS, Cores, Machine, Queue, Result, Simulation
 from experiments.stages import H100, Model, Stages, measured
@@ -291,3 +291,16 @@ def test_the_stages_of_this_machine_are_measured_from_serial_updates():
     torch.set_num_threads(threads)
     assert found.step[0] > 0 and sum(found.pass_teacher) > 0 and sum(found.pass_learner) > 0
     assert min(found.update, found.publishing, found.picking_up) > 0
+
+
+def test_a_plan_for_two_teachers_gives_each_its_processes_and_half_of_the_prompts():
+    one = scaling.Job("0.6B", "8B", 512, 2048)
+    both = replace(one, teacher="8B+1.7B")
+    for split in scaling.candidates(both)[:20]:
+        assert split.ranks + split.generators + 2 * split.teachers * split.teacher_gpus == 8
+        *_, alone, _ = scaling.closed_form(one, split)
+        assert scaling.closed_form(both, split)[1] == pytest.approx(alone / 2)  # of the larger
+    config = scaling.config_of(both, split)
+    assert config.teacher_processes == ["8B"] * split.teachers + ["1.7B"] * split.teachers
+    roles = ["learner", "generator", "teacher 8B", "teacher 1.7B"]
+    assert [*memory.needed(config, 1, 2)] == roles
