@@ -185,7 +185,7 @@ def draw_estimators(tables: dict[str, Cells], batches: tuple[int, ...], out: Pat
 def draw_frontier(tables: dict[str, Cells], out: Path):
     """Throughput, lag, seconds to 90 % (of the seeds that got there) and final accuracy."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5))
-    figure.subplots_adjust(wspace=0.75, hspace=0.4)
+    figure.subplots_adjust(wspace=0.9, hspace=0.4)
     known = tables["accuracy"]
     staleness = sorted({cell[-1] for cell in known})
     cells = {}

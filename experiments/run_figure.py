@@ -271,7 +271,8 @@ def draw_run(run: Path, out: Path):
     rows = 0.6 + 0.35 * len({span.role for span in spans})
     figure = plt.figure(figsize=(10, 2.6 + rows))
     figure.suptitle(f"{run} after update {last['step']}", y=1.02)
-    look = {"height_ratios": (2, rows), "hspace": 0.6, "wspace": 0.35}
+    has_names = any("(all)" in curves for curves in panels.values())
+    look = {"height_ratios": (2, rows), "hspace": 0.6, "wspace": 0.6 if has_names else 0.35}
     grid = figure.add_gridspec(2, len(panels), **look)
     for place, (title, curves) in enumerate(panels.items()):
         draw_curves(figure.add_subplot(grid[0, place]), curves, title)
