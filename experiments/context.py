@@ -25,15 +25,19 @@ from pathlib import Path
 import torch
 
 from channel import STOP, Rollout
-from experiments.heal import CPU, NEW_TOKENS, mean_and_error, prepare, questions, response_logits
+from experiments.heal import (
+    CPU,
+    NEW_TOKENS,
+    mean_and_error,
+    prepare,
+    questions,
+    respond,
+    response_logits,
+)
 from experiments.study import RESULTS, ROOT, RUNS, at_least
-from generate import Generator
-from kv_cache import switch_to_slots
-from losses import Proposal
-from model import head_weight
 from support.config import builtin
 from support.data import for_teachers, read_jsonl
-from support.load import load_model, load_tokenizer, shared_vocabulary, stop_ids
+from support.load import load_model, load_tokenizer, shared_vocabulary
 
 EXAMPLES = {
     "What is the capital of Sweden?": "The capital of Sweden is Stockholm.",
@@ -64,25 +68,15 @@ def rows():
         yield {"messages": [asked], "teacher_messages": [*examples, asked]}
 
 
-def answers_of(model, path: Path, prompts: list[list[int]]):
-    """One sampled answer to each prompt."""
-    config = builtin(**LENGTHS | {"max_prompt_tokens": LONGEST - NEW_TOKENS})
-    stops = stop_ids(str(path), load_tokenizer("--student", str(path)))
-    generator = Generator(model, Proposal(), config, stops, len(head_weight(model)), slots=12)
-    return generator.generate([Rollout(ids, ticket) for ticket, ids in enumerate(prompts)])
-
-
 def measure(when: str, student: Path, teacher: Path, prompts):
     """Lines of the CSV: of the student's answers, or of the teacher's own."""
     tokenizer = load_tokenizer("--student", str(student))
     models = [
         load_model(str(path), torch.float32, CPU, length=LONGEST) for path in (student, teacher)
     ]
-    sampler = load_model(str(student), torch.float32, CPU, length=LONGEST)
-    switch_to_slots(sampler, LONGEST)
     read = [prompt.for_teacher if when == "teacher" else prompt.ids for prompt in prompts]
     lines = []
-    for number, rollout in enumerate(answers_of(sampler, student, read)):
+    for number, rollout in enumerate(respond(student, read, LONGEST - NEW_TOKENS)):
         text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
         # The same answer, after the teacher's prompt.
         other = Rollout(prompts[number].for_teacher, candidate_ids=rollout.candidate_ids)

@@ -149,16 +149,14 @@ def pair_flags(out: Path, batch_size: int):
     ]
 
 
-def respond(student: Path, prompts) -> list[Rollout]:
-    """One sampled response of a model to each prompt."""
-    config = builtin(max_prompt_tokens=64, max_new_tokens=NEW_TOKENS)
+def respond(student: Path, prompts: list[list[int]], longest_prompt: int = 64) -> list[Rollout]:
+    """One sampled response of a model to each prompt, given as ids."""
+    config = builtin(max_prompt_tokens=longest_prompt, max_new_tokens=NEW_TOKENS)
     model = load_model(str(student), torch.float32, CPU)
     switch_to_slots(model, config.max_sequence)
     stops = stop_ids(str(student), load_tokenizer("--student", str(student)))
     generator = Generator(model, Proposal(), config, stops, len(head_weight(model)), slots=12)
-    return generator.generate(
-        [Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)]
-    )
+    return generator.generate([Rollout(ids, ticket) for ticket, ids in enumerate(prompts)])
 
 
 def response_logits(model, rollout: Rollout) -> torch.Tensor:
@@ -175,7 +173,7 @@ def reverse_kl_of_prompts(student: Path, teacher: Path, prompts, show: int = 2):
     tokenizer = load_tokenizer("--student", str(student))
     models = [load_model(str(path), torch.float32, CPU) for path in (student, teacher)]
     found = []
-    for number, rollout in enumerate(respond(student, prompts)):
+    for number, rollout in enumerate(respond(student, [prompt.ids for prompt in prompts])):
         s, t = (response_logits(model, rollout).log_softmax(-1) for model in models)
         found.append((len(s), float((s.exp() * (s - t)).sum(-1).mean())))
         if number < show:

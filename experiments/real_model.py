@@ -128,7 +128,7 @@ class Response:
 def responses(sampler_dir: Path, student, teacher, prompts) -> list[Response]:
     sampler = load_model(str(sampler_dir), torch.float32, CPU)
     found = []
-    for rollout in respond(sampler_dir, prompts):
+    for rollout in respond(sampler_dir, [prompt.ids for prompt in prompts]):
         z, t, b = (response_logits(model, rollout) for model in (student, teacher, sampler))
         found.append(Response(rollout, z, *(x.log_softmax(-1) for x in (z, t, b))))
     return found
