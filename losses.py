@@ -35,6 +35,7 @@ import torch
 
 BLOCK = 128  # ids that `draw` sums first; divides most models' vocabularies
 BASELINE_DRAWS = 8  # fewer draws have no baseline
+EPSILON = torch.finfo(torch.float32).eps  # what a sum of float32 probabilities is rounded by
 
 
 # ---- candidates: how a generator draws them ---------------------------------------------------
@@ -137,7 +138,8 @@ class Loss(Proposal):
         if shapes != 2 * [(2, self.num_proposed)]:
             raise ValueError(f"`propose` of 2 slots gives {shapes}, not [2,{self.num_proposed}]")
         t = torch.full((5, self.num_columns), -1.0)
-        value = self.value(t.clone().requires_grad_(), t, t)
+        with torch.enable_grad():  # a Config may be made where gradients are off
+            value = self.value(t.clone().requires_grad_(), t, t)
         if not torch.is_tensor(value) or value.shape != (5,) or not value.requires_grad:
             found = list(getattr(value, "shape", [value]))
             raise ValueError(f"`value` of 5 positions gives {found}, not [5] with a gradient to s")
@@ -188,12 +190,19 @@ class ForwardKL(Loss):
         return (t.exp() * (t - s)).sum(-1)
 
 
-class SparseReverseKL(Loss):
-    """sum_k e^s (s - t) over the sampler's top K: KL(student || teacher) without its tail.
+def rest(mass):
+    """The probability [T] that `mass` [T] leaves to all other ids, at least EPSILON."""
+    return (1 - mass).clamp(min=EPSILON)
 
-    Its derivative is d/ds = e^s (s - t + 1). On a truncated support the +1 does not cancel: it
-    drains the support's mass, also of a student that equals its teacher. No importance weight
-    corrects this bias; watch `support_mass_student`.
+
+class SparseReverseKL(Loss):
+    """sum_k sg[e^s (D - m)] s over the sampler's top K, with D = s - t: nothing is drawn.
+
+    m stands for the ids outside. With m the mean of D over them, weighted by e^s, the gradient is
+    exact at the logits of the top K. That mean is not known. The edge of the top K, all but its
+    first quarter, tells most about it. Let r be the log-ratio of the masses that student and
+    teacher give a set. Two guesses are: the mean of D is the edge's, or the mean less r is. Their
+    errors have opposite signs, and m is half of each. docs/topk.md derives and compares.
     """
 
     def __init__(self, config):
@@ -201,7 +210,13 @@ class SparseReverseKL(Loss):
 
     def value(self, s, t, b):
         s, t = s[:, self.top], t[:, self.top]
-        return (s.exp() * (s - t)).sum(-1)
+        d, p = (s - t).detach(), s.detach().exp()
+        edge = slice(s.shape[1] // 4, None)
+        log_ratio = (s[:, edge].logsumexp(-1) - t[:, edge].logsumexp(-1)).detach()  # of the edge
+        rest_log_ratio = (rest(p.sum(-1)) / rest(t.exp().sum(-1))).log()
+        mean_edge = (s[:, edge].softmax(-1).detach() * d[:, edge]).sum(-1)
+        m = mean_edge + (rest_log_ratio - log_ratio) / 2  # [T]
+        return (p * (d - m[:, None]) * s).sum(-1)
 
 
 def less_others(x):

@@ -64,10 +64,7 @@ class Serial:
         channel, version = self.channel, self.learner.version
         self.tickets.issue(version)
         rows = channel.to_generator.get_all()
-        self.pick_up(min(self.lag, version))
-        rollouts = [read_rollout(channel, row) for row in rows]
-        for rollout in self.sampler.generator.generate(rollouts):
-            write_rollout(channel, rollout)
+        self.sample(rows)
         for number, teacher in enumerate(self.teachers):
             teacher.score(channel, [row for row in rows if channel.teacher[row] == number])
         self.tickets.receive(rows)
@@ -76,6 +73,13 @@ class Serial:
         self.tickets.trained(channel.ticket[rows].tolist())
         self.versions.append(flat_parameters(self.learner.model))
         return metrics
+
+    def sample(self, rows):
+        """Write one rollout into each of the rows."""
+        self.pick_up(min(self.lag, self.learner.version))
+        rollouts = [read_rollout(self.channel, row) for row in rows]
+        for rollout in self.sampler.generator.generate(rollouts):
+            write_rollout(self.channel, rollout)
 
     def pick_up(self, behind: int):
         """Give the sampler the weights of `behind` updates ago."""

@@ -170,7 +170,7 @@ def on_real_model(a: str, b: str, lags=real_curves.LAGS, margin: float = 1.0) ->
 SAMPLED = ("current signal + IS, N=16", "current signal + IS, N=32", "current signal + IS, N=64")
 STRATIFIED, SPARSE = (
     ("stratified 12+4", "stratified 28+4", "stratified 60+4"),
-    ("sparse K=16", "sparse K=32", "sparse K=64"),
+    ("truncated K=16", "truncated K=32", "truncated K=64"),
 )
 LAGS = (0, 2, 8, 32)
 NEAR = {"metric": "reverse_kl", "margin": 1 / 1.05, "ratio": True}
@@ -302,7 +302,7 @@ CLAIMS = [
         "More lag can be better: a lag of 32 is better than one of 8 where 8 does harm",
         [
             Comparison("staleness", "accuracy", ("weak", loss, 32), ("weak", loss, 8))
-            for loss in ("current signal", "current signal + IS", "sparse K=32")
+            for loss in ("current signal", "current signal + IS", "truncated K=32")
         ],
     ),
     Claim(
@@ -443,7 +443,7 @@ CLAIMS = [
     Claim(
         "On a real model sparse top-K ends with more reverse KL than stratified 16+16, "
         "with and without lag",
-        on_real_model("stratified 16+16", "sparse K=32"),
+        on_real_model("stratified 16+16", "truncated K=32"),
     ),
     Claim(
         "On a real model forward KL ends with at most a tenth more reverse KL "

@@ -34,7 +34,7 @@ from math import inf
 
 import torch
 
-from losses import LOSSES, Loss, SampledReverseKL, StratifiedReverseKL
+from losses import LOSSES, Loss, SampledReverseKL, StratifiedReverseKL, rest
 
 SIGNALS = ("current", "rollout")
 CORRECTIONS = ("is", "none", "ppo", "decoupled", "m2po", "m2po_areal", "tis", "icepop")
@@ -177,6 +177,83 @@ class TopKBaseline(Loss):
         return (weight * (d - baseline) * s)[:, self.draws].mean(-1)
 
 
+# ---- reverse and forward KL of a top K: what others do about the rest (docs/topk.md) -----------
+
+
+class TruncatedReverseKL(Loss):
+    """sum_k e^s (s - t) over the sampler's top K, differentiated as it stands: AsyncOPD's form.
+
+    c_k = e^s (s - t + 1). On a truncated support the +1 does not cancel: it drains the support's
+    mass, also of a student that equals its teacher.
+    """
+
+    def __init__(self, config):
+        super().__init__(top=config.top_k)
+
+    def value(self, s, t, b):
+        return self.of_top(s[:, self.top], t[:, self.top])
+
+    def of_top(self, s, t):
+        """From the top K alone: [T,K] each -> [T]."""
+        return (s.exp() * (s - t)).sum(-1)
+
+
+class ScoreTopK(TruncatedReverseKL):
+    """c_k = e^s (s - t): the score-function form, without the +1."""
+
+    def of_top(self, s, t):
+        return ((s.exp() * (s - t)).detach() * s).sum(-1)
+
+
+class CentredTopK(TruncatedReverseKL):
+    """c_k = e^s (D - m) with m the mean of D = s - t over the top K, weighted by e^s.
+
+    All c_k add up to 0: no mass leaves the support or comes in.
+    """
+
+    def of_top(self, s, t):
+        p, d = s.exp().detach(), (s - t).detach()
+        m = (p * d).sum(-1, keepdim=True) / p.sum(-1, keepdim=True)
+        return (p * (d - m) * s).sum(-1)
+
+
+class RenormalisedTopK(TruncatedReverseKL):
+    """KL of both distributions, renormalised on the top K (arXiv 2603.25562).
+
+    c_k = e^s (D - m) / sum e^s: the centred form, longer where the top K hold little.
+    """
+
+    def of_top(self, s, t):
+        s, t = s.log_softmax(-1), t.log_softmax(-1)
+        return (s.exp() * (s - t)).sum(-1)
+
+
+class BucketTopK(TruncatedReverseKL):
+    """KL over K + 1 categories, the last of which is all the rest (TA-OPD, arXiv 2608.14728).
+
+    c_k = e^s (D - log(1 - sum e^s) + log(1 - sum e^t)).
+    """
+
+    def of_top(self, s, t):
+        p, q = rest(s.exp().sum(-1)), rest(t.exp().sum(-1))
+        return (s.exp() * (s - t)).sum(-1) + p * (p.log() - q.log())
+
+
+class BucketForwardKL(Loss):
+    """Forward KL over the teacher's top K and one category for all the rest (verl #7856).
+
+    Its minimum is a student with the teacher's probabilities, unlike that of `forward_kl`.
+    """
+
+    def __init__(self, config):
+        super().__init__(top=config.top_k, teacher_top=True)
+
+    def value(self, s, t, b):
+        s, t = s[:, self.top], t[:, self.top]
+        p, q = rest(s.exp().sum(-1)), rest(t.exp().sum(-1))
+        return (t.exp() * (t - s)).sum(-1) + q * (q.log() - p.log())
+
+
 LOSSES |= {
     f"sampled_{signal}_{correction}": named(signal, correction)
     for signal in SIGNALS
@@ -186,4 +263,10 @@ LOSSES |= {
     "plain_stratified": PlainStratified,
     "top_k_and_emitted": TopKAndEmitted,
     "top_k_baseline": TopKBaseline,
+    "truncated_reverse_kl": TruncatedReverseKL,
+    "score_top_k": ScoreTopK,
+    "centred_top_k": CentredTopK,
+    "renormalised_top_k": RenormalisedTopK,
+    "bucket_top_k": BucketTopK,
+    "bucket_forward_kl": BucketForwardKL,
 }

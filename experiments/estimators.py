@@ -31,7 +31,7 @@ from torch import Tensor
 from experiments import study
 from experiments.corrections import Corrected, second_moment_bound
 from experiments.lagged import CPU, Lagged
-from experiments.staleness import BASE, LAGS, METHODS, is_corrected, task
+from experiments.staleness import BASE, LAGS, METHODS, is_corrected, is_top_k, task
 from losses import BASELINE_DRAWS, LOSSES, Loss, SampledReverseKL, make_loss
 from model import flatten_parameters
 from support.config import Config
@@ -46,7 +46,7 @@ ESTIMATORS = [
     name
     for name, fields in METHODS.items()
     if is_corrected(fields)
-    or fields["loss"] == "sparse_reverse_kl"
+    or is_top_k(fields)
     or fields["loss"] == "stratified_reverse_kl"
     and fields["num_samples"] < BASELINE_DRAWS
 ]
@@ -100,14 +100,14 @@ def derivatives(
         loss.m2_bound = m2_bound
         c = derivative(loss, each_alone(s), each_alone(t), each_alone(b))
         return nothing, c.view_as(s), b.exp()
-    if config.loss not in ("sparse_reverse_kl", "stratified_reverse_kl"):
+    if not is_top_k(vars(config)) and config.loss != "stratified_reverse_kl":
         raise ValueError(f"no expectation is known for the loss {config.loss!r}")
     loss = make_loss(replace(config, num_samples=1))
     ids = b.topk(config.top_k, dim=-1).indices
     top_s, top_t = (in_columns(loss, loss.top, x.gather(1, ids)) for x in (s, t))
     c = derivative(loss, top_s, top_t, torch.zeros_like(top_s))[:, loss.top]
     exact = nothing.scatter(1, ids, c)
-    if config.loss == "sparse_reverse_kl":
+    if is_top_k(vars(config)):
         return exact, nothing, nothing
     loss = make_loss(replace(config, top_k=1, num_samples=1))
     tail_b = b.scatter(1, ids, float("-inf")).log_softmax(-1)
@@ -240,7 +240,7 @@ def of_different_groups(a: list[Tensor], b: list[Tensor]) -> float:
 def variance_of_one_draw(groups: list[Snapshot], config: Config, draws: int, seed: int) -> float:
     """Mean over the positions of all groups, from `draws` random vectors in all;
     0 where nothing is drawn."""
-    if config.loss == "sparse_reverse_kl":
+    if is_top_k(vars(config)):
         return 0.0
     generator, each = torch.Generator().manual_seed(seed), -(-draws // len(groups))
     return sum(group.variance(config, each, generator) * len(group.s) for group in groups) / sum(

@@ -44,7 +44,7 @@ STYLE = {
     "current signal + IS, N=16": ("#1F67AE", "s"),
     "current signal + IS, N=32": ("#0B2A66", "s"),
     # a top-K: purple alone, green with a tail
-    "sparse K=32": ("#7A1F8C", "*"),
+    "truncated K=32": ("#7A1F8C", "*"),
     "stratified 12+4": ("#2BA87F", "D"),
     "stratified 28+4": ("#00593F", "P"),
     "stratified 16+16": ("#A6B727", "P"),
@@ -74,7 +74,7 @@ CANDIDATES = (
     "rollout signal + IS, N=16",
     "current signal + IS, N=16",
     "current signal + IS, N=32",
-    "sparse K=32",
+    "truncated K=32",
     "stratified 12+4",
     "stratified 28+4",
     "stratified 16+16",
@@ -86,7 +86,7 @@ ESTIMATORS = (
     "current signal + IS",
     "current signal + IS, N=16",
     "current signal + IS, N=32",
-    "sparse K=32",
+    "truncated K=32",
     "stratified 12+4",
     "stratified 28+4",
 )

@@ -83,6 +83,23 @@ class Lagged(Serial):
             positions += s.shape[0]
         return Divergence(*(sums / positions).tolist())
 
+    def curve(self, steps: int, every: int, metrics: tuple[str, ...]) -> list[dict]:
+        """Train for `steps` updates. Returns a line per evaluation, `every` so many: exact
+        divergences, accuracy (None where prompts have no answers), means of `metrics` since the
+        last.
+        """
+        lines, since = [], []
+        for step in range(1, steps + 1):
+            since.append(self.update())
+            if step % every == 0:
+                has_answers = any(prompt.answer for prompt in self.sampler.held_out)
+                divergence = vars(self.divergence())
+                accuracy = self.accuracy() if has_answers else None
+                means = {key: sum(m[key] for m in since) / len(since) for key in metrics}
+                lines.append({"update": step, "accuracy": accuracy, **divergence, **means})
+                since = []
+        return lines
+
     def save(self, directory: Path):
         """A student to start other runs from."""
         self.learner.model.save_pretrained(directory)

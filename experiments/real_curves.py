@@ -26,7 +26,11 @@ METHODS = {  # name -> settings
     "forward KL 32": {"loss": "forward_kl", "top_k": 32},
     "32 draws": {"loss": "sampled_reverse_kl", "num_samples": 32},
     "32 draws, rollout signal, no ratio": {"loss": "sampled_rollout_none", "num_samples": 32},
-    "sparse K=32": {"loss": "sparse_reverse_kl", "top_k": 32},
+    "truncated K=32": {"loss": "truncated_reverse_kl", "top_k": 32},
+    "renormalised K=32": {"loss": "renormalised_top_k", "top_k": 32},
+    "bucket K=32": {"loss": "bucket_top_k", "top_k": 32},
+    "edge K=32": {"loss": "sparse_reverse_kl", "top_k": 32},
+    "forward KL + bucket 32": {"loss": "bucket_forward_kl", "top_k": 32},
     "stratified 28+4": {"loss": "stratified_reverse_kl", "top_k": 28, "num_samples": 4},
     "stratified 16+16": {"loss": "stratified_reverse_kl", "top_k": 16, "num_samples": 16},
 }
@@ -60,16 +64,22 @@ class Job:
     models: Path
 
 
+def setting(models: Path, loss: str, seed: int):
+    """(options, prompts, held-out prompts) of a run with what heal.prepare wrote to `models`."""
+    paths = {role: str(models / role) for role in ("student", "teacher")}
+    config = replace(BASE, **paths, seed=seed, steps=STEPS, **METHODS[loss])
+    tokenizer = load_tokenizer("--student", config.student)
+    parts = [
+        read_jsonl(str(models / name), tokenizer, BASE.max_prompt_tokens)
+        for name in ("prompts.jsonl", "held_out.jsonl")
+    ]
+    return config, *parts
+
+
 def run(job: Job) -> list[dict]:
     """Lines of the CSV for one run."""
     torch.set_num_threads(1)
-    paths = {role: str(job.models / role) for role in ("student", "teacher")}
-    config = replace(BASE, **paths, seed=job.seed, **METHODS[job.loss])
-    tokenizer = load_tokenizer("--student", config.student)
-    prompts, held_out = (
-        read_jsonl(str(job.models / name), tokenizer, BASE.max_prompt_tokens)
-        for name in ("prompts.jsonl", "held_out.jsonl")
-    )
+    config, prompts, held_out = setting(job.models, job.loss, job.seed)
     lagged = Lagged(config, job.lag, prompts, held_out)
     since = []  # metrics of the updates since the last evaluation
     lines = [dict.fromkeys(METRICS)]

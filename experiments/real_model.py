@@ -18,7 +18,7 @@ For each space and estimator, in units of the exact gradient's square:
 
     variance  over the candidates: mean |one gradient - exact|^2, summed over positions, or over
               responses in `parameters`
-    bias      of sparse top-K, which draws nothing: |its gradient - exact|^2 position by position;
+    bias      of a top K alone, which draws nothing: |its gradient - exact|^2 position by position;
               in `parameters` of the mean over responses, in units of the mean exact gradient's
               square
 
@@ -43,6 +43,7 @@ from channel import Rollout
 from experiments import heal, study
 from experiments.heal import CPU, NEW_TOKENS, respond, response_logits
 from experiments.lagged import Lagged
+from experiments.staleness import TOP_K, is_top_k
 from experiments.study import RESULTS, RUNS, at_least
 from kernels.head import gather
 from losses import Loss, make_loss
@@ -60,7 +61,7 @@ ESTIMATORS = {
     "stratified 16+16": {"loss": "stratified_reverse_kl", "top_k": 16, "num_samples": 16},
     "stratified 8+24": {"loss": "stratified_reverse_kl", "top_k": 8, "num_samples": 24},
     "top 31 + emitted (EMA-PG)": {"loss": "top_k_and_emitted", "top_k": 31},
-    "sparse K=32": {"loss": "sparse_reverse_kl", "top_k": 32},
+    **{f"{form} K=32": {"loss": loss, "top_k": 32} for form, loss in TOP_K.items()},
 }
 PREFIXES = "prompts and prefixes"
 COLUMNS = (
@@ -185,7 +186,7 @@ def read(path: Path) -> list[dict]:
 
 
 def table(lines: list[dict], space: str) -> str:
-    """Markdown: the variance of every estimator at every lag, of sparse top-K the bias."""
+    """Markdown: the variance of every estimator at every lag, of a top K alone the bias."""
 
     def cell(value: float, error: float) -> str:
         digits = sum(value < limit for limit in (0.1, 1, 10))
@@ -193,10 +194,10 @@ def table(lines: list[dict], space: str) -> str:
 
     rows = []
     for name in dict.fromkeys(line["estimator"] for line in lines if line["space"] == space):
-        is_sparse = name.startswith("sparse")
-        key = "bias" if is_sparse else "variance"
         here = [line for line in lines if (line["space"], line["estimator"]) == (space, name)]
-        cells = [name + ": bias" * is_sparse, *(cell(x[key], x[f"{key}_error"]) for x in here)]
+        is_biased = any(line["bias"] for line in here)
+        key = "bias" if is_biased else "variance"
+        cells = [name + ": bias" * is_biased, *(cell(x[key], x[f"{key}_error"]) for x in here)]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -244,8 +245,8 @@ def measure(name: str, found: list[Response], head: Tensor, pulls, folded: Tenso
     """
     loss = make_loss(builtin(**ESTIMATORS[name]))
     generator = torch.Generator().manual_seed(0)
-    is_sparse = name.startswith("sparse")
-    draws = 1 if is_sparse else draws
+    draws_nothing = is_top_k(ESTIMATORS[name])
+    draws = 1 if draws_nothing else draws
     squares = {"logits": [], "hidden": []}  # of the errors, a number for each response
     wholes = {"logits": [], "hidden": []}  # of the exact gradients
     errors = []  # of the gradients of all parameters
@@ -260,7 +261,7 @@ def measure(name: str, found: list[Response], head: Tensor, pulls, folded: Tenso
     wholes["parameters"] = [square(g) for g in folded]
     for space in squares:
         each = ratio(squares[space], wholes[space])
-        if is_sparse:
+        if draws_nothing:
             bias = bias_of_mean(torch.stack(errors), folded) if space == "parameters" else each
             yield space, name, *bias, 0.0, 0.0, 0.0
         else:

@@ -24,7 +24,7 @@ from experiments import study
 from experiments.corrections import Corrected
 from experiments.lagged import Lagged
 from losses import LOSSES
-from support.config import builtin
+from support.config import Config, builtin
 from support.data import Prompt
 from support.load import load_tokenizer
 
@@ -64,7 +64,7 @@ def stratified(top_k: int, samples: int, loss: str = "stratified_reverse_kl") ->
 METHODS = {  # name -> settings
     "forward KL 16": {"loss": "forward_kl", "top_k": 16},
     # Every id: exact, only the prefixes are stale.
-    "dense reverse KL": {"loss": "sparse_reverse_kl", "top_k": VOCAB},
+    "dense reverse KL": {"loss": "truncated_reverse_kl", "top_k": VOCAB},
     "rollout signal": sampled("rollout", "none", 1),
     "rollout signal + IS": sampled("rollout", "is", 1),
     "rollout signal + IS, N=16": sampled("rollout", "is", 16),
@@ -82,9 +82,9 @@ METHODS = {  # name -> settings
     "current signal + IS, N=16": sampled("current", "is", 16),
     "current signal + IS, N=32": sampled("current", "is", 32),
     "current signal + IS, N=64": sampled("current", "is", 64),
-    "sparse K=16": {"loss": "sparse_reverse_kl", "top_k": 16},
-    "sparse K=32": {"loss": "sparse_reverse_kl", "top_k": 32},
-    "sparse K=64": {"loss": "sparse_reverse_kl", "top_k": 64},
+    "truncated K=16": {"loss": "truncated_reverse_kl", "top_k": 16},
+    "truncated K=32": {"loss": "truncated_reverse_kl", "top_k": 32},
+    "truncated K=64": {"loss": "truncated_reverse_kl", "top_k": 64},
     "stratified 12+4": stratified(12, 4),
     "stratified 28+4": stratified(28, 4),
     "stratified 60+4": stratified(60, 4),
@@ -96,6 +96,45 @@ METHODS = {  # name -> settings
     "top 31 + emitted (EMA-PG)": {"loss": "top_k_and_emitted", "top_k": 31},
     "4 draws, top-28 baseline (vOPD)": {"loss": "top_k_baseline", "top_k": 28, "num_samples": 4},
 }
+TOP_K = {  # forms of reverse KL over the sampler's top K (docs/topk.md)
+    "truncated": "truncated_reverse_kl",
+    "score": "score_top_k",
+    "centred": "centred_top_k",
+    "renormalised": "renormalised_top_k",
+    "bucket": "bucket_top_k",
+    "edge": "sparse_reverse_kl",
+}
+TOP_K_SIZES = (8, 16, 32, 64)
+METHODS |= {
+    f"{form} K={k}": {"loss": loss, "top_k": k} for k in TOP_K_SIZES for form, loss in TOP_K.items()
+}
+METHODS |= {
+    "forward KL 8": {"loss": "forward_kl", "top_k": 8},
+    "forward KL + bucket 8": {"loss": "bucket_forward_kl", "top_k": 8},
+    "forward KL + bucket 16": {"loss": "bucket_forward_kl", "top_k": 16},
+    "current signal + PPO clip": sampled("current", "ppo", 1),
+}
+LATE = {  # not studied at a lag of 2
+    *(f"{form} K={k}" for k in TOP_K_SIZES for form in TOP_K if form != "truncated" or k == 8),
+    "forward KL 8",
+    "forward KL + bucket 8",
+    "forward KL + bucket 16",
+}
+NOISY = {  # ten seeds under lag
+    "rollout signal",
+    "rollout signal + IS",
+    "current signal",
+    "current signal + IS",
+    "rollout signal + PPO clip",
+    "current signal + PPO clip",
+    "decoupled",
+    "M2PO",
+    "M2PO (AReaL)",
+    "current signal + TIS",
+    "current signal + IcePop",
+    "truncated K=32",
+}
+SEEDS = 5
 STRONG = (
     "forward KL 16",
     "dense reverse KL",
@@ -123,6 +162,11 @@ def canonical(loss: str, lag: int) -> str:
 def is_corrected(fields: dict) -> bool:
     """Has the method a signal and a correction?"""
     return issubclass(LOSSES[fields["loss"]], Corrected)
+
+
+def is_top_k(fields: dict) -> bool:
+    """Is it reverse KL over a top K, without draws?"""
+    return fields["loss"] in TOP_K.values()
 
 
 @dataclass(frozen=True)
@@ -159,41 +203,22 @@ COLUMNS = (
 KINDS = {"start": str, "loss": str, "lag": int, "seed": int, "update": int}
 
 
+def setting(start: str, loss: str, seed: int, steps: int, **more) -> Config:
+    """The options of a run."""
+    student, lr = ("builtin", 3e-4) if start == "weak" else (strong_student(), 1e-4)
+    fields = {"student": student, "lr": lr, "seed": seed, "steps": steps, **METHODS[loss], **more}
+    return replace(BASE, **fields)
+
+
 def run(arguments: tuple[Job, int, int, float]) -> list[dict]:
     """Lines of the CSV for (job, steps, every, max_grad_norm):
     one per evaluation, metrics as means since the last."""
     job, steps, every, max_grad_norm = arguments
     torch.set_num_threads(1)
-    student, lr = ("builtin", 3e-4) if job.start == "weak" else (strong_student(), 1e-4)
-    config = replace(
-        BASE,
-        student=student,
-        seed=job.seed,
-        steps=steps,
-        lr=lr,
-        max_grad_norm=max_grad_norm,
-        **METHODS[job.loss],
-    )
-    lagged, lines, since = Lagged(config, job.lag, *task()), [], []
-    for step in range(1, steps + 1):
-        since.append(lagged.update())
-        if step % every == 0:
-            divergence = lagged.divergence()
-            means = {
-                key: sum(m[key] for m in since) / len(since)
-                for key in ("grad_norm", "drift_kl", "support_mass_student")
-            }
-            lines.append(
-                {
-                    **vars(job),
-                    "max_grad_norm": max_grad_norm,
-                    "update": step,
-                    "accuracy": lagged.accuracy(),
-                    **vars(divergence),
-                    **means,
-                }
-            )
-            since = []
+    config = setting(job.start, job.loss, job.seed, steps, max_grad_norm=max_grad_norm)
+    metrics = ("grad_norm", "drift_kl", "support_mass_student")
+    curve = Lagged(config, job.lag, *task()).curve(steps, every, metrics)
+    lines = [{**vars(job), "max_grad_norm": max_grad_norm, **line} for line in curve]
     return [{**line, "loss": name} for name in names(job) for line in lines]
 
 
@@ -216,22 +241,32 @@ def strong_student(target: float = 0.9) -> str:
     return str(directory)
 
 
-def grid(starts, losses, lags, seeds) -> list[Job]:
-    """Jobs, seed by seed, so that a study that is stopped early has whole seeds; none twice.
+def is_studied(start: str, loss: str, lag: int, seed: int) -> bool:
+    """Is it in the study? Not at the smallest lag: the strong start, and the forms of docs/topk.md.
 
-    From the strong student only the methods in STRONG, without the smallest lag.
+    From the sixth seed on: only what differs much from seed to seed.
     """
-    cells = [
-        (start, loss, lag)
+    if seed >= SEEDS and not (start == "weak" and loss in NOISY and lag):
+        return False
+    return (start == "weak" or loss in STRONG) and (
+        lag != 2 or start == "weak" and loss not in LATE
+    )
+
+
+def grid(starts, losses, lags, seeds) -> list[Job]:
+    """Jobs, seed by seed, so that a study that is stopped early has whole seeds; none twice."""
+    jobs = [
+        Job(start, canonical(loss, lag), lag, seed)
+        for seed in seeds
         for start in starts
         for lag in lags
         for loss in losses
-        if start == "weak" or loss in STRONG and lag != 2
+        if is_studied(start, loss, lag, seed)
     ]
-    return jobs_for(cells, range(seeds))
+    return list(dict.fromkeys(jobs))
 
 
-def jobs_for(cells: list[tuple], seeds: range) -> list[Job]:
+def jobs_for(cells: list[tuple], seeds) -> list[Job]:
     """Jobs that give the lines of some (start, loss, lag)."""
     return list(
         dict.fromkeys(
@@ -312,7 +347,7 @@ def main():
     parser.add_argument(
         "--quick", action="store_true", help="two minutes: the main effect, one seed"
     )
-    parser.add_argument("--seeds", type=study.at_least(1), default=5)
+    parser.add_argument("--seeds", type=study.at_least(1), default=2 * SEEDS)
     parser.add_argument("--steps", type=study.at_least(1), default=80, help="updates of a run")
     parser.add_argument(
         "--every", type=study.at_least(1), default=20, help="updates between evaluations"
@@ -334,7 +369,7 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.starts, args.losses, args.lags, args.seeds = ["weak"], list(QUICK), (0, 8), 1
-    jobs = grid(args.starts, args.losses, args.lags, args.seeds)
+    jobs = grid(args.starts, args.losses, args.lags, range(args.seeds))
     if not jobs:
         parser.error(
             f"nothing to run: from the strong student only {', '.join(STRONG)}, without lag 2"

@@ -82,7 +82,7 @@ def loss_kernel(
     grad_stride,
     first,  # the columns before it carry no loss
     first_draw,
-    TERMS: constexpr,  # (s, t, b, k, first_draw, C) -> (terms of the loss, c)
+    TERMS: constexpr,  # (s, t, b, k, first, first_draw, C) -> (terms of the loss, c)
     LANES: constexpr,
     CANDIDATES: constexpr,
 ):
@@ -95,7 +95,7 @@ def loss_kernel(
     s = tl.load(row + at).to(tl.float32) - lse
     t = tl.load(teacher_logp + g * C + k, mask=k < C, other=0.0)
     b = tl.load(behavior_logp + g * C + k, mask=k < C, other=0.0)
-    terms, derivative = TERMS(s, t, b, k, first_draw, C)
+    terms, derivative = TERMS(s, t, b, k, first, first_draw, C)
     counts = (k >= first) & (k < C)
     derivative = tl.where(counts, derivative, 0.0)
     c_sum = tl.sum(derivative, 0)

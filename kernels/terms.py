@@ -2,7 +2,8 @@
 
 Each function gets s, t and b of the candidates in columns k, float32. It returns the terms of the
 loss and their derivatives c = dL/ds. The compiler inlines it between the kernel's two passes over a
-row of logits (fused_loss.py). Columns from `first_draw` on are draws, `C` is their end.
+row of logits (fused_loss.py). The loss is about the columns from `first` up to `C`; those from
+`first_draw` on are draws.
 
 A loss that TERMS does not have is differentiated by autograd, and `given` hands its derivative to
 the kernel.
@@ -14,24 +15,51 @@ import triton.language as tl
 import losses
 
 BASELINE_DRAWS = tl.constexpr(losses.BASELINE_DRAWS)
+EPSILON = tl.constexpr(losses.EPSILON)
 
 
 @triton.jit
-def forward_kl(s, t, b, k, first_draw, C):
+def forward_kl(s, t, b, k, first, first_draw, C):
     """sum_k e^t (t - s) over the teacher's top K; c = -e^t."""
     weight = tl.exp(t)
     return weight * (t - s), -weight
 
 
 @triton.jit
-def sparse_reverse_kl(s, t, b, k, first_draw, C):
-    """sum_k e^s (s - t) over the sampler's top K; c = e^s (s - t + 1)."""
-    weight = tl.exp(s)
-    return weight * (s - t), weight * (s - t + 1.0)
+def rest(mass):
+    return tl.maximum(1.0 - mass, EPSILON)
 
 
 @triton.jit
-def sampled_reverse_kl(s, t, b, k, first_draw, C):
+def peak_and_sum(logp, is_in):
+    """The largest of some log-probabilities, and sum e^(logp - largest): e^logp may be 0 at all."""
+    peak = tl.max(tl.where(is_in, logp, -1e38), 0)
+    return peak, tl.sum(tl.where(is_in, tl.exp(logp - peak), 0.0), 0)
+
+
+@triton.jit
+def sparse_reverse_kl(s, t, b, k, first, first_draw, C):
+    """sum_top sg[e^s (D - m)] s with D = s - t; c is what sg[...] holds.
+
+    m is the mean of D over the edge of the top K, all but its first quarter, plus half of the rest's
+    log-ratio of masses less the edge's.
+    """
+    is_top = (k >= first) & (k < C)
+    is_edge = is_top & (k >= first + (C - first) // 4)
+    d = tl.where(is_top, s - t, 0.0)  # elsewhere it may be infinite, and 0 times that is NaN
+    p = tl.where(is_top, tl.exp(s), 0.0)
+    q = tl.where(is_top, tl.exp(t), 0.0)
+    s_peak, s_sum = peak_and_sum(s, is_edge)
+    t_peak, t_sum = peak_and_sum(t, is_edge)
+    mean_edge = tl.sum(tl.where(is_edge, tl.exp(s - s_peak) * d, 0.0), 0) / s_sum
+    log_ratio = s_peak - t_peak + tl.log(s_sum / t_sum)
+    m = mean_edge + (tl.log(rest(tl.sum(p, 0)) / rest(tl.sum(q, 0))) - log_ratio) / 2
+    c = p * (d - m)
+    return c * s, c
+
+
+@triton.jit
+def sampled_reverse_kl(s, t, b, k, first, first_draw, C):
     """sum_top sg[e^s (D - m)] s + (1/N) sum_draws sg[e^(s - b) (D - m_i)] s, with D = s - t.
 
     c is what sg[...] holds, with 1/N at the draws. m_i is the mean of D over the other draws, and m
@@ -49,7 +77,7 @@ def sampled_reverse_kl(s, t, b, k, first_draw, C):
 
 
 @triton.jit
-def given(s, t, b, k, first_draw, C):
+def given(s, t, b, k, first, first_draw, C):
     """The derivative is known. It stands where the kernel expects t."""
     return t, t
 
