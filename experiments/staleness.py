@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from assets.task import running_sums
+import experiments.jeffreys_kl  # noqa: F401  it adds to losses.LOSSES
 from experiments import study
 from experiments.corrections import Corrected
 from experiments.lagged import Lagged
@@ -113,14 +114,18 @@ METHODS |= {
     "forward KL + bucket 8": {"loss": "bucket_forward_kl", "top_k": 8},
     "forward KL + bucket 16": {"loss": "bucket_forward_kl", "top_k": 16},
     "current signal + PPO clip": sampled("current", "ppo", 1),
+    "Jeffreys 28+4": stratified(28, 4, "jeffreys_kl"),
+    "Jeffreys 16+16": stratified(16, 16, "jeffreys_kl"),
 }
 LATE = {  # not studied at a lag of 2
     *(f"{form} K={k}" for k in TOP_K_SIZES for form in TOP_K if form != "truncated" or k == 8),
     "forward KL 8",
     "forward KL + bucket 8",
     "forward KL + bucket 16",
+    "Jeffreys 28+4",
+    "Jeffreys 16+16",
 }
-NOISY = {  # ten seeds under lag
+NOISY = {  # ten seeds
     "rollout signal",
     "rollout signal + IS",
     "current signal",
@@ -246,7 +251,7 @@ def is_studied(start: str, loss: str, lag: int, seed: int) -> bool:
 
     From the sixth seed on: only what differs much from seed to seed.
     """
-    if seed >= SEEDS and not (start == "weak" and loss in NOISY and lag):
+    if seed >= SEEDS and not (start == "weak" and loss in NOISY):
         return False
     return (start == "weak" or loss in STRONG) and (
         lag != 2 or start == "weak" and loss not in LATE

@@ -122,13 +122,9 @@ def both(results: Path = study.RESULTS) -> list[dict]:
     for line in real_curves.read(results / "real_curves.csv"):
         if line["update"] == real_curves.STEPS and line["loss"] in LOSSES["smollm2"]:
             lines.append({"model": "smollm2", "accuracy": None, **line})
-    age = {0: "fresh"}
-    kept = []
     for line in lines:
-        if line["lag"] in (0, *LAGS[line["model"]]) and line["seed"] < SEEDS[line["model"]]:
-            both_are = age.get(line["lag"], "old")
-            kept.append({**line, "prefixes": both_are, "candidates": both_are})
-    return kept
+        line["prefixes"] = line["candidates"] = "old" if line["lag"] else "fresh"
+    return lines
 
 
 def make(path: Path, jobs: list[Job], workers: int = 0) -> list[dict]:
@@ -141,15 +137,23 @@ def make(path: Path, jobs: list[Job], workers: int = 0) -> list[dict]:
     return study.complete(path, COLUMNS, KINDS, read, missing, run, workers)
 
 
-def jobs_for(models: list[str], directory: Path) -> list[Job]:
-    """All mixed cells, seed by seed."""
+def jobs_for(cells: list[tuple], seeds, directory: Path = real_curves.MODELS) -> list[Job]:
+    """Jobs of those (model, loss, lag, prefixes, candidates) that are mixed, seed by seed."""
     return [
-        Job(model, loss, lag, *cell, seed, directory)
-        for model in models
-        for seed in range(SEEDS[model])
+        Job(*cell, seed, directory)
+        for seed in seeds
+        for cell in dict.fromkeys(cells)
+        if cell[3:] in MIXED
+    ]
+
+
+def grid(model: str) -> list[tuple]:
+    """All mixed cells of a model."""
+    return [
+        (model, loss, lag, *mixed)
         for lag in LAGS[model]
         for loss in LOSSES[model]
-        for cell in MIXED
+        for mixed in MIXED
     ]
 
 
@@ -193,7 +197,12 @@ def main():
     args = parser.parse_args()
     if "smollm2" in args.models:
         heal.prepare(args.heal)
-    lines = make(args.out, jobs_for(args.models, args.heal), args.workers) + both()
+    jobs = [
+        job
+        for model in args.models
+        for job in jobs_for(grid(model), range(SEEDS[model]), args.heal)
+    ]
+    lines = make(args.out, jobs, args.workers) + both()
     print(*(table(lines, model) for model in args.models), sep="\n\n")
 
 
