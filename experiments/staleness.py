@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import functools
+import statistics
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -298,6 +299,31 @@ def summary(lines: list[dict]) -> str:
         + "  ".join(f"lag {lag}: {sum(values) / len(values):5.1%}" for lag, values in lags.items())
         for (start, loss), lags in groups.items()
     )
+
+
+def table_of_forms(lines: list[dict]) -> str:
+    """Markdown: accuracy in percent, mean over seeds (lowest), and reverse KL of every form of a top
+    K, and of some other losses, without lag and with it.
+    """
+    lags = [lag for lag in LAGS if lag != 2]
+    rows = [f"| loss | {' | '.join(f'lag {lag}' for lag in lags)} |", "|---|---|---|---|"]
+    forms = [f"{form} K={k}" for form in TOP_K for k in TOP_K_SIZES]
+    forward = ["forward KL 8", "forward KL + bucket 8", "forward KL 16", "forward KL + bucket 16"]
+    others = ["stratified 16+16", "dense reverse KL"]
+    last = [x for x in lines if x["update"] == 80 and x["start"] == "weak" and x["seed"] < SEEDS]
+    for loss in forms + forward + others:
+        cells = []
+        for lag in lags:
+            found = [x for x in last if (x["loss"], x["lag"]) == (loss, lag)]
+            accuracies = [100 * x["accuracy"] for x in found]
+            kl = [x["reverse_kl"] for x in found]
+            if found:
+                numbers = (statistics.mean(accuracies), min(accuracies), statistics.mean(kl))
+                cells.append("{:.0f} ({:.0f}); {:.3f}".format(*numbers))
+            else:
+                cells.append("not run")
+        rows.append(f"| {loss} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def make(
