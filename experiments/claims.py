@@ -569,7 +569,8 @@ CLAIMS = [
         ],
     ),
     Claim(
-        "A bucket for the rest does no harm to forward KL: reverse KL is at most a twentieth higher",
+        "A bucket for the rest does no harm to forward KL: "
+        "reverse KL is at most a twentieth higher",
         at_lags("forward KL + bucket 16", "forward KL 16", (0, 8, 32), **NEAR),
     ),
     Claim(
@@ -705,8 +706,8 @@ def row(number: int, lines: dict[str, list[dict]]) -> str:
             measured.append(describe(c, result))
         else:
             answers.append("not run")
-    judged = verdict(answers)
-    return f'| <a id="claim-{number}"></a>{number} | {claim.text} | {judged} | {"<br>".join(measured)} |'
+    fields = [claim.text, verdict(answers), "<br>".join(measured)]
+    return f'| <a id="claim-{number}"></a>{number} | {" | ".join(fields)} |'
 
 
 def table(numbers: list[int], lines: dict[str, list[dict]]) -> str:

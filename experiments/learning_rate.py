@@ -1,10 +1,10 @@
 """Is there a law for learning rate and lag? `python -m experiments.learning_rate`
 
 Descent on a quadratic of curvature h with a gradient that is `lag` updates old is stable as long as
-lr h (2 lag + 1) is below about pi. If that is what limits asynchronous distillation, runs with equal
-lr (2 lag + 1) lose equally much. Adam normalises its steps, so lr is a distance here, and h is what
-it is for the loss. The study makes a run for every loss, rate, lag and seed, on the toy task of
-staleness.py: 80 updates from the weak student.
+lr h (2 lag + 1) is below about pi. If that is what limits asynchronous distillation, runs with
+equal lr (2 lag + 1) lose equally much. Adam normalises its steps, so lr is a distance here, and h
+is what it is for the loss. The study makes a run for every loss, rate, lag and seed, on the toy
+task of staleness.py: 80 updates from the weak student.
 
 A line of the CSV per run. A CSV that exists is continued.
 """

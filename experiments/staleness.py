@@ -302,8 +302,8 @@ def summary(lines: list[dict]) -> str:
 
 
 def table_of_forms(lines: list[dict]) -> str:
-    """Markdown: accuracy in percent, mean over seeds (lowest), and reverse KL of every form of a top
-    K, and of some other losses, without lag and with it.
+    """Markdown: accuracy in percent, mean over seeds (lowest), and reverse KL of every form of a
+    top K, and of some other losses, without lag and with it.
     """
     lags = [lag for lag in LAGS if lag != 2]
     rows = [f"| loss | {' | '.join(f'lag {lag}' for lag in lags)} |", "|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""Where does staleness hurt: in the prefixes or in the candidates? `python -m experiments.two_by_two`
+"""Where does staleness hurt, in prefixes or candidates? `python -m experiments.two_by_two`
 
 A stale rollout is old in two ways. The student did not write its *prefixes* with its present
 weights. And the *candidates* of its positions, with their density b, were proposed by the old

@@ -41,8 +41,8 @@ def peak_and_sum(logp, is_in):
 def sparse_reverse_kl(s, t, b, k, first, first_draw, C):
     """sum_top sg[e^s (D - m)] s with D = s - t; c is what sg[...] holds.
 
-    m is the mean of D over the edge of the top K, all but its first quarter, plus half of the rest's
-    log-ratio of masses less the edge's.
+    m is the mean of D over the edge of the top K, all but its first quarter, plus half of the
+    log-ratio of masses of the rest less that of the edge.
     """
     is_top = (k >= first) & (k < C)
     is_edge = is_top & (k >= first + (C - first) // 4)
