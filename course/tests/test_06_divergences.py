@@ -1,4 +1,4 @@
-"""Public tests of exercise 6. With every id among the top K the divergences are exact."""
+"""Public tests of exercise 6. Forward KL: value and gradient. Sparse reverse KL: its gradient."""
 
 import torch
 from torch.distributions import Categorical, kl_divergence
@@ -10,7 +10,7 @@ T = 5
 
 
 def log_probabilities(seed: int, positions: int = T, vocab: int = V):
-    """Of student, teacher and sampler, float64 [T,V] each."""
+    """Logits of student, teacher and sampler, float64 [T,V] each."""
     random = torch.Generator().manual_seed(seed)
     return 2 * torch.randn(3, positions, vocab, generator=random, dtype=torch.float64)
 
@@ -30,97 +30,108 @@ def tables(seed: int, top: int, positions: int = T, vocab: int = V):
     return ids, s, t, b, logits
 
 
-def exact(seed: int, forward: bool):
+def exact(logits, t, forward: bool):
     """(KL of every position [T], its gradient with respect to the student's logits [T,V])."""
-    logits, t, _ = log_probabilities(seed)
-    logits.requires_grad_()
+    logits = logits.detach().clone().requires_grad_()
     student, teacher = Categorical(logits=logits), Categorical(logits=t)
     value = kl_divergence(teacher, student) if forward else kl_divergence(student, teacher)
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     return value.detach(), gradient
 
 
-def through_logits(student, loss: str, seed: int):
-    """(value [T], gradient with respect to the logits [T,V]) of your loss, with all ids as top."""
-    _, s, t, b, logits = tables(seed, V)
-    value, c = student.loss_and_gradient(loss, {"top_k": V}, s.detach(), t, b)
+def answer(student, loss: str, s, t, b):
+    """(value [T], dL/ds [T,C]) of your loss, all columns but the first being the top."""
+    value, c = student.loss_and_gradient(loss, {"top_k": s.shape[1] - 1}, s.detach(), t, b)
+    shape = tuple(value.shape)
+    check(shape == (len(s),), f"{loss}: {len(s)} positions give a value of the shape {shape}")
+    check(bool(c.isfinite().all()), f"{loss}: dL/ds has entries that are not finite numbers")
     emitted = float(c[:, 0].abs().max())
     check(emitted == 0, f"{loss}: column 0, the emitted token, has no loss; dL/ds {emitted:.3g}")
+    return value, c
+
+
+def through_logits(student, loss: str, seed: int):
+    """Yours and the exact one, with all ids as the top: (value, gradient of the logits) of each."""
+    _, s, t, b, logits = tables(seed, V)
+    value, c = answer(student, loss, s, t, b)
     (gradient,) = torch.autograd.grad(s, logits, c)
-    return value, gradient
-
-
-def slope(student, loss: str, settings: dict, s, t, b, column: int, step: float = 1e-5):
-    """dL/ds of a column, by central differences: how the value moves when s moves."""
-    move = torch.zeros_like(s)
-    move[:, column] = step
-    up, _ = student.loss_and_gradient(loss, settings, s + move, t, b)
-    down, _ = student.loss_and_gradient(loss, settings, s - move, t, b)
-    return (up - down) / (2 * step)
-
-
-def check_truncated(student, loss: str):
-    """What two supports have together is what each has alone; column 0 has nothing to say."""
-    _, s, t, b, _ = tables(2, V)
-    s = s.detach()
-    whole, _ = student.loss_and_gradient(loss, {"top_k": V}, s, t, b)
-    check(tuple(whole.shape) == (T,), f"{T} positions give the shape {tuple(whole.shape)}")
-    parts = []
-    for columns in ([0, 1, 2, 3], [5, 4, 5, 6, 7]):
-        settings = {"top_k": len(columns) - 1}
-        value, _ = student.loss_and_gradient(
-            loss, settings, s[:, columns], t[:, columns], b[:, columns]
-        )
-        parts.append(value)
-    close(parts[0] + parts[1], whole, f"{loss} of 3 ids plus that of the other 4, all 7 together,")
-    pi, q = s.exp(), t.exp()
-    weight, ratio = (q, q / pi) if loss == "forward_kl" else (pi, pi / q)
-    for column in range(1, V + 1):
-        pair = [0, column]
-        value, _ = student.loss_and_gradient(loss, {"top_k": 1}, s[:, pair], t[:, pair], b[:, pair])
-        right = weight[:, column] * ratio[:, column].log()
-        close(value, right, f"the term of one id in {loss}, with K = 1,")
+    teacher = log_probabilities(seed)[1]
+    return (value, gradient), exact(logits, teacher, loss == "forward_kl")
 
 
 @worth(1)
 def test_forward_kl_of_all_ids_is_exact(student):
     """With all ids as the teacher's top, forward KL and its gradient are the divergence's."""
-    value, gradient = through_logits(student, "forward_kl", 0)
-    right, right_gradient = exact(0, forward=True)
+    (value, gradient), (right, right_gradient) = through_logits(student, "forward_kl", 0)
     close(value, right, "KL(teacher || student)")
     close(gradient, right_gradient, "its gradient with respect to the logits")
 
 
 @worth(1)
-def test_sparse_reverse_kl_of_all_ids_is_exact(student):
-    """With all ids as the sampler's top, reverse KL and its gradient are the divergence's."""
-    value, gradient = through_logits(student, "sparse_reverse_kl", 1)
-    right, right_gradient = exact(1, forward=False)
-    close(value, right, "KL(student || teacher)")
-    close(gradient, right_gradient, "its gradient with respect to the logits")
-
-
-@worth(1)
 def test_forward_kl_of_a_part_of_the_ids_is_a_part_of_the_sum(student):
-    """Forward KL: ids outside the top K add nothing, and change no term of those inside."""
-    check_truncated(student, "forward_kl")
+    """Ids outside the top K add nothing, and change neither a term inside nor its slope."""
+    _, s, t, b, _ = tables(2, V)
+    s = s.detach()
+    whole, _ = answer(student, "forward_kl", s, t, b)
+    parts = []
+    for columns in ([0, 1, 2, 3], [5, 4, 5, 6, 7]):
+        value, _ = answer(student, "forward_kl", s[:, columns], t[:, columns], b[:, columns])
+        parts.append(value)
+    close(parts[0] + parts[1], whole, "the part of 3 ids plus that of the other 4, all 7 together,")
+    for column in range(1, V + 1):
+        pair = [0, column]
+        value, c = answer(student, "forward_kl", s[:, pair], t[:, pair], b[:, pair])
+        q = t[:, column].exp()
+        close(value, q * (q / s[:, column].exp()).log(), "the term of one id, with K = 1,")
+        close(c[:, 1], -q, "its slope dL/ds")
 
 
 @worth(1)
-def test_sparse_reverse_kl_of_a_part_of_the_ids_is_a_part_of_the_sum(student):
-    """Reverse KL: ids outside the top K add nothing, and change no term of those inside."""
-    check_truncated(student, "sparse_reverse_kl")
+def test_sparse_reverse_kl_of_all_ids_has_the_exact_gradient(student):
+    """With all ids as the sampler's top, the gradient of sparse reverse KL is the divergence's."""
+    (_, gradient), (_, right) = through_logits(student, "sparse_reverse_kl", 1)
+    close(gradient, right, "the gradient of KL(student || teacher) with respect to the logits")
+
+
+def like_the_edge(seed: int, top: int, vocab: int):
+    """(s, t, b, logits, t of all ids): D is one number outside of the top's first quarter."""
+    ids, s, _, b, logits = tables(seed, top, T, vocab)
+    all_t = logits.detach().log_softmax(-1)
+    for position, first in enumerate(ids[:, 1 : 1 + top // 4]):
+        all_t[position, first] += torch.linspace(-0.5, -0.1 * position, len(first)).double()
+    all_t = all_t.log_softmax(-1)
+    return s, all_t.gather(1, ids), b, logits, all_t
 
 
 @worth(1)
-def test_the_gradient_is_the_slope_of_the_value(student):
-    """On a truncated support the derivative says how the value moves when s moves."""
-    settings = {"top_k": 3}
-    for loss in ("forward_kl", "sparse_reverse_kl"):
-        _, s, t, b, _ = tables(3, 3)
-        s = s.detach()
-        _, c = student.loss_and_gradient(loss, settings, s, t, b)
-        check(bool(c[:, 1:].any()), f"{loss}: dL/ds is 0 everywhere")
-        for column in range(4):
-            right = slope(student, loss, settings, s, t, b, column)
-            close(c[:, column], right, f"{loss}: dL/ds of column {column}")
+def test_sparse_reverse_kl_is_exact_where_the_rest_is_like_the_edge(student):
+    """With one D for the edge and the rest the gradient is exact; of equal models it is 0."""
+    for seed, top, vocab in ((2, 4, 9), (3, 16, 40)):
+        s, t, b, logits, all_t = like_the_edge(seed, top, vocab)
+        _, c = answer(student, "sparse_reverse_kl", s, t, b)
+        (gradient,) = torch.autograd.grad(s, logits, c, retain_graph=True)
+        _, right = exact(logits, all_t, forward=False)
+        close(gradient, right, f"the gradient with respect to {vocab} logits, K = {top},")
+        _, c = answer(student, "sparse_reverse_kl", s, s.detach(), b)
+        (gradient,) = torch.autograd.grad(s, logits, c)
+        largest = float(gradient.abs().max())
+        check(
+            largest < 1e-9,
+            f"a student that equals its teacher, K = {top}: the gradient is {largest:.3g}, not 0",
+        )
+
+
+@worth(1)
+def test_sparse_reverse_kl_of_the_example(student):
+    """The example of the handout, and the same position with its first and second id alone."""
+    student_p = [0.5, 0.5, 0.2, 0.1, 0.1]  # column 0 is the emitted token, here the first id
+    teacher_p = [0.55, 0.55, 0.1, 0.1, 0.05]
+    s, t = (torch.tensor([x], dtype=torch.float64).log() for x in (student_p, teacher_p))
+    for columns, right in (
+        ([0, 1, 2, 3, 4], [-0.0167976, 0.1509724, 0.0061715, 0.0754862]),
+        ([0, 1], [-0.0501677]),
+        ([0, 2], [0.0810930]),
+    ):
+        s_part, t_part = s[:, columns], t[:, columns]
+        _, c = answer(student, "sparse_reverse_kl", s_part, t_part, s_part - 1.0)
+        close(c[:, 1:], torch.tensor([right]), f"dL/ds of the top {len(right)}")
