@@ -17,9 +17,8 @@ normalised over the whole vocabulary, at the temperature of the sampler:
 A loss returns one value per position [T]. The learner divides their sum by the response tokens of
 the whole update. Nothing is clamped. No padding enters, because positions come from lengths.
 
-The reverse-KL losses that draw candidates have the form sg[w D] s, where sg stops the gradient.
-Its gradient is right and its value means nothing, so every run reports `reverse_kl` beside the
-loss.
+The reverse-KL losses have the form sg[w D] s, where sg stops the gradient. Their gradient is what
+counts and their value means nothing, so every run reports `reverse_kl` beside the loss.
 
 To add a loss, write a class in a file of your own, put it into LOSSES, and give the file to
 --plugin. What the studies compare with is such a file: experiments/corrections.py. Left out:
@@ -199,10 +198,11 @@ class SparseReverseKL(Loss):
     """sum_k sg[e^s (D - m)] s over the sampler's top K, with D = s - t: nothing is drawn.
 
     m stands for the ids outside. With m the mean of D over them, weighted by e^s, the gradient is
-    exact at the logits of the top K. That mean is not known. The edge of the top K, all but its
-    first quarter, tells most about it. Let r be the log-ratio of the masses that student and
-    teacher give a set. Two guesses are: the mean of D is the edge's, or the mean less r is. Their
-    errors have opposite signs, and m is half of each. docs/topk.md derives and compares.
+    exact at the logits of the top K. That mean is not known. If m is below it, mass leaks out of
+    the top K. The edge of the top K, all but its first quarter, tells most about the rest: either
+    the mean of D is the edge's, or the mean less the log-ratio of the masses that student and
+    teacher give the set. Both guesses are mostly too low, so m is the larger one. docs/topk.md
+    derives and compares.
     """
 
     def __init__(self, config):
@@ -215,7 +215,7 @@ class SparseReverseKL(Loss):
         log_ratio = (s[:, edge].logsumexp(-1) - t[:, edge].logsumexp(-1)).detach()  # of the edge
         rest_log_ratio = (rest(p.sum(-1)) / rest(t.exp().sum(-1))).log()
         mean_edge = (s[:, edge].softmax(-1).detach() * d[:, edge]).sum(-1)
-        m = mean_edge + (rest_log_ratio - log_ratio) / 2  # [T]
+        m = mean_edge + (rest_log_ratio - log_ratio).clamp(min=0.0)  # [T]
         return (p * (d - m[:, None]) * s).sum(-1)
 
 

@@ -57,9 +57,10 @@ def guesses(s: Tensor, t: Tensor) -> dict[str, Tensor]:
         "mean of the top (centred, renormalised)": mean,
         "mass of the rest (bucket)": bucket,
         "bucket + KL inside the top": bucket + mean - ratio,
-        "mean of the edge": edge,
-        "bucket + KL inside the edge": bucket + edge - edge_ratio,
-        "half of each (edge)": edge + (bucket - edge_ratio) / 2,
+        "A: mean of the edge": edge,
+        "B: bucket + KL inside the edge": bucket + edge - edge_ratio,
+        "the mean of these two": edge + (bucket - edge_ratio) / 2,
+        "the larger of these two (edge)": edge + (bucket - edge_ratio).clamp(min=0),
     }
 
 

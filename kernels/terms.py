@@ -41,8 +41,8 @@ def peak_and_sum(logp, is_in):
 def sparse_reverse_kl(s, t, b, k, first, first_draw, C):
     """sum_top sg[e^s (D - m)] s with D = s - t; c is what sg[...] holds.
 
-    m is the mean of D over the edge of the top K, all but its first quarter, plus half of the
-    log-ratio of masses of the rest less that of the edge.
+    m is the mean of D over the edge of the top K, all but its first quarter, plus what the
+    log-ratio of masses of the rest is above that of the edge.
     """
     is_top = (k >= first) & (k < C)
     is_edge = is_top & (k >= first + (C - first) // 4)
@@ -53,7 +53,8 @@ def sparse_reverse_kl(s, t, b, k, first, first_draw, C):
     t_peak, t_sum = peak_and_sum(t, is_edge)
     mean_edge = tl.sum(tl.where(is_edge, tl.exp(s - s_peak) * d, 0.0), 0) / s_sum
     log_ratio = s_peak - t_peak + tl.log(s_sum / t_sum)
-    m = mean_edge + (tl.log(rest(tl.sum(p, 0)) / rest(tl.sum(q, 0))) - log_ratio) / 2
+    rest_log_ratio = tl.log(rest(tl.sum(p, 0)) / rest(tl.sum(q, 0)))
+    m = mean_edge + tl.maximum(rest_log_ratio - log_ratio, 0.0)
     c = p * (d - m)
     return c * s, c
 
