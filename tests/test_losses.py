@@ -353,7 +353,7 @@ def test_the_columns_of_a_loss_are_what_its_formula_reads(config):
     assert (loss.num_proposed, loss.num_uniforms) == (sum(wanted) - teachers, wanted[0] + wanted[2])
     assert config.num_candidates == loss.num_columns
     loss.m2_bound = 1.0
-    s = (-2.0 - 0.1 * torch.arange(loss.num_columns)[None]).requires_grad_()
+    s = (-2.0 - 0.01 * torch.arange(loss.num_columns)[None]).requires_grad_()
     loss.value(s, torch.full_like(s, -3.0), torch.full_like(s, -1.9)).sum().backward()
     read = [column for part in (loss.top, loss.tail) for column in range(part.start, part.stop)]
     read = read or list(range(loss.draws.stop))
