@@ -728,6 +728,7 @@ def tables(results: Path) -> dict[str, str]:
         "guesses": top_k.table(top_k.read(results / "top_k.csv")),
         "errors": other_estimators.table(other_estimators.read(results / "other_estimators.csv")),
         "forms": staleness.table_of_forms(lines["staleness"]),
+        "hard": staleness.table_of_hard(lines["staleness"]),
         "real forms": real_curves.table(lines["real_curves"], real_curves.FORMS),
         **{space: head + real_model.table(noise, space) for space in ("logits", "parameters")},
     }

@@ -33,19 +33,20 @@ from support.load import load_tokenizer
 VOCAB = 173
 # Of the built-in prompts: the initial student gets about a third of these right.
 ADDENDS = (4, 5, 6)
+ALL_ADDENDS = tuple(range(2, 9))  # of the built-in task itself
 BASE = builtin(batch_size=32, warmup_steps=10, max_prompt_tokens=24, max_new_tokens=25, slots=32)
 LAGS = (0, 2, 8, 32)
 RESULTS = study.RESULTS / "staleness.csv"
 
 
 @functools.cache
-def task() -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, 128 evaluation prompts):
-    the part of the built-in task with ADDENDS addends, the same for every seed."""
+def task(addends: tuple[int, ...] = ADDENDS) -> tuple[list[Prompt], list[Prompt]]:
+    """(training prompts, 128 evaluation prompts): the part of the built-in task with so many
+    addends, the same for every seed."""
     tokenizer = load_tokenizer("--student", BASE.path("student"))
     pairs = running_sums(8000, 0, heldout=False), running_sums(1000, 12345, heldout=True)
     train, held = (
-        [(text, answer) for text, answer in part if text.count("+") + 1 in ADDENDS]
+        [(text, answer) for text, answer in part if text.count("+") + 1 in addends]
         for part in pairs
     )
     return tuple(
@@ -114,6 +115,7 @@ METHODS |= {
     "forward KL 8": {"loss": "forward_kl", "top_k": 8},
     "forward KL + bucket 8": {"loss": "bucket_forward_kl", "top_k": 8},
     "forward KL + bucket 16": {"loss": "bucket_forward_kl", "top_k": 16},
+    "halfway K=32": {"loss": "halfway_top_k", "top_k": 32},
     "current signal + PPO clip": sampled("current", "ppo", 1),
     "Jeffreys 28+4": stratified(28, 4, "jeffreys_kl"),
     "Jeffreys 16+16": stratified(16, 16, "jeffreys_kl"),
@@ -123,6 +125,7 @@ LATE = {  # not studied at a lag of 2
     "forward KL 8",
     "forward KL + bucket 8",
     "forward KL + bucket 16",
+    "halfway K=32",
     "Jeffreys 28+4",
     "Jeffreys 16+16",
 }
@@ -141,6 +144,15 @@ NOISY = {  # ten seeds
     "truncated K=32",
 }
 SEEDS = 5
+STARTS = ("weak", "strong", "hard")
+HARD = (  # on the whole task, at its own learning rate; three seeds
+    "truncated K=32",
+    "renormalised K=32",
+    "bucket K=32",
+    "halfway K=32",
+    "edge K=32",
+    "stratified 16+16",
+)
 STRONG = (
     "forward KL 16",
     "dense reverse KL",
@@ -177,7 +189,7 @@ def is_top_k(fields: dict) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    start: str  # "weak" or "strong"
+    start: str  # "weak", "strong" or "hard"
     loss: str  # a name in METHODS
     lag: int
     seed: int
@@ -187,7 +199,7 @@ def names(job: Job) -> list[str]:
     """The methods that a run gives lines of: its own and, without lag, those it stands for."""
     return [
         name
-        for name in (METHODS if job.start == "weak" else STRONG)
+        for name in {"weak": METHODS, "strong": STRONG, "hard": HARD}[job.start]
         if canonical(name, job.lag) == job.loss
     ] or [job.loss]
 
@@ -211,9 +223,11 @@ KINDS = {"start": str, "loss": str, "lag": int, "seed": int, "update": int}
 
 def setting(start: str, loss: str, seed: int, steps: int, **more) -> Config:
     """The options of a run."""
+    fields = {"seed": seed, "steps": steps, **METHODS[loss], **more}
+    if start == "hard":
+        return builtin(**fields)
     student, lr = ("builtin", 3e-4) if start == "weak" else (strong_student(), 1e-4)
-    fields = {"student": student, "lr": lr, "seed": seed, "steps": steps, **METHODS[loss], **more}
-    return replace(BASE, **fields)
+    return replace(BASE, **{"student": student, "lr": lr, **fields})
 
 
 def run(arguments: tuple[Job, int, int, float]) -> list[dict]:
@@ -223,7 +237,8 @@ def run(arguments: tuple[Job, int, int, float]) -> list[dict]:
     torch.set_num_threads(1)
     config = setting(job.start, job.loss, job.seed, steps, max_grad_norm=max_grad_norm)
     metrics = ("grad_norm", "drift_kl", "support_mass_student")
-    curve = Lagged(config, job.lag, *task()).curve(steps, every, metrics)
+    prompts = task(ALL_ADDENDS if job.start == "hard" else ADDENDS)
+    curve = Lagged(config, job.lag, *prompts).curve(steps, every, metrics)
     lines = [{**vars(job), "max_grad_norm": max_grad_norm, **line} for line in curve]
     return [{**line, "loss": name} for name in names(job) for line in lines]
 
@@ -248,10 +263,12 @@ def strong_student(target: float = 0.9) -> str:
 
 
 def is_studied(start: str, loss: str, lag: int, seed: int) -> bool:
-    """Is it in the study? Not at the smallest lag: the strong start, and the forms of docs/topk.md.
+    """Is it in the study? Not at the smallest lag: other starts, and the forms of docs/topk.md.
 
     From the sixth seed on: only what differs much from seed to seed.
     """
+    if start == "hard":
+        return loss in HARD and lag in (0, 8) and seed < 3
     if seed >= SEEDS and not (start == "weak" and loss in NOISY):
         return False
     return (start == "weak" or loss in STRONG) and (
@@ -301,20 +318,30 @@ def summary(lines: list[dict]) -> str:
     )
 
 
+def table_of_hard(lines: list[dict]) -> str:
+    """Markdown: the same on the whole task."""
+    last = [x for x in lines if x["update"] == 80 and x["start"] == "hard"]
+    return as_table(last, HARD, (0, 8))
+
+
 def table_of_forms(lines: list[dict]) -> str:
     """Markdown: accuracy in percent, mean over seeds (lowest), and reverse KL of every form of a
     top K, and of some other losses, without lag and with it.
     """
-    lags = [lag for lag in LAGS if lag != 2]
-    rows = [f"| loss | {' | '.join(f'lag {lag}' for lag in lags)} |", "|---|---|---|---|"]
     forms = [f"{form} K={k}" for form in TOP_K for k in TOP_K_SIZES]
     forward = ["forward KL 8", "forward KL + bucket 8", "forward KL 16", "forward KL + bucket 16"]
-    others = ["stratified 16+16", "dense reverse KL"]
     last = [x for x in lines if x["update"] == 80 and x["start"] == "weak" and x["seed"] < SEEDS]
-    for loss in forms + forward + others:
+    return as_table(last, [*forms, *forward, "stratified 16+16", "dense reverse KL"], (0, 8, 32))
+
+
+def as_table(lines: list[dict], losses, lags: tuple[int, ...]) -> str:
+    """Markdown: a row for every loss, a column for every lag."""
+    head = " | ".join(f"lag {lag}" for lag in lags)
+    rows = [f"| loss | {head} |", "|---|" + "---|" * len(lags)]
+    for loss in losses:
         cells = []
         for lag in lags:
-            found = [x for x in last if (x["loss"], x["lag"]) == (loss, lag)]
+            found = [x for x in lines if (x["loss"], x["lag"]) == (loss, lag)]
             accuracies = [100 * x["accuracy"] for x in found]
             kl = [x["reverse_kl"] for x in found]
             if found:
@@ -385,9 +412,7 @@ def main():
     )
     parser.add_argument("--lags", type=study.at_least(0), nargs="+", default=LAGS)
     parser.add_argument("--losses", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument(
-        "--starts", nargs="+", choices=("weak", "strong"), default=["weak", "strong"]
-    )
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
     parser.add_argument(
         "--max-grad-norm",
         type=study.at_least(1e-12, float),

@@ -40,9 +40,11 @@ from experiments.estimators import (
 from experiments.lagged import CPU, Lagged, flat
 from experiments.staleness import (
     BASE,
+    HARD,
     LATE,
     NOISY,
     SEEDS,
+    STARTS,
     LAGS,
     METHODS,
     STRONG,
@@ -266,21 +268,24 @@ def test_the_population_bias_has_no_noise_of_the_groups():
 
 def test_no_run_is_made_twice_and_none_is_missing():
     seeds = (1, 2, SEEDS)  # of the last one only the noisy methods are made
-    jobs = grid(("weak", "strong"), list(METHODS), LAGS, seeds)
+    jobs = grid(STARTS, list(METHODS), LAGS, seeds)
     assert len(set(jobs)) == len(jobs)
-    wanted = {
+    weak = {
         Job("weak", canonical(name, lag), lag, seed)
         for seed in seeds
         for name in METHODS
         for lag in LAGS
         if (lag != 2 or name not in LATE) and (seed < SEEDS or name in NOISY)
-    } | {
-        Job("strong", canonical(name, lag), lag, seed)
-        for seed in (1, 2)
-        for name in STRONG
+    }
+    strong = {
+        Job("strong", canonical(n, lag), lag, s)
+        for s in (1, 2)
+        for n in STRONG
         for lag in (0, 8, 32)
     }
-    assert set(jobs) == wanted and NOISY <= METHODS.keys() and LATE <= METHODS.keys()
+    hard = {Job("hard", name, lag, seed) for seed in (1, 2) for name in HARD for lag in (0, 8)}
+    assert set(jobs) == weak | strong | hard
+    assert {*NOISY, *LATE, *HARD, *STRONG} <= METHODS.keys()
 
 
 def test_the_summary_is_the_mean_over_seeds_of_the_last_evaluation():
