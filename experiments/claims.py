@@ -51,7 +51,7 @@ CELL = {
     "real_curves": ("loss", "lag", "update"),
     "two_by_two": ("model", "loss", "lag", "prefixes", "candidates"),
 }
-PAGES = [ROOT / "docs" / name for name in ("claims.md", "topk.md")]
+PAGES = [ROOT / "docs" / name for name in ("claims.md", "topk.md", "staleness.md")]
 LOWER_IS_BETTER = ("reverse_kl", "bias", "variance", "error_1000", "seconds_to_90")
 ENOUGH = 5  # seeds that may be counted; fewer have only their interval
 MARKS = {
@@ -729,6 +729,7 @@ def tables(results: Path) -> dict[str, str]:
         "errors": other_estimators.table(other_estimators.read(results / "other_estimators.csv")),
         "forms": staleness.table_of_forms(lines["staleness"]),
         "hard": staleness.table_of_hard(lines["staleness"]),
+        "two by two": two_by_two.table(lines["two_by_two"], "toy"),
         "real forms": real_curves.table(lines["real_curves"], real_curves.FORMS),
         **{space: head + real_model.table(noise, space) for space in ("logits", "parameters")},
     }

@@ -3,9 +3,9 @@
 Without options it draws the figures of the docs from the CSVs beside them. With --run it
 draws the picture of one run of train.py (run_figure.py).
 
-Points are means over seeds, bars run from the lowest to the highest seed. A loss has one colour
-and one marker in all figures. The timelines come from two runs' trace.json, of which `--traces`
-keeps two seconds.
+Points are means over seeds, bars run from the lowest to the highest seed. A loss has one colour and
+one marker in all figures, and its label is what --loss wants. The timelines come from two runs'
+trace.json, of which `--traces` keeps two seconds.
 """
 
 import argparse
@@ -49,6 +49,14 @@ STYLE = {
     "stratified 28+4": ("#00593F", "P"),
     "stratified 16+16": ("#A6B727", "P"),
     "stratified 28+4, order of arrival": ("#68AB2D", "P"),
+    "stratified 16+16, order of arrival": ("#7D8B1F", "P"),
+    # other forms of a top-K
+    "edge K=32": ("#C2185B", "H"),
+    "renormalised K=32": ("#8D6E63", "<"),
+    "centred K=32": ("#B39DDB", ">"),
+    "bucket K=32": ("#5D4037", "p"),
+    "score K=32": ("#BDBDBD", "h"),
+    "forward KL + bucket 32": ("#424242", "d"),
     # on the real model
     "32 draws": ("#0B2A66", "s"),
     "32 draws, no baseline": ("#1F67AE", "s"),
@@ -78,6 +86,7 @@ CANDIDATES = (
     "stratified 12+4",
     "stratified 28+4",
     "stratified 16+16",
+    "edge K=32",
 )
 ESTIMATORS = (
     "rollout signal",
@@ -100,6 +109,7 @@ FRONTIER = {
     "seconds_to_90": "seconds to 90 % (hollow: not all seeds got there)",
     "accuracy": "accuracy",
 }
+LABELS: dict[str, str] = {}  # name in a study -> label; `draw_study` fills it
 Cells = dict[tuple, dict[int, float]]  # cell of a study -> seed -> value
 
 
@@ -119,7 +129,8 @@ def spread(axis, groups: dict[int, list[float]], name: str, shift: float, seeds:
     above = [max(group) - mean for mean, group in zip(means, groups.values())]
     axis.errorbar(places, means, (below, above), fmt="none", ecolor=colour, elinewidth=1, capsize=2)
     line = "--" if name.endswith("arrival") else "-"
-    axis.plot(places, means, line, linewidth=1.3, markersize=5, label=name, **look)
+    label = LABELS.get(name, name)
+    axis.plot(places, means, line, linewidth=1.3, markersize=5, label=label, **look)
     hollow = [i for i, group in enumerate(groups.values()) if len(group) < seeds]
     for i in hollow:
         axis.plot(places[i], means[i], markersize=6, markerfacecolor="white", zorder=3, **look)
@@ -145,8 +156,8 @@ def draw_against_lag(values: Cells, start: str, metric: str, updates: int, out: 
     """Final accuracy or divergence against lag, with one sample a position and with more."""
     lags = sorted({cell[-1] for cell in values if cell[0] == start})
     label, scale = AXES[metric]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    figure.subplots_adjust(wspace=0.6)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    figure.subplots_adjust(wspace=0.85)
     for axis, names in zip(axes, (ONE_SAMPLE, CANDIDATES)):
         cells = {name: [(start, name, lag) for lag in lags] for name in names}
         over(axis, values, cells, lags)
@@ -163,8 +174,8 @@ def draw_estimators(tables: dict[str, Cells], batches: tuple[int, ...], out: Pat
 
     Linear below 0.01, so that what is exactly unbiased is seen lying at 0.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    figure.subplots_adjust(wspace=1.25)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    figure.subplots_adjust(wspace=1.5)
     lags = sorted({cell[-1] for cell in tables["bias"]})
     cells = {name: [(name, lag) for lag in lags] for name in ESTIMATORS}
     for axis, key in zip(axes, ("bias", "deviation")):
@@ -185,7 +196,7 @@ def draw_estimators(tables: dict[str, Cells], batches: tuple[int, ...], out: Pat
 def draw_frontier(tables: dict[str, Cells], out: Path):
     """Throughput, lag, seconds to 90 % (of the seeds that got there) and final accuracy."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5))
-    figure.subplots_adjust(wspace=0.9, hspace=0.4)
+    figure.subplots_adjust(wspace=1.1, hspace=0.4)
     known = tables["accuracy"]
     staleness = sorted({cell[-1] for cell in known})
     cells = {}
@@ -206,7 +217,8 @@ def draw_windows(tables: dict[str, Cells], out: Path):
     figure.subplots_adjust(wspace=0.35)
     windows = sorted({cell[1] for cell in tables["accuracy"]})
     ticks = [w if w < ARRIVAL else "arrival" for w in windows]
-    cells = {"stratified 28+4": [("stratified 28+4", w, 1) for w in windows]}
+    losses = sorted({cell[0] for cell in tables["accuracy"]})
+    cells = {loss: [(loss, w, 1) for w in windows] for loss in losses}
     for axis, key in zip(axes, ("tokens_per_second", "lag_mean", "accuracy")):
         over(axis, tables[key], cells, ticks)
         axis.set(title=FRONTIER[key], xlabel="--window", ylim=(0, None))
@@ -244,7 +256,7 @@ def draw_real_curves(values: Cells, out: Path):
     updates = sorted({cell[2] for cell in values})
     nats = [0.8, 1, 2, 4, 7]
     figure, axes = plt.subplots(1, len(lags), figsize=(10, 4), sharey=True)
-    figure.subplots_adjust(wspace=0.75)
+    figure.subplots_adjust(wspace=0.95)
     for axis, lag in zip(axes, lags):
         names = dict.fromkeys(cell[0] for cell in values if cell[1] == lag)
         over(axis, values, {name: [(name, lag, u) for u in updates] for name in names}, updates)
@@ -264,7 +276,7 @@ def draw_real_model(lines: list[dict], out: Path):
     """
     lags = sorted({line["lag"] for line in lines})
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    figure.subplots_adjust(wspace=0.75)
+    figure.subplots_adjust(wspace=0.95)
     for axis, space in zip(axes, ("logits", "parameters")):
         here = [line for line in lines if line["space"] == space and line["estimator"] in STYLE]
         for name in dict.fromkeys(line["estimator"] for line in here if line["variance"]):
@@ -273,7 +285,8 @@ def draw_real_model(lines: list[dict], out: Path):
             means = [line["variance"] for line in found]
             errors = [line["variance_error"] for line in found]
             axis.errorbar(range(len(lags)), means, errors, fmt="none", ecolor=colour, capsize=2)
-            axis.plot(means, linewidth=1.3, markersize=5, color=colour, marker=marker, label=name)
+            label = LABELS.get(name, name)
+            axis.plot(means, linewidth=1.3, markersize=5, color=colour, marker=marker, label=label)
         axis.set(xticks=range(len(lags)), xticklabels=lags, xlabel="lag, updates", yscale="log")
     axes[0].set(title="logits, one position", ylabel="variance / square of the exact gradient")
     axes[1].set(title="all parameters, one response")
@@ -327,11 +340,23 @@ def draw_nodes(path: Path, out: Path):
 # ---- all of them ------------------------------------------------------------------------------
 
 
+def label_of(fields: dict) -> str:
+    """What --loss, --top-k and --num-samples are: "stratified_reverse_kl 16+16"."""
+    top, draws = fields.get("top_k"), fields.get("num_samples")
+    size = f"{top}+{draws}" if top and draws else f"K={top}" if top else f"N={draws}"
+    return f"{fields['loss']} {size}"
+
+
 def draw_study(results: Path):
     # These import torch, which the picture of a run does without.
     from experiments import estimators, frontier, real_curves, real_model, staleness, two_teachers
     from experiments.claims import cells
 
+    studies = (staleness.METHODS, real_curves.METHODS, real_model.ESTIMATORS, frontier.METHODS)
+    for methods in studies:
+        LABELS.update({name: label_of(fields) for name, fields in methods.items()})
+    for name, label in [*LABELS.items()]:
+        LABELS[f"{name}, order of arrival"] = f"{label}, arrival"
     lines = staleness.read(results / "staleness.csv")
     updates = max(line["update"] for line in lines)
     for metric in AXES:

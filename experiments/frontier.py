@@ -22,15 +22,14 @@ from experiments import study
 
 RESULTS = study.RESULTS / "frontier.csv"
 OF_WINDOWS = study.RESULTS / "windows.csv"
-METHODS = {  # name -> flags of train.py
-    "stratified 28+4": ["--loss=stratified_reverse_kl", "--top-k=28", "--num-samples=4"],
-    "current signal + IS, N=32": [
-        "--plugin=experiments.corrections",
-        "--loss=sampled_current_is",
-        "--num-samples=32",
-    ],
-    "forward KL 32": ["--loss=forward_kl", "--top-k=32"],
+METHODS = {  # name -> settings
+    "stratified 28+4": {"loss": "stratified_reverse_kl", "top_k": 28, "num_samples": 4},
+    "current signal + IS, N=32": {"loss": "sampled_current_is", "num_samples": 32},
+    "forward KL 32": {"loss": "forward_kl", "top_k": 32},
+    "stratified 16+16": {"loss": "stratified_reverse_kl", "top_k": 16, "num_samples": 16},
+    "edge K=32": {"loss": "sparse_reverse_kl", "top_k": 32},
 }
+DEFAULT = "stratified 16+16"
 STALENESS = (0, 1, 2, 4, 8)
 STEPS, EVERY, TARGET = 80, 5, 0.9  # updates of a run, between evaluations; accuracy
 BUSY = ("generator_busy", "teacher_busy", "learner_busy")
@@ -99,6 +98,12 @@ def measure(records: list[dict], evaluations: list[float], every: int) -> dict[s
     }
 
 
+def flags(loss: str) -> list[str]:
+    """Of train.py."""
+    settings = {"plugin": "experiments.corrections", **METHODS[loss]}
+    return [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+
+
 def run(job: tuple[str, int, int, int]) -> list[dict]:
     """The CSV's one line for a (loss, window, max_staleness, seed)."""
     loss, window, staleness, seed = job
@@ -116,7 +121,7 @@ def run(job: tuple[str, int, int, int]) -> list[dict]:
             "--eval-size=128",
             "--save-every=0",
             "--cpu-threads=1",
-            *METHODS[loss],
+            *flags(loss),
         ]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
@@ -133,17 +138,18 @@ def read(path: Path) -> list[dict]:
 
 
 def grid(losses, staleness, seeds: int) -> list[tuple[str, int, int, int]]:
-    """Jobs, seed by seed. Order of arrival for the first loss alone, and not without staleness,
-    where there is one batch to take rollouts from.
+    """Jobs, seed by seed. Order of arrival for two losses, and not without staleness, where there
+    is one batch to take rollouts from.
     """
     cells = [(loss, 0, s) for loss in losses for s in staleness]
-    cells += [(loss, ARRIVAL, s) for loss in losses[:1] for s in staleness if s]
+    in_both = [loss for loss in ("stratified 28+4", DEFAULT) if loss in losses]
+    cells += [(loss, ARRIVAL, s) for loss in in_both for s in staleness if s]
     return jobs_for(cells, range(seeds))
 
 
 def window_grid(seeds: int) -> list[tuple[str, int, int, int]]:
-    """Jobs of every window, in turn, for the first loss at a staleness of 1."""
-    return jobs_for([([*METHODS][0], window, 1) for window in WINDOWS], range(seeds))
+    """Jobs of every window, in turn, for the default loss at a staleness of 1."""
+    return jobs_for([(DEFAULT, window, 1) for window in WINDOWS], range(seeds))
 
 
 def make(path: Path, jobs: list[tuple[str, int, int, int]]) -> list[dict]:

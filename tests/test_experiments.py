@@ -444,7 +444,8 @@ def test_what_is_proposed_again_comes_from_the_weights_that_it_should(model_dir)
 def test_the_flags_of_a_method_start_a_run_in_a_new_process():
     """There nothing but --plugin imports the losses of the studies."""
     code = "import sys; from support.config import parse; print(parse(sys.argv[1:]).num_candidates)"
-    for flags in frontier.METHODS.values():
+    for loss in frontier.METHODS:
+        flags = frontier.flags(loss)
         run = subprocess.run(
             [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
         )
