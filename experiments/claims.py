@@ -618,6 +618,21 @@ CLAIMS = [
             for c in against_fresh(loss, "fresh", "old")
         ],
     ),
+    # ours: the whole task, at its own learning rate
+    Claim(
+        "On the whole task, at lr 1e-3, draws from the rest are worth their noise: "
+        "16+16 ends with the smaller reverse KL than the guess of the edge",
+        at_lags("stratified 16+16", "edge K=32", (0, 8), ("hard",), **SMALLER),
+    ),
+    Claim(
+        "... and that guess, the larger of two, ends with the smaller reverse KL "
+        "than their mean and than a bucket",
+        [
+            c
+            for other in ("halfway K=32", "bucket K=32")
+            for c in at_lags("edge K=32", other, (0, 8), ("hard",), **SMALLER)
+        ],
+    ),
 ]
 
 
