@@ -6,6 +6,7 @@ One seed gives one result.
 import fcntl
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -583,7 +584,7 @@ def test_the_pages_with_tables_are_those_that_the_command_writes(tmp_path, monke
     committed = [page.read_text() for page in claims.PAGES]
     pages = [tmp_path / page.name for page in claims.PAGES]
     for page, text in zip(pages, committed):
-        page.write_text(text.replace("**holds**", "**fails**").replace("| edge K=", "| egde K="))
+        page.write_text(re.sub(r"(<!-- [a-z ]+ -->\n)", r"\1an old line\n", text))
     monkeypatch.setattr(sys, "argv", ["claims", "--pages", *map(str, pages)])
     claims.main()
     assert [page.read_text() for page in pages] == committed
