@@ -23,6 +23,7 @@ from experiments import (
     claims,
     frontier,
     heal,
+    learning_rate,
     real_curves,
     real_model,
     staleness,
@@ -440,6 +441,19 @@ def test_what_is_proposed_again_comes_from_the_weights_that_it_should(model_dir)
         for rollout in run.sampler.generator.generate(again):
             start = len(rollout.prompt_ids)
             assert tokens[rollout.row, start : rollout.length].tolist() == rollout.response_ids
+
+
+def test_a_run_that_diverges_has_a_line_in_the_study_of_rates(tmp_path, monkeypatch):
+    def diverges(*_):
+        raise FloatingPointError("gradient norm is inf")
+
+    monkeypatch.setattr(Lagged, "curve", diverges)
+    jobs = [job for job in learning_rate.jobs() if job.loss == "forward KL 16"][:2]
+    path = tmp_path / "rates.csv"
+    lines = learning_rate.make(path, jobs, workers=1)
+    assert [(line["accuracy"], line["reverse_kl"]) for line in lines] == [(0.0, float("inf"))] * 2
+    assert learning_rate.make(path, jobs, workers=1) == lines  # nothing is made twice
+    assert len(set(learning_rate.jobs())) == len(learning_rate.jobs()) == 240
 
 
 @pytest.mark.slow
