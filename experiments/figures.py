@@ -50,7 +50,13 @@ STYLE = {
     "stratified 16+16": ("#A6B727", "P"),
     "stratified 28+4, order of arrival": ("#68AB2D", "P"),
     "stratified 16+16, order of arrival": ("#7D8B1F", "P"),
-    # other forms of a top-K
+    # other forms of a top-K, with a certain K and for all
+    "sparse_reverse_kl": ("#C2185B", "H"),
+    "truncated_reverse_kl": ("#7A1F8C", "*"),
+    "renormalised_top_k": ("#8D6E63", "<"),
+    "centred_top_k": ("#B39DDB", ">"),
+    "bucket_top_k": ("#5D4037", "p"),
+    "score_top_k": ("#BDBDBD", "h"),
     "edge K=32": ("#C2185B", "H"),
     "renormalised K=32": ("#8D6E63", "<"),
     "centred K=32": ("#B39DDB", ">"),
@@ -164,6 +170,26 @@ def draw_against_lag(values: Cells, start: str, metric: str, updates: int, out: 
         axis.set(xlabel="lag, updates", yscale=scale)
     axes[0].set(title="one sample a position", ylabel=f"{label} after {updates} updates")
     axes[1].set(title="more candidates")
+    for axis in axes:
+        label_ends(axis)
+    figure.savefig(out)
+
+
+def draw_forms(values: Cells, forms: dict[str, str], sizes: tuple[int, ...], out: Path):
+    """Reverse KL of every form of a top K against K, a panel for every lag.
+
+    `forms`: name in the study -> loss. The default is drawn as a line over all K.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), sharey=True)
+    figure.subplots_adjust(wspace=0.75)
+    for axis, lag in zip(axes, (0, 8, 32)):
+        cells = {
+            loss: [("weak", f"{form} K={k}", lag) for k in sizes] for form, loss in forms.items()
+        }
+        cells["stratified 16+16"] = [("weak", "stratified 16+16", lag)] * len(sizes)
+        over(axis, values, cells, sizes)
+        axis.set(title=f"lag {lag}", xlabel="K", yscale="log")
+    axes[0].set(ylabel="reverse KL, nats a token")
     for axis in axes:
         label_ends(axis)
     figure.savefig(out)
@@ -363,6 +389,8 @@ def draw_study(results: Path):
         values = cells("staleness", lines, metric)
         for start in ("weak", "strong"):
             draw_against_lag(values, start, metric, updates, results / f"{metric}_{start}.png")
+    values = cells("staleness", lines, "reverse_kl")
+    draw_forms(values, staleness.TOP_K, staleness.TOP_K_SIZES, results / "top_k.png")
     lines = estimators.read(results / "estimators.csv")
     keys = ("bias", "deviation", *(f"error_{m}" for m in estimators.BATCHES))
     tables = {key: cells("estimators", lines, key) for key in keys}
