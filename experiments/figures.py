@@ -321,6 +321,33 @@ def draw_real_model(lines: list[dict], out: Path):
     figure.savefig(out)
 
 
+def draw_rates(lines: list[dict], out: Path):
+    """Final accuracy against lr (2 lag + 1), a panel for every loss, a colour for every lag.
+
+    If the delay of the gradient were all that a lag does, the colours would lie on one curve.
+    """
+    losses = list(dict.fromkeys(line["loss"] for line in lines))
+    figure, axes = plt.subplots(1, len(losses), figsize=(13, 3.4), sharey=True)
+    colours = dict(zip((0, 2, 8, 32), ("#000000", "#1F67AE", "#2BA87F", "#D98300")))
+    for axis, loss in zip(axes, losses):
+        for lag, colour in colours.items():
+            groups = {}
+            for line in lines:
+                if (line["loss"], line["lag"]) == (loss, lag):
+                    groups.setdefault(line["lr"] * (2 * lag + 1), []).append(line["accuracy"])
+            places = sorted(groups)
+            means = [statistics.mean(groups[x]) for x in places]
+            ends = [[end(groups[x]) for x in places] for end in (min, max)]
+            errors = [[m - low for m, low in zip(means, ends[0])]]
+            errors.append([high - m for m, high in zip(means, ends[1])])
+            look = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
+            axis.errorbar(places, means, errors, label=f"lag {lag}", elinewidth=0.8, **look)
+        axis.set(title=LABELS.get(loss, loss), xlabel="lr (2 lag + 1)", xscale="log", ylim=(0, 1))
+    axes[0].set(ylabel="accuracy")
+    axes[0].legend(fontsize=8)
+    figure.savefig(out)
+
+
 def draw_timelines(path: Path, out: Path):
     """Draw a panel for every run of the CSV."""
     runs = {}
@@ -375,7 +402,15 @@ def label_of(fields: dict) -> str:
 
 def draw_study(results: Path):
     # These import torch, which the picture of a run does without.
-    from experiments import estimators, frontier, real_curves, real_model, staleness, two_teachers
+    from experiments import (
+        estimators,
+        frontier,
+        learning_rate,
+        real_curves,
+        real_model,
+        staleness,
+        two_teachers,
+    )
     from experiments.claims import cells
 
     studies = (staleness.METHODS, real_curves.METHODS, real_model.ESTIMATORS, frontier.METHODS)
@@ -406,6 +441,8 @@ def draw_study(results: Path):
     values = cells("real_curves", lines, "reverse_kl")
     draw_real_curves(values, results / "real_curves.png")
     draw_real_model(real_model.read(results / "real_model.csv"), results / "real_model.png")
+    if (results / "learning_rate.csv").exists():
+        draw_rates(learning_rate.read(results / "learning_rate.csv"), results / "learning_rate.png")
     draw_timelines(results / "timelines.csv", results / "timelines.png")
     draw_nodes(results / "simulated_nodes.csv", results / "simulated_nodes.png")
 
