@@ -123,15 +123,23 @@ def test_sparse_reverse_kl_is_exact_where_the_rest_is_like_the_edge(student):
 
 @worth(1)
 def test_sparse_reverse_kl_of_the_example(student):
-    """The example of the handout, and the same position with its first and second id alone."""
+    """Two positions: the handout's example, where the second guess is larger, and its variant.
+
+    With 0.05 for the teacher's last probability, not 0.17, the first guess is the larger one. Then
+    the first and the last id of both positions alone.
+    """
     student_p = [0.5, 0.5, 0.2, 0.1, 0.1]  # column 0 is the emitted token, here the first id
-    teacher_p = [0.55, 0.55, 0.1, 0.1, 0.05]
-    s, t = (torch.tensor([x], dtype=torch.float64).log() for x in (student_p, teacher_p))
+    teacher_p = [[0.55, 0.55, 0.1, 0.1, 0.17], [0.55, 0.55, 0.1, 0.1, 0.05]]
+    s, t = (torch.tensor(x, dtype=torch.float64).log() for x in ([student_p] * 2, teacher_p))
+    whole = [
+        [-0.2272044, 0.0668097, -0.0359099, -0.0889727],
+        [-0.3075853, 0.0346574, -0.0519860, 0.0173287],
+    ]
     for columns, right in (
-        ([0, 1, 2, 3, 4], [-0.0167976, 0.1509724, 0.0061715, 0.0754862]),
-        ([0, 1], [-0.0501677]),
-        ([0, 2], [0.0810930]),
+        ([0, 1, 2, 3, 4], whole),
+        ([0, 1], [[-0.1003353], [-0.1003353]]),
+        ([0, 4], [[-0.0611597], [0.0]]),
     ):
         s_part, t_part = s[:, columns], t[:, columns]
         _, c = answer(student, "sparse_reverse_kl", s_part, t_part, s_part - 1.0)
-        close(c[:, 1:], torch.tensor([right]), f"dL/ds of the top {len(right)}")
+        close(c[:, 1:], torch.tensor(right), f"dL/ds of the top {len(columns) - 1}")
