@@ -198,11 +198,11 @@ class SparseReverseKL(Loss):
     """sum_k sg[e^s (D - m)] s over the sampler's top K, with D = s - t: nothing is drawn.
 
     m stands for the ids outside. With m the mean of D over them, weighted by e^s, the gradient is
-    exact at the logits of the top K. That mean is not known. If m is below it, mass leaks out of
-    the top K. The edge of the top K, all but its first quarter, tells most about the rest: either
-    the mean of D is the edge's, or the mean less the log-ratio of the masses that student and
-    teacher give the set. Both guesses are mostly too low, so m is the larger one. docs/topk.md
-    derives and compares.
+    exact at the logits of the top K. That mean is not known. The edge of the top K, all but its
+    first quarter, tells most about the rest: either the mean of D is the edge's, or the mean less
+    the log-ratio of the masses that student and teacher give the set. If m is too low, mass leaks
+    out of the top K, which then knows even less. So m is the larger guess. docs/topk.md derives
+    and compares.
     """
 
     def __init__(self, config):
