@@ -4,7 +4,8 @@ Letters of shapes: serial.py. Candidates are ids of the vocabulary at which teac
 compared. A position's candidates stand in columns, left to right:
 
     draws   ids drawn from the sampler, with replacement; column 0 is the emitted token
-    top     the K most probable ids of the sampler or, if the loss says so, of the teacher
+    top     the K most probable ids of the sampler or, if the loss says so, of the teacher, in
+            descending order
     tail    ids drawn from the sampler restricted to the ids outside its top K
 
 Losses see three tables [T,C] of natural log-probabilities, float32 or float64. All three are
@@ -15,7 +16,7 @@ normalised over the whole vocabulary, at the temperature of the sampler:
     b  behavior_logp  the density that a candidate was really drawn from, at generation time
 
 A loss returns one value per position [T]. The learner divides their sum by the response tokens of
-the whole update. Nothing is clamped. No padding enters, because positions come from lengths.
+the whole update. No padding enters, because positions come from lengths.
 
 The reverse-KL losses have the form sg[w D] s, where sg stops the gradient. Their gradient is what
 counts and their value means nothing, so every run reports `reverse_kl` beside the loss.
