@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-import experiments.corrections  # noqa: F401  it adds to losses.LOSSES
+import experiments.corrections  # they add to losses.LOSSES
+import experiments.jeffreys_kl  # noqa: F401
 from experiments import heal, study
 from experiments.lagged import Lagged
 from support.config import builtin
@@ -33,6 +34,7 @@ METHODS = {  # name -> settings
     "forward KL + bucket 32": {"loss": "bucket_forward_kl", "top_k": 32},
     "stratified 28+4": {"loss": "stratified_reverse_kl", "top_k": 28, "num_samples": 4},
     "stratified 16+16": {"loss": "stratified_reverse_kl", "top_k": 16, "num_samples": 16},
+    "Jeffreys 16+16": {"loss": "jeffreys_kl", "top_k": 16, "num_samples": 16},
 }
 ONLY_UNDER_LAG = "32 draws, rollout signal, no ratio"  # without lag neither matters
 FORMS = [name for name in METHODS if "K=32" in name or "forward" in name] + ["stratified 16+16"]
