@@ -145,7 +145,7 @@ NOISY = {  # ten seeds
 }
 SEEDS = 5
 STARTS = ("weak", "strong", "hard")
-HARD = (  # on the whole task, at its own learning rate; three seeds
+HARD = (  # on the whole task, at its own learning rate
     "truncated K=32",
     "renormalised K=32",
     "bucket K=32",
@@ -268,7 +268,7 @@ def is_studied(start: str, loss: str, lag: int, seed: int) -> bool:
     From the sixth seed on: only what differs much from seed to seed.
     """
     if start == "hard":
-        return loss in HARD and lag in (0, 8) and seed < 3
+        return loss in HARD and lag in (0, 8) and seed < SEEDS
     if seed >= SEEDS and not (start == "weak" and loss in NOISY):
         return False
     return (start == "weak" or loss in STRONG) and (
