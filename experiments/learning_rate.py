@@ -74,14 +74,14 @@ def make(path: Path, jobs: list[Job], workers: int = 0) -> list[dict]:
     return study.complete(path, COLUMNS, KINDS, read, missing, run, workers)
 
 
-def table(lines: list[dict], key: str = "accuracy") -> str:
+def table(lines: list[dict]) -> str:
     """Markdown: mean accuracy in percent after the last update, a row for every loss and rate."""
     head = " | ".join(f"lag {lag}" for lag in staleness.LAGS)
     rows = [f"| loss | lr | {head} |", "|---|---|" + "---|" * len(staleness.LAGS)]
     for loss in LOSSES:
         for lr in RATES:
             cells = [
-                [line[key] for line in lines if (line["loss"], line["lr"], line["lag"]) == cell]
+                [x["accuracy"] for x in lines if (x["loss"], x["lr"], x["lag"]) == cell]
                 for cell in ((loss, lr, lag) for lag in staleness.LAGS)
             ]
             words = [f"{100 * statistics.mean(cell):.0f}" if cell else "-" for cell in cells]

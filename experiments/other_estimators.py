@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from experiments import heal, real_model, study
+from experiments.estimators import through_softmax
 from experiments.lagged import CPU
 from experiments.real_model import Response, logit_gradient
 from experiments.staleness import TOP_K
-from losses import find, make_loss
+from losses import draw, find, less_others, make_loss
 from support.config import builtin
 from support.data import read_jsonl
 from support.load import load_model, load_tokenizer
@@ -42,11 +43,6 @@ LOSSES = {  # those that losses.py can make
     "8 + 24": {"loss": "stratified_reverse_kl", "top_k": 8, "num_samples": 24},
     **{f"top 32, {form}": {"loss": loss, "top_k": 32} for form, loss in TOP_K.items()},
 }
-
-
-def through_softmax(c: Tensor, s: Tensor) -> Tensor:
-    """Gradient with respect to the logits, from derivatives c [T,V] of the log-probabilities."""
-    return c - s.exp() * c.sum(-1, keepdim=True)
 
 
 def split(r: Response):
@@ -144,8 +140,7 @@ def best_constant(r: Response, generator) -> Tensor:
     weight = tail.exp() * (2 * (r.s - tail.clamp(min=-1e4))).exp() * square
     weight = weight.masked_fill(tail.isinf(), 0.0)
     m = (weight * d).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True)
-    u = points((len(d), DRAWS), generator)
-    ids = find(tail.exp(), u * tail.exp().sum(-1, keepdim=True, dtype=torch.float64))
+    ids = draw(tail.exp(), points((len(d), DRAWS), generator))
     return of_tail(r, ids, tail, m.expand(-1, DRAWS), m)
 
 
@@ -158,8 +153,7 @@ def best_proposal(r: Response, generator) -> Tensor:
     length = (1 - 2 * p + p.square().sum(-1, keepdim=True)).sqrt()  # of e_y - p
     best = outside * (d - m).abs() * length
     best = best / best.sum(-1, keepdim=True)
-    u = points((len(d), DRAWS), generator)
-    ids = find(best, u * best.sum(-1, keepdim=True, dtype=torch.float64))
+    ids = draw(best, points((len(d), DRAWS), generator))
     return of_tail(r, ids, best.log(), m.expand(-1, DRAWS), m)
 
 
@@ -167,12 +161,10 @@ def cut_weights(r: Response, generator) -> Tensor:
     """The default with ratios e^(s - b) of at most 2: biased."""
     _, tail = split(r)
     d = r.s - r.t
-    u = points((len(d), DRAWS), generator)
-    ids = find(tail.exp(), u * tail.exp().sum(-1, keepdim=True, dtype=torch.float64))
+    ids = draw(tail.exp(), points((len(d), DRAWS), generator))
     drawn = d.gather(1, ids)
-    mean = drawn.mean(-1, keepdim=True)
-    others = (mean * DRAWS - drawn) / (DRAWS - 1)
-    return of_tail(r, ids, tail, others, mean, cut=CUT)
+    others = drawn - less_others(drawn)
+    return of_tail(r, ids, tail, others, others.mean(-1, keepdim=True), cut=CUT)
 
 
 OTHERS = {

@@ -319,7 +319,7 @@ def summary(lines: list[dict]) -> str:
 
 
 def table_of_hard(lines: list[dict]) -> str:
-    """Markdown: the same on the whole task."""
+    """Markdown: the same as `table_of_forms`, on the whole task."""
     last = [x for x in lines if x["update"] == 80 and x["start"] == "hard"]
     return as_table(last, HARD, (0, 8))
 
@@ -428,7 +428,9 @@ def main():
     jobs = grid(args.starts, args.losses, args.lags, range(args.seeds))
     if not jobs:
         parser.error(
-            f"nothing to run: from the strong student only {', '.join(STRONG)}, without lag 2"
+            f"nothing to run: --starts strong has {', '.join(STRONG)} without lag 2, "
+            f"hard has {', '.join(HARD)} at lags 0 and 8, "
+            "and the forms of docs/topk.md have no lag 2"
         )
     if args.steps % args.every:
         parser.error(

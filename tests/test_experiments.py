@@ -366,6 +366,7 @@ def test_a_verdict_is_never_more_than_its_comparisons():
     assert claims.verdict(["yes", "collapse"]) == "**holds in part** (1 yes, 1 collapse)"
     assert claims.verdict(["open", "collapse"]) == "**not decided** (1 open, 1 collapse)"
     assert claims.verdict(["not run"]) == "**not run yet**"
+    assert claims.verdict(["yes", "not run"]) == "**holds** so far; 1 not run"
 
 
 def test_margins_ratios_and_metrics_of_which_less_is_better():

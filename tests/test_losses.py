@@ -382,6 +382,12 @@ def test_every_loss_passes_its_own_check(config):
     make_loss(config).check()
 
 
+def test_a_config_may_be_made_where_gradients_are_off():
+    """The check of its loss needs one."""
+    with torch.no_grad():
+        assert builtin(loss="forward_kl", top_k=3).num_candidates == 4
+
+
 def test_a_proposal_without_settings_is_the_emitted_token_alone():
     logits = torch.randn(5, V, generator=torch.Generator().manual_seed(0))
     uniforms = torch.rand(5, 1, dtype=torch.float64)
