@@ -46,7 +46,7 @@ def sparse_reverse_kl(s, t, b, k, first, first_draw, C):
     """
     is_top = (k >= first) & (k < C)
     is_edge = is_top & (k >= first + (C - first) // 4)
-    d = tl.where(is_top, s - t, 0.0)  # elsewhere it may be infinite, and 0 times that is NaN
+    d = s - t
     p = tl.where(is_top, tl.exp(s), 0.0)
     q = tl.where(is_top, tl.exp(t), 0.0)
     s_peak, s_sum = peak_and_sum(s, is_edge)
