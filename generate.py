@@ -35,7 +35,7 @@ from losses import Greedy, Proposal, make_loss
 from model import compute_dtype, flatten_parameters, head_weight, last_hidden
 from support.config import Config, judge
 from support.load import head_factor, load_model, load_tokenizer, shared_vocabulary, stop_ids
-from support.log import Timeline
+from support.log import Timeline, write_samples
 from tickets import may_start
 
 
@@ -235,15 +235,24 @@ class Sampler:
         self.greedy.cache = self.generator.cache  # they take turns
 
     def evaluate(self):
-        """Which of the evaluation prompts the present weights answer correctly: a list of bools.
+        """What the present weights answer to each evaluation prompt, an object of samples.jsonl.
 
         It takes the slots: no rollout may be active.
         """
         rollouts = [Rollout(prompt.ids, i) for i, prompt in enumerate(self.held_out)]
         responses = [rollout.response_ids for rollout in self.greedy.generate(rollouts)]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        answers = [prompt.answer for prompt in self.held_out]
-        return [bool(self.is_correct(*pair)) for pair in zip(texts, answers)]
+        return [
+            {
+                "prompt": prompt.text,
+                "response": text,
+                "answer": prompt.answer,
+                "correct": bool(self.is_correct(text, prompt.answer)),
+                "tokens": len(rollout.weight_version),
+                "logp": float(rollout.behavior_logp.mean()),
+            }
+            for prompt, text, rollout in zip(self.held_out, texts, rollouts)
+        ]
 
 
 # ---- the process ------------------------------------------------------------------------------
@@ -276,8 +285,10 @@ def run(config: Config, channel: Channel, device, number: int, held_out):
         is_due = is_asked and generator.version == int(channel.version)
         if is_due and not generator.active:
             with timeline.span("evaluate"):
+                answers = sampler.evaluate()
                 ours = channel.eval_correct[number : len(held_out) : config.generators]
-                ours.copy_(torch.tensor(sampler.evaluate()))
+                ours.copy_(torch.tensor([answer["correct"] for answer in answers]))
+                write_samples(config, generator.version, answers)
                 channel.eval_done[number] += 1
         started = []
         while waiting and not is_due and may_start(waiting[0].ticket, generator.version, config):

@@ -36,7 +36,7 @@ from support.load import head_factor
 from support.ranks import Ranks
 
 # Metrics that are summed over positions, in the order that Learner.backward returns.
-SUMMED = """loss reverse_kl drift_kl drift_k3
+SUMMED = """loss reverse_kl drift_kl drift_k3 weight weight_squared
     support_mass_student support_mass_teacher""".split()
 
 
@@ -93,6 +93,7 @@ class Learner:
     dtype: torch.dtype  # of the forward pass
     ranks: Ranks = field(default_factory=Ranks)
     version: int = 0
+    shown: tuple = ()  # (rows, s, ids, t, b) of one micro-batch of the last update, to be looked at
 
     def __post_init__(self):
         trained_part(self.model).requires_grad_(True)
@@ -131,10 +132,16 @@ class Learner:
         for number, batch in enumerate(batches, 1):
             if self.ranks.world_size > 1:  # the nodes add their gradients up once, at the end
                 self.student.set_requires_all_reduce(number == passes)
-            sums += self.backward(channel, batch, tokens)
+            own_sums, tables = self.backward(channel, batch, tokens)
+            sums += own_sums
+            if number == 1 + self.version % passes:  # each in turn: they differ in length
+                self.shown = batch, *tables
         sums = sum(self.ranks.gather(sums.numpy(force=True)))
         summed, by_teacher = sums[: len(SUMMED)], sums[len(SUMMED) :].reshape(2, -1)
         metrics = dict(zip(SUMMED, (summed / tokens).tolist()))
+        metrics["ess"] = metrics.pop("weight") ** 2 / metrics.pop("weight_squared")
+        if self.student.loss.sampler_top:
+            metrics["top_overlap"] = sum(part["overlap_sum"] for part in parts) / tokens
         for name, kl, count in zip(self.config.teacher_paths, *by_teacher.tolist()):
             if name and count:
                 metrics[f"reverse_kl/{name}"] = kl / count
@@ -151,12 +158,14 @@ class Learner:
     def describe(self, channel: Channel, rows: list[int]):
         """What the other nodes must know of this node's rows before they train on theirs."""
         lag = self.version - of_responses(channel, rows, channel.weight_version)  # [T]
+        counts = channel.length[rows] - channel.prompt_len[rows]
         return {
             "tokens": len(lag),
             "tickets": channel.ticket[rows].tolist(),
             "truncated": int((channel.finish[rows] == LENGTH).sum()),
             "lag_sum": int(lag.sum()),
             "lag_max": int(lag.max()),
+            "overlap_sum": float((channel.top_overlap[rows] * counts).sum()),
             "passes": max(map(len, self.micro_batches(channel, rows))),
         }
 
@@ -168,8 +177,9 @@ class Learner:
         return [row_batches(channel, by_length[i::ranks], budget) for i in range(ranks)]
 
     def backward(self, channel, rows, tokens):
-        """Add the gradient of one micro-batch; return sums over its positions, float64: SUMMED,
-        the reverse KL of each teacher's positions, and their number.
+        """Add the gradient of one micro-batch; return sums and s, ids, t, b of its positions.
+
+        The sums, float64: SUMMED, the reverse KL of each teacher's positions, and their number.
         """
         total, s, ids, t, b = self.student(channel, rows)
         # Sharding averages over the ranks. One denominator for all asks for a sum.
@@ -180,13 +190,15 @@ class Learner:
             reverse_kl,
             drift,  # k1 estimate of KL(sampler || student)
             (-drift).expm1() + drift,  # k3 estimate: no term is negative
+            (-drift).exp(),  # the importance weight
+            (-2 * drift).exp(),
             self.student.loss.support_probs(ids, s),
             self.student.loss.support_probs(ids, t),
         )
         sums = torch.stack([total.detach(), *(x.sum(dtype=torch.float64) for x in summed)])
         is_of = self.teachers_of(channel, rows).to(s.device)  # [names,T]
         by_teacher = torch.where(is_of, reverse_kl.double(), 0.0).sum(1)
-        return torch.cat([sums, by_teacher, is_of.sum(1)])
+        return torch.cat([sums, by_teacher, is_of.sum(1)]), (s.detach(), ids, t, b)
 
     def teachers_of(self, channel, rows):
         """Whose each response position of `rows` is: bool [teachers,T]."""

@@ -89,7 +89,7 @@ class Serial:
     def accuracy(self):
         """Greedy accuracy of the newest weights on the evaluation prompts."""
         self.pick_up(0)
-        right = self.sampler.evaluate()
+        right = [answer["correct"] for answer in self.sampler.evaluate()]
         return sum(right) / len(right)
 
 

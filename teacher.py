@@ -81,8 +81,9 @@ class Teacher:
     def __post_init__(self):
         self.loss = make_loss(self.config)
         self.cache = TopKCache(self.config.teacher_cache_mb * 2**20)
-        self.own_top = self.loss.teacher_top  # how many of its top ids a forward pass looks up
-        if self.cache.max_bytes and not self.own_top:
+        # How many of its top ids a forward pass looks up: those of the loss, or of the metric.
+        self.own_top = self.loss.teacher_top or self.loss.sampler_top
+        if self.cache.max_bytes and not self.loss.teacher_top:
             # For the cache alone: the more it knows, the likelier is a hit on new candidates.
             self.own_top = min(self.vocab, 4 * self.loss.num_columns)
 
@@ -114,6 +115,7 @@ class Teacher:
         if found is None:
             return False
         logp.copy_(found)
+        self.note_overlap(channel, row, self.cache.entries[key][0][:, 1:])
         return True
 
     def compute(self, channel, rows):
@@ -124,13 +126,26 @@ class Teacher:
         hidden = response_hidden(self.model, channel.as_teacher_reads(), rows)  # [T,F]
         all_ids, all_logp = self.look_up(hidden, wanted)
         counts = [len(ids) for _, ids, _ in views]
-        found = zip(views, all_ids.split(counts), all_logp.split(counts))
-        for (key, ids, logp), row_ids, row_logp in found:
+        found = zip(rows, views, all_ids.split(counts), all_logp.split(counts))
+        for row, (key, ids, logp), row_ids, row_logp in found:
             columns = ids.shape[1]  # the candidates come first, then ids for the cache alone
             ids[:, proposed:] = row_ids[:, proposed:columns]
             logp.copy_(row_logp[:, :columns])
             known = [0, *range(proposed, row_ids.shape[1])]  # the emitted token and the top ids
             self.cache.put(key, row_ids[:, known], row_logp[:, known])
+            self.note_overlap(channel, row, row_ids[:, proposed:])
+
+    def note_overlap(self, channel, row, own_ids):
+        """Which part of the sampler's top K is in the teacher's: the mean over the response.
+
+        own_ids [T,N]: the teacher's top ids, in descending order. Where only one of the two top K
+        is known there is nothing to note.
+        """
+        count = self.loss.sampler_top
+        if count:
+            _, ids, _ = self.views(channel, row)
+            shared = ids[:, self.loss.top, None] == own_ids[:, None, :count]  # [T,K,K]
+            channel.top_overlap[row] = shared.any(-1).float().mean()
 
     def look_up(self, hidden, wanted):
         """Ids int32 [T,C+K] and their log-probabilities: those wanted [T,C], then the top K."""

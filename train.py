@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -39,7 +39,7 @@ from support import checkpoint as on_disk
 from support.config import Config, InputError, from_torchrun, parse, refusal
 from support.data import Prompt, fingerprint, load_prompts
 from support.load import check_models, load_model, load_tokenizer, shared_vocabulary, stop_ids
-from support.log import Log, Timeline
+from support.log import Log, Timeline, announced, write_rollouts
 from support.ranks import Interrupted, Ranks, RoleDied, join
 from support.roles import OUT_OF_MEMORY, Roles, ignore_interrupts, on_interrupt
 from support.roles import role_devices, set_up_process
@@ -63,14 +63,16 @@ class Inputs:
 def read_inputs(config: Config):
     """Check and read everything before a model is loaded. Raises InputError."""
     on_disk.lock_output(config.output)  # until this process ends
-    notes = check_models(config)
+    with announced("checking the models"):
+        notes = check_models(config)
     tokenizer = load_tokenizer("--student", config.path("student"))
     progress = {"started": datetime.now(), "prompts": fingerprint(config), "trained_ahead": []}
     checkpoint = on_disk.check_output(config, progress["prompts"])
     if checkpoint:
         progress = on_disk.read_progress(checkpoint)
     progress["settings"] = asdict(config)
-    prompts, held_out = load_prompts(config, tokenizer, progress["started"])
+    with announced("reading the prompts"):
+        prompts, held_out = load_prompts(config, tokenizer, progress["started"])
     if config.eval_every and len(held_out) < min(20, config.eval_size):
         notes.append(f"accuracy is measured on {len(held_out)} prompts: --eval-prompts gives more")
     for note in notes:
@@ -133,22 +135,23 @@ class Leader:
         """Wait for rollouts, train, publish, issue tickets, evaluate and log, save."""
         config, learner = self.config, self.learner
         self.tickets.issue(learner.version)
-        before = self.evaluate("eval_accuracy_before") if learner.version == 0 else {}
-        log = Log(config, self.channel)
-        while learner.version < config.steps:
-            rows = self.wait_for_rows()
-            metrics = self.train_on(rows)
-            with self.timeline.span("publish"):
-                metrics["publish_seconds"] = learner.publish(self.channel)
-            self.tickets.issue(learner.version)
-            try:
-                if self.is_due(config.eval_every):
-                    before |= self.evaluate("eval_accuracy")
-            finally:  # the update was made, whoever died since
-                log.write(learner.version, metrics | before)
-            if self.is_due(config.save_every):
-                self.save()
-            before = {}
+        with announced("generators and teachers start"):
+            before = self.evaluate("eval_accuracy_before") if learner.version == 0 else {}
+        with closing(Log(config, self.channel)) as log:
+            while learner.version < config.steps:
+                rows = self.wait_for_rows()
+                metrics = self.train_on(rows)
+                with self.timeline.span("publish"):
+                    metrics["publish_seconds"] = learner.publish(self.channel)
+                self.tickets.issue(learner.version)
+                try:
+                    if self.is_due(config.eval_every):
+                        before |= self.evaluate("eval_accuracy")
+                finally:  # the update was made, whoever died since
+                    log.write(learner.version, metrics | before)
+                if self.is_due(config.save_every):
+                    self.save()
+                before = {}
 
     def wait_for_rows(self):
         """The rows of the next update."""
@@ -173,6 +176,8 @@ class Leader:
         with self.timeline.span("update"):
             metrics = self.learner.update(self.channel, rows, parts)
         self.amid_update = False
+        if self.learner.version in (1, self.config.steps) or self.is_due(self.config.save_every):
+            write_rollouts(self.config, self.channel, self.learner, self.inputs.tokenizer)
         self.tickets.trained([ticket for part in parts for ticket in part["tickets"]])
         return metrics
 
@@ -233,7 +238,7 @@ class Leader:
             return
         self.ranks.tell(["save"])
         self.inputs.progress["trained_ahead"] = sorted(self.tickets.trained_ahead)
-        with self.timeline.span("save"):
+        with self.timeline.span("save"), announced("saving"):
             self.learner.save(self.config.output, self.inputs.tokenizer, self.inputs.progress)
         self.saved_version = self.learner.version
         on_disk.drop_old(self.config.output, self.config.keep_checkpoints)
@@ -253,7 +258,8 @@ def run_rank(ranks: Ranks):
     device = devices[ranks.local_rank]
     set_up_process(config, device, len(devices))
     dtype = compute_dtype(config, device)
-    model = load_model(str(checkpoint or config.path("student")), torch.float32, device)
+    with announced("loading the student"):
+        model = load_model(str(checkpoint or config.path("student")), torch.float32, device)
     stops = stop_ids(config.path("student"), inputs.tokenizer, config.stop_token)
     model.generation_config.eos_token_id = sorted(stops)  # of its checkpoints
     with refusal(f"--student {config.student}: its generation_config.json cannot be saved again"):

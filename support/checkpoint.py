@@ -1,7 +1,8 @@
 """Everything that lies on disk: the output directory, checkpoints, what --resume needs of them.
 
     config.yaml      the settings as used
-    metrics.jsonl    an object per update (log.py appends it)
+    metrics.jsonl    an object per update
+    samples.jsonl    answers of evaluations, and rollouts.jsonl: of training (log.py appends all)
     step_N/          a Hugging Face model directory (float32), with two files for --resume:
                      training_state.pt (the optimiser's) and progress.yaml (the run's)
     .lock            keeps a second run out
@@ -58,17 +59,18 @@ def step_of(checkpoint: Path):
 
 
 def start_output(config: Config, checkpoint: Path | None):
-    """Write config.yaml and drop the metrics of updates that will be made again."""
+    """Write config.yaml and drop the lines of updates that will be made again."""
     config.output.mkdir(parents=True, exist_ok=True)
-    metrics = config.output / "metrics.jsonl"
-    kept = metrics_until(step_of(checkpoint), metrics) if checkpoint else []
     write(config.output / "config.yaml", config.dump())
-    write(metrics, "".join(kept))
+    for name in ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl"):
+        path = config.output / name
+        kept = lines_until(step_of(checkpoint), path) if checkpoint else []
+        write(path, "".join(kept))
     (config.output / "trace.json").write_text("[\n")  # each event follows as a line
 
 
-def metrics_until(step: int, path: Path):
-    """The lines of metrics.jsonl up to an update."""
+def lines_until(step: int, path: Path):
+    """The lines of a file of JSON objects up to an update."""
     lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("}\n")]  # a crash may have cut the last one
     with refusal(f"--resume: {path} is damaged, move it away"):

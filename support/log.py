@@ -1,15 +1,25 @@
-"""What a run shows while it goes on: metrics.jsonl, trace.json, the progress line.
+"""What a run shows: metrics.jsonl, trace.json, samples.jsonl, rollouts.jsonl, the progress.
 
 docs/metrics.md defines every metric. The trace has Chrome's event format, one track per role: open
 it in Perfetto to see who waits for whom. It is an array without its end, which viewers allow.
+`python -m experiments.page` makes one page of all four files.
 """
 
 import json
+import sys
 import time
 from collections import deque
 from contextlib import contextmanager
+from itertools import islice
+from threading import Timer
 
+from tqdm import tqdm
+
+from channel import STOP
 from support.config import Config
+
+MORE = {"generator": "--generators", "teacher": "--teachers", "learner": "--nproc-per-node"}
+SHOWN = 4  # prompts of an evaluation, and rollouts of an update, that are written out
 
 # ---- who works when ---------------------------------------------------------------------------
 
@@ -66,7 +76,97 @@ def cache_figures(stats):
     }
 
 
+# ---- text ------------------------------------------------------------------------------------
+
+
+def append(path, lines):
+    """Add lines in one write, so that those of several processes do not mix."""
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def write_samples(config: Config, step: int, answers: list[dict]):
+    """Append to samples.jsonl: a generator's first prompts, and its worst answers to the others.
+
+    `answers`: see Sampler.evaluate. The worst are the wrong ones that the student is surest of.
+    """
+    count = max(1, SHOWN // config.generators)
+    wrong = [answer for answer in answers[count:] if not answer["correct"]]
+    wrong.sort(key=lambda answer: -answer["logp"])
+    chosen = answers[:count] + wrong[:count]
+    append(config.output / "samples.jsonl", [{"step": step, **answer} for answer in chosen])
+
+
+def read_samples(config: Config, step: int):
+    """What the evaluation after update `step` has written, by prompt."""
+    with open(config.output / "samples.jsonl") as file:
+        lines = [json.loads(line) for line in file if line.startswith(f'{{"step": {step},')]
+    return {line["prompt"]: line for line in lines}
+
+
+def one_line(sample):
+    """For the terminal."""
+    verdict = "right" if sample["correct"] else f"wrong, the answer is {sample['answer']!r}"
+    return f"{sample['prompt'][-60:]!r} -> {sample['response'][:80]!r}: {verdict}"
+
+
+def write_rollouts(config: Config, channel, learner, tokenizer):
+    """Append to rollouts.jsonl: a few rollouts of the last update, with all that the loss saw.
+
+    Ids and log-probabilities are lists [T][C]; `columns` says which are draws, top, tail, and
+    `texts` what the ids stand for.
+    """
+    rows, *tables = learner.shown
+    loss = learner.student.loss
+    kinds = {"draws": loss.draws, "top": loss.top, "tail": loss.tail}
+    counts = (channel.length[rows] - channel.prompt_len[rows]).tolist()
+    parts = zip(rows, *(table.cpu().split(counts) for table in tables))
+    lines = []
+    for row, s, ids, t, b in islice(parts, SHOWN):
+        texts = token_texts(ids, tokenizer)
+        lines.append(
+            {
+                "step": learner.version,
+                "prompt": tokenizer.decode(channel.tokens[row, : channel.prompt_len[row]]),
+                "response": tokenizer.decode(ids[:, 0]),
+                "finish": "stop" if channel.finish[row] == STOP else "length",
+                "weight_version": channel.weight_version[row, : len(ids)].tolist(),
+                "columns": {name: [kind.start, kind.stop] for name, kind in kinds.items()},
+                "tokens": [texts[i] for i in ids[:, 0].tolist()],
+                "texts": texts,
+                "candidate_ids": ids.tolist(),
+                "student_logp": rounded(s),
+                "teacher_logp": rounded(t),
+                "behavior_logp": rounded(b),
+            }
+        )
+    append(config.output / "rollouts.jsonl", lines)
+
+
+def token_texts(ids, tokenizer):
+    """{id: its text after another token}. Some tokenizers drop the space of a word at the start."""
+    known = ids.unique().tolist()
+    first = tokenizer.decode(known[:1])
+    pairs = tokenizer.batch_decode([[known[0], i] for i in known])
+    return dict(zip(known, (pair.removeprefix(first) for pair in pairs)))
+
+
+def rounded(table):
+    return [[round(value, 4) for value in row] for row in table.tolist()]
+
+
 # ---- metrics and progress ---------------------------------------------------------------------
+
+
+@contextmanager
+def announced(what: str):
+    """Say what is being done once it has taken two seconds."""
+    timer = Timer(2.0, tqdm.write, [f"{what} ..."])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Log:
@@ -76,12 +176,15 @@ class Log:
         self.config, self.channel = config, channel
         path = config.output / "metrics.jsonl"
         lines = path.read_text().splitlines()
-        before = json.loads(lines[-1])["wall_seconds"] if lines else 0.0  # of the resumed run
+        before = json.loads(lines[-1]) if lines else {"step": 0, "wall_seconds": 0.0}  # if resumed
         self.file = open(path, "a", buffering=1)
-        self.last = time.monotonic()
-        self.started = self.last - before
-        self.seconds = channel.busy.clone()
+        self.last = self.first = time.monotonic()
+        self.started = self.last - before["wall_seconds"]
+        self.seconds = self.first_seconds = channel.busy.clone()
         self.reverse_kl = deque(maxlen=20)
+        self.accuracy = {}  # update -> of the evaluation after it
+        options = {"dynamic_ncols": True, "file": sys.stdout, "disable": not sys.stdout.isatty()}
+        self.bar = tqdm(total=config.steps, initial=before["step"], **options)
 
     def write(self, step, metrics):
         """Append the record of update number `step` and show it."""
@@ -92,39 +195,80 @@ class Log:
         seconds = self.channel.busy.clone()
         busy = (seconds - self.seconds) / elapsed  # of every role
         self.seconds = seconds
-        names = self.config.role_names
-        for role in ("generator", "teacher", "learner"):
-            of_role = [name.startswith(role) for name in names]
-            record[f"{role}_busy"] = float(busy[of_role].mean())
+        record |= {f"{kind}_busy": value for kind, value in self.by_kind(busy).items()}
         record |= cache_figures(self.channel.cache_stats.sum(0))
         if len(self.channel.cache_stats) > 1:  # of each teacher process
             start = self.config.generators
-            for name, part, stats in zip(names[start:], busy[start:], self.channel.cache_stats):
+            names = self.config.role_names[start:]
+            for name, part, stats in zip(names, busy[start:], self.channel.cache_stats):
                 own = {"teacher_busy": float(part), **cache_figures(stats)}
                 label = name.removeprefix("teacher ")
                 record |= {f"{key}/{label}": value for key, value in own.items()}
         record["wall_seconds"] = now - self.started
         self.file.write(json.dumps(record) + "\n")
+        for key, update in (("eval_accuracy_before", 0), ("eval_accuracy", step)):
+            if key in record:
+                self.accuracy[update] = record[key]
         self.show(record)
         self.advise(record)
 
+    def by_kind(self, busy):
+        """The mean of a number of every role, by the kind of role."""
+        names = self.config.role_names
+        kinds = {kind: [name.startswith(kind) for name in names] for kind in MORE}
+        return {kind: float(busy[of_kind].mean()) for kind, of_kind in kinds.items()}
+
     def show(self, record):
         text = (
-            "update {step:4d}/{steps}  reverse KL {reverse_kl:.4f}  {tokens_per_second:.0f} tok/s  "
+            "reverse KL {reverse_kl:.4f}  {tokens_per_second:.0f} tok/s  "
             "lag {lag_mean:.2f}  busy: generator {generator_busy:.0%}, teacher {teacher_busy:.0%}, "
             "learner {learner_busy:.0%}"
-        ).format(**record, steps=self.config.steps)
-        if "eval_accuracy" in record:
-            text += f"  accuracy {record['eval_accuracy']:.1%}"
-        print(text, flush=True)
+        ).format(**record)
+        step, accuracy = record["step"], [*self.accuracy.values()][-1:]
+        if step in self.accuracy or not self.bar.disable:
+            text += "".join(f"  accuracy {share:.1%}" for share in accuracy)
+        if self.bar.disable:
+            print(f"update {step:4d}/{self.config.steps}  {text}", flush=True)
+        else:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        if step in self.accuracy:
+            tqdm.write(one_line(next(iter(read_samples(self.config, step).values()))))
 
     def advise(self, record):
         """Say once what looks wrong, and which option changes it."""
         self.reverse_kl.append(record["reverse_kl"])
         values = list(self.reverse_kl)
         if len(values) == 3 and record["truncated_fraction"] > 0.5:
-            print("note: most responses are cut at --max-new-tokens: raise it")
+            tqdm.write("note: most responses are cut at --max-new-tokens: raise it")
         # Of medians: one noisy update is no rise.
         if len(values) == 20 and sorted(values[10:])[5] > 1.3 * sorted(values[:10])[5] + 0.1:
-            print("note: the reverse KL has risen over 20 updates: lower --lr")
+            tqdm.write("note: the reverse KL has risen over 20 updates: lower --lr")
             self.reverse_kl = deque(maxlen=0)  # say it once
+
+    def close(self):
+        """Say what the updates came to, who held them up, and where to look."""
+        self.bar.close()
+        if self.last == self.first:
+            return
+        elapsed = self.last - self.first
+        busy = self.by_kind((self.seconds - self.first_seconds) / elapsed)
+        busiest = max(busy, key=busy.get)
+        if self.config.max_staleness + self.config.window == 0:
+            advice = "they take turns: --max-staleness 4 lets them overlap"
+        elif min(busy.values()) > 0.7:
+            advice = "the machine is full"
+        elif busy[busiest] < 0.8:
+            advice = "they wait for each other: raise --max-staleness or --window"
+        else:
+            advice = f"the others wait for the {busiest}: {MORE[busiest]} makes more of it"
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in busy.items())
+        print(f"{elapsed:.0f} s of updates, busy: {shares}: {advice}")
+        if self.accuracy:
+            first, *_, last = [*self.accuracy] * 2
+            print(f"accuracy {self.accuracy[first]:.1%} -> {self.accuracy[last]:.1%}")
+            old, new = (read_samples(self.config, step) for step in (first, last))
+            learned = [p for p in new if p in old and old[p]["correct"] < new[p]["correct"]]
+            for prompt in learned[:1]:
+                print(f"before: {one_line(old[prompt])}\nnow:    {one_line(new[prompt])}")
+        print(f"to look at it: python -m experiments.page {self.config.output_dir}")

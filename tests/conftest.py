@@ -176,6 +176,7 @@ def make_table(rollouts, columns: int, max_new: int, max_prompt: int = 64):
         candidate_ids=torch.zeros(rows, max_new, columns, dtype=torch.int32),
         behavior_logp=torch.zeros(rows, max_new, columns),
         teacher_logp=torch.zeros(rows, max_new, columns),
+        top_overlap=torch.zeros(rows),
     )
     for row, rollout in enumerate(rollouts):
         rollout.row = row

@@ -15,6 +15,8 @@ from losses import LOSSES, make_loss
 from model import flatten_parameters, head_weight
 from support.config import builtin
 
+SHORT = {"max_prompt_tokens": 16, "max_new_tokens": MAX_NEW}  # fits 28 tokens a forward pass
+
 
 def new_learner(path, config, **kwargs):
     model = load(path)
@@ -79,7 +81,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_response_tokens(config, famil
 
 @pytest.mark.parametrize("config", [LOSS_CONFIGS[0], LOSS_CONFIGS[-1], LOSS_CONFIGS[-2]], ids=label)
 def test_the_update_does_not_depend_on_micro_batches_or_chunks(config, model_dir):
-    config = replace(config, max_prompt_tokens=16, max_new_tokens=MAX_NEW)
+    config = replace(config, **SHORT)
     table = stale_table(model_dir, config)
     whole = new_learner(model_dir(seed=2), config)
     pieces = new_learner(model_dir(seed=2), replace(config, micro_batch_tokens=28, head_chunk=3))
@@ -156,8 +158,50 @@ def test_lag_is_measured_per_token(model_dir):
     assert metrics["lag_max"] == 3 and metrics["lag_mean"] == pytest.approx(expected)
 
 
+def test_ess_is_that_of_the_importance_weights_of_the_emitted_tokens(model_dir):
+    config = config_for("sampled_reverse_kl", micro_batch_tokens=28, **SHORT)  # several passes
+    table = stale_table(model_dir, config)
+    weights = []
+    for row in ROWS:
+        logp = full_logp(model_dir(seed=2), table, row)
+        for r, step in enumerate(logp):
+            emitted = int(table.candidate_ids[row, r, 0])
+            weights.append(float((step[emitted] - table.behavior_logp[row, r, 0]).exp()))
+    expected = sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
+    metrics = new_learner(model_dir(seed=2), config).update(table, ROWS)
+    assert metrics["ess"] == pytest.approx(expected, rel=1e-4) and 0.01 < expected < 0.9
+    assert "top_overlap" not in metrics and "weight" not in metrics
+
+
+def test_the_overlap_is_a_mean_over_positions(model_dir):
+    config = config_for("sparse_reverse_kl", top_k=5)
+    table = stale_table(model_dir, config)
+    table.top_overlap.copy_(torch.linspace(0, 1, len(ROWS)))
+    counts = (table.length - table.prompt_len).float()
+    metrics = new_learner(model_dir(seed=2), config).update(table, ROWS)
+    assert metrics["top_overlap"] == pytest.approx(float(table.top_overlap @ counts / counts.sum()))
+
+
+def test_every_micro_batch_has_its_turn_to_be_shown(model_dir):
+    config = config_for(
+        "stratified_reverse_kl", top_k=3, num_samples=2, micro_batch_tokens=28, **SHORT
+    )
+    table = stale_table(model_dir, config)
+    learner = new_learner(model_dir(seed=2), config)
+    (batches,) = learner.micro_batches(table, ROWS)
+    assert len(batches) > 2
+    for batch in batches + batches[:1]:
+        with torch.no_grad():
+            expected = learner.student(table, batch)[1:]
+        learner.update(table, ROWS)
+        rows, *tables = learner.shown
+        assert rows == batch and not tables[0].requires_grad
+        for found, wanted in zip(tables, expected, strict=True):
+            torch.testing.assert_close(found, wanted)  # before the update
+
+
 def test_m2po_has_one_bound_for_the_whole_update(model_dir, monkeypatch):
-    sizes = dict(num_samples=3, max_prompt_tokens=16, max_new_tokens=MAX_NEW)
+    sizes = dict(num_samples=3, **SHORT)
     config = corrected("sampled_current_m2po_areal", max_grad_norm=1e9, **sizes)
     table = stale_table(model_dir, config)
     computed, used = [], []

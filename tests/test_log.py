@@ -1,5 +1,7 @@
 """Claims about what a run shows while it goes on."""
 
+import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ from runs import read_trace
 
 from support.checkpoint import start_output
 from support.config import builtin
-from support.log import Log, Timeline
+from support.log import Log, Timeline, announced, read_samples, token_texts, write_samples
 
 
 def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_path, monkeypatch):
@@ -80,3 +82,106 @@ def test_responses_that_are_mostly_cut_are_said_early_and_once(
     log_of(tmp_path, [0.5] * 8, step, truncated_fraction=fraction)
     note = "note: most responses are cut at --max-new-tokens: raise it"
     assert capsys.readouterr().out.count(note) == told
+
+
+def test_of_wrong_answers_those_are_kept_that_the_student_is_surest_of(tmp_path):
+    config = builtin(output_dir=str(tmp_path), generators=2)  # two of each kind then
+    logp = [-9.0, -9.0, -3.0, -1.0, -0.1, -2.0]
+    answers = [
+        {"prompt": str(i), "response": "x", "answer": "y", "correct": i == 4, "logp": value}
+        for i, value in enumerate(logp)
+    ]
+    write_samples(config, 7, answers)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["0", "1", "3", "5"]
+    write_samples(config, 70, answers[:1])
+    assert list(read_samples(config, 7)) == ["0", "1", "3", "5"]
+    assert list(read_samples(config, 70)) == ["0"]
+
+
+class Bytes:
+    """A tokenizer whose decoder drops the space of the first word, as sentencepiece's does."""
+
+    words = {3: " the", 5: " cat", 8: "s"}
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids).removeprefix(" ")
+
+    def batch_decode(self, rows):
+        return [self.decode(row) for row in rows]
+
+
+def test_tokens_keep_the_space_that_some_decoders_drop():
+    assert token_texts(torch.tensor([[5, 8], [8, 3]]), Bytes()) == {3: " the", 5: " cat", 8: "s"}
+
+
+RECORD = {"tokens": 10, "reverse_kl": 0.5, "lag_mean": 0.0, "truncated_fraction": 0.0}
+
+
+def closed_log(tmp_path, busy, **settings):
+    """What a log says at the end of a run of 10 s in which roles were busy for so many seconds."""
+    config = builtin(output_dir=str(tmp_path), **settings)
+    start_output(config, None)
+    channel = SimpleNamespace(busy=torch.zeros(len(busy)), cache_stats=torch.zeros(1, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        clock = iter([0.0, 10.0])
+        patch.setattr("support.log.time", SimpleNamespace(monotonic=lambda: next(clock)))
+        log = Log(config, channel)
+        channel.busy += torch.tensor(busy)
+        log.write(1, RECORD)
+        log.close()
+
+
+@pytest.mark.parametrize(
+    "busy, settings, told",
+    [
+        ([9.0, 2.0, 4.0], {}, "the others wait for the generator: --generators"),
+        ([9.0, 9.0, 2.0, 4.0], {"generators": 2}, "the others wait for the generator"),
+        ([4.0, 9.5, 4.0], {}, "the others wait for the teacher: --teachers"),
+        ([4.0, 2.0, 9.5], {}, "the others wait for the learner: --nproc-per-node"),
+        ([6.0, 2.0, 7.0], {}, "they wait for each other: raise --max-staleness or --window"),
+        ([9.0, 8.0, 9.5], {}, "the machine is full"),
+        ([6.0, 1.0, 3.0], {"max_staleness": 0}, "they take turns: --max-staleness 4"),
+        ([9.0, 1.0, 5.0], {"max_staleness": 0, "window": 1}, "wait for the generator"),
+    ],
+)
+def test_the_end_names_who_held_the_run_up(busy, settings, told, tmp_path, capsys):
+    closed_log(tmp_path, busy, **settings)
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("10 s of updates"))
+    assert told in line
+
+
+def test_a_terminal_gets_one_bar_and_a_file_gets_a_line_for_each_update(
+    tmp_path, monkeypatch, capsys
+):
+    closed_log(tmp_path / "file", [9.0, 2.0, 4.0], steps=3)
+    plain = capsys.readouterr().out
+    assert "update    1/3  reverse KL 0.5000" in plain and "\r" not in plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    closed_log(tmp_path / "terminal", [9.0, 2.0, 4.0], steps=3)
+    bar = capsys.readouterr().out
+    assert "update " not in bar and "1/3 [" in bar and "reverse KL 0.5000" in bar
+
+
+def test_what_takes_two_seconds_is_announced_and_what_does_not_is_not(monkeypatch, capsys):
+    timers = []
+
+    class Timer:
+        def __init__(self, seconds, call, arguments):
+            self.seconds, self.fire = seconds, lambda: self.running and call(*arguments)
+            timers.append(self)
+
+        def start(self):
+            self.running = True
+
+        def cancel(self):
+            self.running = False
+
+    monkeypatch.setattr("support.log.Timer", Timer)
+    with announced("saving"):
+        timers[0].fire()
+    assert timers[0].seconds == 2.0 and capsys.readouterr().out == "saving ...\n"
+    with pytest.raises(ZeroDivisionError), announced("loading"):
+        1 / 0
+    timers[1].fire()
+    assert capsys.readouterr().out == ""

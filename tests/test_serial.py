@@ -2,6 +2,7 @@
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 
@@ -118,3 +119,24 @@ def test_every_token_is_sampled_with_the_weights_of_exactly_lag_updates_ago(
             run.accuracy()
     # So the log-probabilities above tell versions apart.
     assert not torch.allclose(weights[0], weights[1], atol=1e-3)
+
+
+def test_a_sampler_that_gets_no_weights_is_told_from_staleness_by_drift_at_a_lag_of_0(monkeypatch):
+    """Docs/metrics.md: what looks like staleness while `lag_mean` says that there is none."""
+    flags = ["--steps=12", "--lr=1e-3", "--warmup-steps=1", "--micro-batch-tokens=512"]
+    healthy = [run.update() for run in [new_serial(flags, 0)] for _ in range(12)]
+    stale = [run.update() for run in [new_serial(flags, 4)] for _ in range(12)]
+
+    def pick_up(self, behind):  # the version arrives, the weights do not
+        self.sampler.generator.version = self.learner.version - behind
+
+    monkeypatch.setattr(Serial, "pick_up", pick_up)
+    broken = [run.update() for run in [new_serial(flags, 0)] for _ in range(12)]
+    assert all(m["drift_k3"] < 1e-6 and m["ess"] > 0.9999 for m in healthy)
+    for first, *rest in (stale, broken):
+        assert first["drift_k3"] < 1e-6 and first["ess"] > 0.9999
+        assert all(m["drift_k3"] > 0.1 and m["ess"] < 0.95 for m in rest)
+    assert {m["lag_max"] for m in broken} == {0} and stale[-1]["lag_max"] == 4
+    # Staleness has an end, the drift of a sampler without weights has none.
+    late = [statistics.mean(m["drift_k3"] for m in runs[8:]) for runs in (stale, broken)]
+    assert late[1] > 1.5 * late[0]

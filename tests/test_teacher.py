@@ -103,6 +103,28 @@ def test_a_hit_gives_what_the_model_gave(config, model_dir):
         )
 
 
+@pytest.mark.parametrize("cache_mb", [0, 64])
+def test_the_overlap_counts_the_ids_that_are_in_the_top_k_of_both(cache_mb, model_dir):
+    config = builtin(loss="sparse_reverse_kl", top_k=45, teacher_cache_mb=cache_mb)
+    table, teacher = scored_table(model_dir(seed=0), model_dir(seed=1), config)
+    shares = table.top_overlap.tolist()
+    for row in ROWS:
+        tops = [full_logp(model_dir(seed=seed), table, row).topk(45).indices for seed in (0, 1)]
+        both = [len({*s.tolist()} & {*t.tolist()}) for s, t in zip(*tops)]
+        assert shares[row] == pytest.approx(sum(both) / len(both) / 45)
+    assert len(set(shares)) > 2
+    table.top_overlap.zero_()
+    if cache_mb:  # a hit finds the same
+        assert all(teacher.from_cache(table, row) for row in ROWS)
+        assert table.top_overlap.tolist() == shares
+
+
+def test_where_one_of_the_top_k_is_not_known_there_is_no_overlap(model_dir):
+    for config in (LOSS_CONFIGS[0], LOSS_CONFIGS[2]):  # the teacher's top K alone, and draws alone
+        table, _ = scored_table(model_dir(seed=0), model_dir(seed=1), config)
+        assert not table.top_overlap.any()
+
+
 def test_an_id_outside_the_cached_top_k_is_a_miss_and_is_computed():
     cache = TopKCache(10_000)
     cache.put(

@@ -55,6 +55,10 @@ def sync_run(pair, tmp_path_factory):
     return output, finish(start(output, *pair, *SYNC, "--save-every=3", ranks=1))
 
 
+def lines_of(output, name):
+    return [json.loads(line) for line in (output / name).read_text().splitlines()]
+
+
 def comparable(records):
     """Without times, and without counts of a process."""
     ends = ("seconds", "busy", "per_second", "cache_hit_rate", "cache_bytes", "cache_evictions")
@@ -88,7 +92,8 @@ def test_a_synchronous_run_has_no_lag_and_writes_everything(sync_run):
         learner_busy teacher_cache_hit_rate publish_seconds wall_seconds""".split()
     assert all(name in record for record in records for name in wanted)
     files = {path.name for path in output.iterdir()}
-    assert files == {".lock", "config.yaml", "metrics.jsonl", "trace.json", "step_3", "step_6"}
+    written = {"metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "trace.json"}
+    assert files == {".lock", "config.yaml", "step_3", "step_6"} | written
     events = read_trace(output)
     tracks = {e["args"]["name"] for e in events if e["ph"] == "M"}
     assert tracks == {"generator 0", "teacher 0", "learner"}
@@ -99,8 +104,46 @@ def test_a_synchronous_run_has_no_lag_and_writes_everything(sync_run):
 
 def test_every_metric_is_defined_in_docs_metrics(sync_run):
     text = (ROOT / "docs" / "metrics.md").read_text()
-    for record in metrics(sync_run[0]):
-        assert all(f"`{name}`" in text for name in record)
+    for name in ("metrics", "samples", "rollouts"):
+        for record in lines_of(sync_run[0], f"{name}.jsonl"):
+            assert all(f"`{name}`" in text for name in record)
+
+
+def test_every_evaluation_leaves_the_same_prompts_and_the_worst_answers(sync_run):
+    output, text = sync_run
+    samples = lines_of(output, "samples.jsonl")
+    assert sorted({line["step"] for line in samples}) == [0, 3, 6]
+    for step in (0, 3, 6):
+        lines = [line for line in samples if line["step"] == step]
+        assert [line["prompt"] for line in lines[:4]] == [x["prompt"] for x in samples[:4]]
+        assert not any(line["correct"] for line in lines[4:])
+        assert len({line["prompt"] for line in lines}) == len(lines) <= 8
+        if step:
+            assert f"{lines[0]['prompt']!r} -> " in text
+    records = metrics(output)
+    first, last = records[0]["eval_accuracy_before"], records[-1]["eval_accuracy"]
+    assert f"accuracy {first:.1%} -> {last:.1%}" in text
+    assert "they take turns: --max-staleness 4 lets them overlap" in text
+
+
+def test_the_rollouts_of_a_run_hold_all_that_the_loss_saw(sync_run):
+    """Synchronous, so the student that trains is the sampler: its log-probabilities say so."""
+    output, _ = sync_run
+    rollouts = lines_of(output, "rollouts.jsonl")
+    assert [line["step"] for line in rollouts] == [1] * 4 + [3] * 4 + [6] * 4
+    for line in rollouts:
+        count, stop = len(line["tokens"]), line["columns"]["tail"][1]
+        assert set(line["weight_version"]) == {line["step"] - 1}
+        assert "".join(line["tokens"]) == line["response"]
+        names = ("candidate_ids", "student_logp", "teacher_logp", "behavior_logp")
+        ids, s, t, b = (torch.tensor(line[name], dtype=torch.float64) for name in names)
+        assert all(x.shape == (count, stop) for x in (ids, s, t, b))
+        assert [line["texts"][str(int(i))] for i in ids[:, 0]] == line["tokens"]
+        top = slice(*line["columns"]["top"])
+        assert torch.allclose(s[:, top], b[:, top], atol=2e-4) and not torch.allclose(
+            s, t, atol=0.1
+        )
+        assert (s[:, top].diff() <= 0).all() and (s[:, top].exp().sum(-1) < 1.001).all()
 
 
 def test_the_progress_is_one_line_for_each_update(sync_run):
