@@ -13,6 +13,7 @@ Dropout is off: the student that trains is the student that sampled. Left out: L
 pipeline parallelism, torch.compile.
 """
 
+import math
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +39,7 @@ from support.ranks import Ranks
 # Metrics that are summed over positions, in the order that Learner.backward returns.
 SUMMED = """loss reverse_kl drift_kl drift_k3 weight weight_squared
     support_mass_student support_mass_teacher""".split()
+SHOWN = 4  # micro-batches whose tables are kept for rollouts.jsonl
 
 
 class Student(nn.Module):
@@ -129,13 +131,14 @@ class Learner:
         self.optimizer.zero_grad()
         size = len(SUMMED) + 2 * len(self.config.teacher_paths)
         sums = torch.zeros(size, dtype=torch.float64, device=self.model.device)
+        self.shown = []
         for number, batch in enumerate(batches, 1):
             if self.ranks.world_size > 1:  # the nodes add their gradients up once, at the end
                 self.student.set_requires_all_reduce(number == passes)
             own_sums, tables = self.backward(channel, batch, tokens)
             sums += own_sums
-            if number == 1 + self.version % passes:  # each in turn: they differ in length
-                self.shown = batch, *tables
+            if number % math.ceil(passes / SHOWN) == 0:
+                self.shown.append((batch, *tables))
         sums = sum(self.ranks.gather(sums.numpy(force=True)))
         summed, by_teacher = sums[: len(SUMMED)], sums[len(SUMMED) :].reshape(2, -1)
         metrics = dict(zip(SUMMED, (summed / tokens).tolist()))

@@ -6,11 +6,11 @@ it in Perfetto to see who waits for whom. It is an array without its end, which 
 """
 
 import json
+import math
 import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from itertools import islice
 from threading import Timer
 
 from tqdm import tqdm
@@ -116,13 +116,14 @@ def write_rollouts(config: Config, channel, learner, tokenizer):
     Ids and log-probabilities are lists [T][C]; `columns` says which are draws, top, tail, and
     `texts` what the ids stand for.
     """
-    rows, *tables = learner.shown
     loss = learner.student.loss
     kinds = {"draws": loss.draws, "top": loss.top, "tail": loss.tail}
-    counts = (channel.length[rows] - channel.prompt_len[rows]).tolist()
-    parts = zip(rows, *(table.cpu().split(counts) for table in tables))
+    found = []
+    for rows, *tables in learner.shown:
+        counts = (channel.length[rows] - channel.prompt_len[rows]).tolist()
+        found += zip(rows, *(table.cpu().split(counts) for table in tables))
     lines = []
-    for row, s, ids, t, b in islice(parts, SHOWN):
+    for row, s, ids, t, b in found[:: math.ceil(len(found) / SHOWN) or 1]:  # long and short
         texts = token_texts(ids, tokenizer)
         lines.append(
             {

@@ -182,22 +182,22 @@ def test_the_overlap_is_a_mean_over_positions(model_dir):
     assert metrics["top_overlap"] == pytest.approx(float(table.top_overlap @ counts / counts.sum()))
 
 
-def test_every_micro_batch_has_its_turn_to_be_shown(model_dir):
-    config = config_for(
-        "stratified_reverse_kl", top_k=3, num_samples=2, micro_batch_tokens=28, **SHORT
-    )
+@pytest.mark.parametrize("budget, kept", [(1000, [0, 1, 2]), (28, [1, 3, 5])])
+def test_a_few_micro_batches_are_kept_as_the_loss_saw_them(budget, kept, model_dir):
+    config = config_for("stratified_reverse_kl", top_k=3, num_samples=2, **SHORT)
+    config = replace(config, micro_batch_tokens=budget)
     table = stale_table(model_dir, config)
     learner = new_learner(model_dir(seed=2), config)
     (batches,) = learner.micro_batches(table, ROWS)
-    assert len(batches) > 2
-    for batch in batches + batches[:1]:
-        with torch.no_grad():
-            expected = learner.student(table, batch)[1:]
-        learner.update(table, ROWS)
-        rows, *tables = learner.shown
-        assert rows == batch and not tables[0].requires_grad
-        for found, wanted in zip(tables, expected, strict=True):
-            torch.testing.assert_close(found, wanted)  # before the update
+    with torch.no_grad():
+        expected = [learner.student(table, batches[i])[1:] for i in kept]
+    learner.update(table, ROWS)
+    assert [rows for rows, *_ in learner.shown] == [batches[i] for i in kept]
+    for (_, *tables), wanted in zip(learner.shown, expected, strict=True):
+        assert not any(table.requires_grad for table in tables)
+        torch.testing.assert_close(tables, list(wanted))
+    learner.update(table, ROWS)  # drops the old ones
+    assert len(learner.shown) == len(kept)
 
 
 def test_m2po_has_one_bound_for_the_whole_update(model_dir, monkeypatch):
