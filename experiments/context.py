@@ -155,7 +155,8 @@ def main():
     write(args.csv, lines)
     print(summary(lines))
     if importlib.util.find_spec("matplotlib"):
-        from experiments.run_figure import draw_context, read_run
+        from experiments.run_figure import draw_context
+        from experiments.run_files import read_run
 
         draw_context(read_run(args.out / "run"), lines, args.csv.with_suffix(".png"))
 

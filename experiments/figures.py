@@ -13,7 +13,8 @@ import csv
 import statistics
 from pathlib import Path
 
-from experiments.run_figure import Span, draw_run, draw_timeline, keep_window, label_ends, plt
+from experiments.run_figure import draw_run, draw_timeline, keep_window, label_ends, plt
+from experiments.run_files import Span
 
 RESULTS = Path(__file__).parent / "results"
 ARRIVAL = 100  # the window of experiments/frontier.py that means order of arrival

@@ -6,11 +6,11 @@ labels and the timeline. Nothing here imports torch.
 """
 
 import csv
-import json
 import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
+
+from experiments.run_files import ROLES, Span, points_of, rank, read_run, read_trace
 
 try:
     import matplotlib
@@ -25,7 +25,6 @@ plt.rc("font", size=9)
 plt.rc("axes.spines", top=False, right=False)
 plt.rc("savefig", dpi=160, bbox="tight")
 LABEL_POINTS = 8
-ROLES = {"generator": "#0072B2", "teacher": "#009E73", "learner": "#D55E00"}
 ASIDE = ("evaluate", "save")  # work that makes no update, drawn pale
 PANELS = {
     "reverse KL, nats a token": {"": "reverse_kl"},
@@ -37,15 +36,6 @@ ROLLOUTS = 16  # of an update of experiments/context.py
 WIDE = {"color": "#E69F00", "linewidth": 3}  # the mean stays visible on top of the maximum
 THIN = {"color": "#0072B2", "linewidth": 1}
 TEACHERS = ("#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-class Span(NamedTuple):
-    """A stretch of work, in seconds."""
-
-    role: str
-    what: str
-    begin: float
-    end: float
 
 
 def refuse(value: str, wrong: str, fix: str):
@@ -106,30 +96,6 @@ def label_end(axis, line, height: float):
 # ---- who works when ---------------------------------------------------------------------------
 
 
-def objects(path: Path) -> list[dict]:
-    """The JSON objects of a file, one a line. Brackets and a line that was cut off are left out."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            found.append(json.loads(line.rstrip().rstrip(",")))
-        except ValueError:
-            continue
-    return [each for each in found if isinstance(each, dict)]
-
-
-def read_trace(path: Path) -> list[Span]:
-    """The spans of a trace.json, closed or not, in the order they begin. None without the file."""
-    events = objects(path) if path.is_file() else []
-    roles = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
-    spans = []
-    for event in events:
-        if event["ph"] == "X":
-            begin = event["ts"] / 1e6
-            end = begin + event["dur"] / 1e6
-            spans.append(Span(roles[event["tid"]], event["name"], begin, end))
-    return sorted(spans, key=lambda span: span.begin)
-
-
 def middle(spans: list[Span], seconds: float = 2.0) -> list[Span]:
     """The spans of the middle `seconds`, which begin at 0. A run hardly longer is kept whole."""
     first = spans[0].begin
@@ -143,14 +109,6 @@ def middle(spans: list[Span], seconds: float = 2.0) -> list[Span]:
             begin = max(span.begin, first) - first
             kept.append(span._replace(begin=begin, end=min(span.end, last) - first))
     return kept
-
-
-def rank(role: str) -> tuple:
-    """The place of a role from top to bottom: generators by number, teachers by name and number,
-    the learner.
-    """
-    kind, *words = role.split()
-    return list(ROLES).index(kind), *(word.zfill(6) for word in words)  # 2 before 10
 
 
 def draw_timeline(axis, spans: list[Span]):
@@ -183,27 +141,6 @@ def keep_window(traces: dict[str, Path], out: Path):
 
 
 # ---- one run ----------------------------------------------------------------------------------
-
-
-def read_run(run: Path) -> list[dict]:
-    """The records of metrics.jsonl. Exits where the directory is not that of a run."""
-    metrics = run / "metrics.jsonl"
-    if not run.is_dir():
-        refuse(f"--run {run}", "no such directory", "give the --output-dir of a run")
-    if not metrics.is_file():
-        refuse(f"--run {run}", "no metrics.jsonl in it", "give the --output-dir of a run")
-    records = [record for record in objects(metrics) if "step" in record]
-    if not records:
-        refuse(f"--run {run}", "no update in its metrics.jsonl", "let the run make one")
-    return records
-
-
-def points_of(records: list[dict], key: str) -> list[tuple[int, float]]:
-    """(update, value) wherever the metric was measured, before the first update included."""
-    points = [(record["step"], record[key]) for record in records if key in record]
-    metric, slash, teacher = key.partition("/")
-    before = records[0].get(f"{metric}_before{slash}{teacher}")
-    return points if before is None else [(0, before), *points]
 
 
 def panels_of(records: list[dict]) -> dict[str, dict[str, list]]:
@@ -264,7 +201,10 @@ def draw_context(records: list[dict], lines: list[dict], out: Path):
 
 def draw_run(run: Path, out: Path):
     """The timeline shows two seconds or, where updates are slow, as long as six of them take."""
-    records = read_run(run)
+    try:
+        records = read_run(run)
+    except ValueError as error:
+        sys.exit(f"figures: error: --run {error}")
     last = records[-1]
     panels = panels_of(records)
     spans = read_trace(run / "trace.json")
