@@ -108,7 +108,7 @@ class Channel:
     stop = Field(i64, "1")  # leader -> all
     eval_asked = Field(i64, "1")  # leader -> generators; evaluations asked for so far
     eval_done = Field(i64, "D")  # each generator -> leader; evaluations made so far
-    eval_correct = Field(i64, "J")  # generators -> leader; 1: the newest answer is right
+    eval_correct = Field(i64, "J")  # generators -> leader; see generate.JUDGED
     busy = Field(f64, "Q")  # each role its own -> leader; seconds
     cache_stats = Field(i64, "Z 4")  # each teacher -> leader; hits, misses, bytes, evictions
 

@@ -38,6 +38,8 @@ from support.load import head_factor, load_model, load_tokenizer, shared_vocabul
 from support.log import Timeline, write_samples
 from tickets import may_start
 
+JUDGED = {None: -1, False: 0, True: 1}  # verdicts in shared memory; None: there is no answer
+
 
 @dataclass
 class Generator:
@@ -247,7 +249,7 @@ class Sampler:
                 "prompt": prompt.text,
                 "response": text,
                 "answer": prompt.answer,
-                "correct": bool(self.is_correct(text, prompt.answer)),
+                "correct": prompt.answer and bool(self.is_correct(text, prompt.answer)),
                 "tokens": len(rollout.weight_version),
                 "logp": float(rollout.behavior_logp.mean()),
             }
@@ -287,7 +289,7 @@ def run(config: Config, channel: Channel, device, number: int, held_out):
             with timeline.span("evaluate"):
                 answers = sampler.evaluate()
                 ours = channel.eval_correct[number : len(held_out) : config.generators]
-                ours.copy_(torch.tensor([answer["correct"] for answer in answers]))
+                ours.copy_(torch.tensor([JUDGED[answer["correct"]] for answer in answers]))
                 write_samples(config, generator.version, answers)
                 channel.eval_done[number] += 1
         started = []

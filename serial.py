@@ -87,10 +87,10 @@ class Serial:
         self.sampler.generator.version = self.learner.version - behind
 
     def accuracy(self):
-        """Greedy accuracy of the newest weights on the evaluation prompts."""
+        """Greedy accuracy of the newest weights on the evaluation prompts that have answers."""
         self.pick_up(0)
-        right = [answer["correct"] for answer in self.sampler.evaluate()]
-        return sum(right) / len(right)
+        verdicts = [answer["correct"] for answer in self.sampler.evaluate()]
+        return verdicts.count(True) / (len(verdicts) - verdicts.count(None))
 
 
 def train(config: Config):
@@ -98,13 +98,14 @@ def train(config: Config):
         print(f"note: {note}")
     prompts, held_out = load_prompts(config, load_tokenizer("--student", config.path("student")))
     run = Serial(config, config.max_staleness, prompts, held_out)
-    if held_out:
+    has_answers = any(prompt.answer for prompt in held_out)
+    if has_answers:
         print(f"accuracy before training {run.accuracy():.1%}")
     for step in range(1, config.steps + 1):
         metrics = run.update()
         numbers = f"reverse KL {metrics['reverse_kl']:.4f}  lag {metrics['lag_mean']:.2f}"
         print(f"update {step:4d}/{config.steps}  {numbers}")
-    if held_out:
+    if has_answers:
         print(f"accuracy after training {run.accuracy():.1%}")
 
 

@@ -39,7 +39,7 @@ from support import checkpoint as on_disk
 from support.config import Config, InputError, from_torchrun, parse, refusal
 from support.data import Prompt, fingerprint, load_prompts
 from support.load import check_models, load_model, load_tokenizer, shared_vocabulary, stop_ids
-from support.log import Log, Timeline, announced, write_rollouts
+from support.log import Log, Timeline, announced, show_sample, write_rollouts
 from support.ranks import Interrupted, Ranks, RoleDied, join
 from support.roles import OUT_OF_MEMORY, Roles, ignore_interrupts, on_interrupt
 from support.roles import role_devices, set_up_process
@@ -74,7 +74,7 @@ def read_inputs(config: Config):
     with announced("reading the prompts"):
         prompts, held_out = load_prompts(config, tokenizer, progress["started"])
     if config.eval_every and len(held_out) < min(20, config.eval_size):
-        notes.append(f"accuracy is measured on {len(held_out)} prompts: --eval-prompts gives more")
+        notes.append(f"{len(held_out)} prompts to evaluate on: --eval-prompts FILE gives more")
     for note in notes:
         print(f"note: {note}")
     first = prompts[0]
@@ -190,13 +190,15 @@ class Leader:
         while (channel.eval_done < channel.eval_asked).any():
             self.check()
             time.sleep(0.002)
+        show_sample(self.config, self.learner.version)
         right = channel.eval_correct[: len(self.held_out)].double()
-        accuracy = {name: float(right.mean())}
-        for owner in filter(None, self.config.teacher_paths):
-            is_of = [prompt.teacher == owner for prompt in self.held_out]
-            if any(is_of):
-                accuracy[f"{name}/{owner}"] = float(right[is_of].mean())
-        if self.learner.version == 0:
+        accuracy = {}
+        for owner in ("", *filter(None, self.config.teacher_paths)):
+            is_of = torch.tensor([owner in ("", prompt.teacher) for prompt in self.held_out])
+            judged = right[is_of & (right >= 0)]
+            if len(judged):
+                accuracy[f"{name}/{owner}".rstrip("/")] = float(judged.mean())
+        if accuracy and self.learner.version == 0:
             print(f"accuracy before training {accuracy[name]:.1%}")
         return accuracy
 

@@ -17,6 +17,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -149,6 +150,18 @@ def pair_flags(out: Path, batch_size: int):
     ]
 
 
+def train_flags(args):
+    """Flags of train.py for the run that the command line wants."""
+    return [
+        *pair_flags(args.out, args.batch_size),
+        f"--output-dir={args.out}/run",
+        f"--steps={args.steps}",
+        f"--lr={args.lr}",
+        "--save-every=20",
+        *args.flags.split(),
+    ]
+
+
 def respond(student: Path, prompts: list[list[int]], longest_prompt: int = 64) -> list[Rollout]:
     """One sampled response of a model to each prompt, given as ids."""
     config = builtin(max_prompt_tokens=longest_prompt, max_new_tokens=NEW_TOKENS)
@@ -202,24 +215,21 @@ def main():
     parser.add_argument(
         "--flags", default="", help='further flags of train.py: --flags="--save-every=20 --seed=1"'
     )
+    parser.add_argument("--only-models", action="store_true", help="write the pair, and no more")
     args = parser.parse_args()
     out = args.out
     prepare(out)
+    if args.only_models:
+        args.out = Path(os.path.relpath(out))
+        print(f"{args.out}: teacher/, student/, prompts.jsonl, held_out.jsonl; to train on them:")
+        print(" ".join(["python train.py", *train_flags(args)]))
+        return
     prompts = read_jsonl(
         str(out / "held_out.jsonl"), load_tokenizer("--student", str(out / "student")), 64
     )
     print("before:")
     before = reverse_kl_of_prompts(out / "student", out / "teacher", prompts)
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        *pair_flags(out, args.batch_size),
-        f"--output-dir={out}/run",
-        f"--steps={args.steps}",
-        f"--lr={args.lr}",
-        "--save-every=20",
-        *args.flags.split(),
-    ]
+    command = [sys.executable, str(ROOT / "train.py"), *train_flags(args)]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True)
     print("after:")

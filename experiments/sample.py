@@ -1,11 +1,16 @@
-"""Sample from a checkpoint: `python -m experiments.sample --model DIR --prompts FILE.jsonl`.
+"""What models say: `python -m experiments.sample --model DIR [DIR ...] --prompts FILE.jsonl`.
 
-Prints one JSON object per prompt on stdout and, where there are answers, the accuracy on stderr.
+Prints every prompt with the response of each model below it and, where there are answers, right or
+wrong and the accuracy. `--json` prints an object per prompt and model, for programs, and the
+accuracy on stderr.
 """
 
 import argparse
 import json
+import shutil
 import sys
+import textwrap
+from pathlib import Path
 
 import torch
 
@@ -27,8 +32,10 @@ def parse_args():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--model", required=True, help="directory or hub id; builtin: the shipped student")
-    option("--prompts", required=True, help="JSONL, as for train.py")
+    option("--model", nargs="+", required=True, help="directories or hub ids; builtin: the student")
+    option("--prompts", default="builtin", help="JSONL, as for train.py; builtin: running sums")
+    option("--first", type=int, help="how many prompts; 0: all; default 10, with --json all")
+    option("--json", action="store_true", help="an object per prompt and model")
     option("--temperature", type=float, default=1.0, help="softmax temperature; 0: greedy")
     option("--max-prompt-tokens", type=int, default=2048, help="longest prompt, tokens")
     option("--drop-long-prompts", action="store_true", help="leave longer prompts out")
@@ -41,6 +48,10 @@ def parse_args():
     new_tokens = 1 if args.max_new_tokens is None else args.max_new_tokens
     if min(args.max_prompt_tokens, new_tokens, args.slots) < 1:
         parser.error("--max-prompt-tokens, --max-new-tokens and --slots are at least 1")
+    if args.first is None:
+        args.first = 0 if args.json else 10
+    if args.first < 0:
+        parser.error("--first is at least 0")
     if not 0 <= args.temperature < float("inf") or not 0 <= args.seed < 2**32:
         parser.error("--temperature and --seed are at least 0 and finite")
     if 0 < args.temperature < 0.001:
@@ -48,14 +59,14 @@ def parse_args():
     return args
 
 
-def sample(args):
-    """Yield (prompt, finished rollout, response text) for every prompt of the file, in order."""
+def sample(args, model):
+    """(prompt, finished rollout, response text) for every prompt of the file, in order."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = builtin(student=args.model).path("student")
+    path = builtin(student=model).path("student")
     tokenizer = load_tokenizer("--model", path)
-    prompts = read_jsonl(
-        args.prompts, tokenizer, args.max_prompt_tokens, drop_long=args.drop_long_prompts
-    )
+    file = builtin().path("eval_prompts") if args.prompts == "builtin" else args.prompts
+    prompts = read_jsonl(file, tokenizer, args.max_prompt_tokens, drop_long=args.drop_long_prompts)
+    prompts = prompts[: args.first or len(prompts)]
     longest = max(len(prompt.ids) for prompt in prompts)
     positions = getattr(text_config(path), "max_position_embeddings", None) or longest + 256
     max_new_tokens = args.max_new_tokens or max(1, min(256, positions - longest))
@@ -81,8 +92,9 @@ def sample(args):
     slots = min(args.slots, len(prompts))
     generator = Generator(model, proposal, config, stops, vocab, slots)
     rollouts = [Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)]
-    for prompt, rollout in zip(prompts, generator.generate(rollouts)):
-        yield prompt, rollout, tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+    generator.generate(rollouts)
+    texts = [tokenizer.decode(x.response_ids, skip_special_tokens=True) for x in rollouts]
+    return list(zip(prompts, rollouts, texts))
 
 
 def check_memory(config, device, dtype):
@@ -98,27 +110,64 @@ def check_memory(config, device, dtype):
     )
 
 
+def result_of(model, prompt, rollout, response, is_correct):
+    """One response as an object."""
+    result = {
+        "model": model,
+        "prompt": prompt.text,
+        "response": response,
+        "tokens": len(rollout.response_ids),
+        "finish": "stop" if rollout.finish == STOP else "length",
+    }
+    if prompt.answer is not None:
+        result |= {"answer": prompt.answer, "correct": is_correct(response, prompt.answer)}
+    return result
+
+
+def question(prompt) -> str:
+    """What the user says last, or the text."""
+    _, row = prompt.source
+    return row["messages"][-1]["content"] if "messages" in row else row["prompt"]
+
+
+def show(prompt, results, names):
+    """The prompt, and below it what every model says to it."""
+    answer = f"   (answer: {prompt.answer})" if prompt.answer is not None else ""
+    print(f"{question(prompt)}{answer}")
+    indent = 4 + max(map(len, names))
+    width = max(40, min(shutil.get_terminal_size().columns, 110)) - indent
+    for name, result in zip(names, results):
+        verdict = {True: "  [right]", False: "  [wrong]"}.get(result.get("correct"), "")
+        cut = " ..." if result["finish"] == "length" else ""
+        text = f"{result['response']}{cut}{verdict}"
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width)] or [""]
+        print(f"  {name:{indent - 2}}" + f"\n{' ' * indent}".join(lines))
+    print(flush=True)
+
+
 def main():
     args = parse_args()
-    correct = []
+    names = [Path(model).name for model in args.model]
+    names = names if len(set(names)) == len(names) else args.model
     try:
         is_correct = judge(builtin(answers=args.answers))
-        for prompt, rollout, response in sample(args):
-            result = {
-                "prompt": prompt.text,
-                "response": response,
-                "tokens": len(rollout.response_ids),
-                "finish": "stop" if rollout.finish == STOP else "length",
-            }
-            if prompt.answer is not None:
-                correct.append(is_correct(response, prompt.answer))
-                result |= {"answer": prompt.answer, "correct": correct[-1]}
-            print(json.dumps(result, ensure_ascii=False))
+        found = [sample(args, model) for model in args.model]
     except ValueError as error:
         sys.exit(f"experiments.sample: {error}")
-    if correct:
-        share = f"{sum(correct) / len(correct):.1%}"
-        print(f"{sum(correct)} of {len(correct)} answers correct ({share})", file=sys.stderr)
+    right = {name: [] for name in names}
+    for responses in zip(*found):
+        results = [result_of(*x, is_correct) for x in zip(args.model, *zip(*responses))]
+        for name, result in zip(names, results):
+            if "correct" in result:
+                right[name].append(result["correct"])
+        if args.json:
+            print("\n".join(json.dumps(result, ensure_ascii=False) for result in results))
+        else:
+            show(responses[0][0], results, names)
+    for name, verdicts in right.items():
+        if verdicts:
+            share = f"{sum(verdicts)} of {len(verdicts)} ({sum(verdicts) / len(verdicts):.1%})"
+            print(f"{name}: {share} answers correct", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class Prompt:
 
 
 def load_prompts(config: Config, tokenizer, started: datetime | None = None):
-    """(training prompts, evaluation prompts). No evaluation prompt occurs in training.
+    """(training prompts, evaluation prompts). No evaluation prompt occurs in training. Those
+    without an answer are not judged: samples.jsonl shows what the student says to them.
 
     `started`: when the run began; None: now. Chat templates that print the date print that one.
     """
@@ -58,8 +59,6 @@ def load_prompts(config: Config, tokenizer, started: datetime | None = None):
         if config.path("eval_prompts"):
             held_out = read_jsonl(config.path("eval_prompts"), tokenizer, *options)
             held_out = [named(prompt, config) for prompt in held_out]
-    fix = "every evaluation prompt needs an `answer`"
-    require(all(p.answer is not None for p in held_out), f"{config.path('eval_prompts')}: {fix}")
     seen = {prompt.text for prompt in held_out}
     train = [prompt for prompt in train if prompt.text not in seen]
     require(train, f"{config.path('prompts')}: all are evaluation prompts, give it more")

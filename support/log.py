@@ -11,6 +11,7 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager
+from itertools import islice
 from threading import Timer
 
 from tqdm import tqdm
@@ -91,7 +92,7 @@ def write_samples(config: Config, step: int, answers: list[dict]):
     `answers`: see Sampler.evaluate. The worst are the wrong ones that the student is surest of.
     """
     count = max(1, SHOWN // config.generators)
-    wrong = [answer for answer in answers[count:] if not answer["correct"]]
+    wrong = [answer for answer in answers[count:] if answer["correct"] is False]
     wrong.sort(key=lambda answer: -answer["logp"])
     chosen = answers[:count] + wrong[:count]
     append(config.output / "samples.jsonl", [{"step": step, **answer} for answer in chosen])
@@ -104,10 +105,16 @@ def read_samples(config: Config, step: int):
     return {line["prompt"]: line for line in lines}
 
 
+def show_sample(config: Config, step: int):
+    """Print the first prompt of an evaluation and what the student says to it."""
+    for sample in islice(read_samples(config, step).values(), 1):
+        tqdm.write(one_line(sample))
+
+
 def one_line(sample):
-    """For the terminal."""
-    verdict = "right" if sample["correct"] else f"wrong, the answer is {sample['answer']!r}"
-    return f"{sample['prompt'][-60:]!r} -> {sample['response'][:80]!r}: {verdict}"
+    wrong = f": wrong, the answer is {sample['answer']!r}"
+    verdict = {None: "", True: ": right", False: wrong}[sample["correct"]]
+    return f"{sample['prompt'][-60:]!r} -> {sample['response'][:80]!r}{verdict}"
 
 
 def write_rollouts(config: Config, channel, learner, tokenizer):
@@ -233,8 +240,6 @@ class Log:
         else:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
-        if step in self.accuracy:
-            tqdm.write(one_line(next(iter(read_samples(self.config, step).values()))))
 
     def advise(self, record):
         """Say once what looks wrong, and which option changes it."""
@@ -257,19 +262,18 @@ class Log:
         busiest = max(busy, key=busy.get)
         if self.config.max_staleness + self.config.window == 0:
             advice = "they take turns: --max-staleness 4 lets them overlap"
-        elif min(busy.values()) > 0.7:
-            advice = "the machine is full"
         elif busy[busiest] < 0.8:
             advice = "they wait for each other: raise --max-staleness or --window"
         else:
-            advice = f"the others wait for the {busiest}: {MORE[busiest]} makes more of it"
+            fix = f"{MORE[busiest]} where cores or GPUs are left"
+            advice = f"the others wait for the {busiest}: raise {fix}"
         shares = ", ".join(f"{kind} {share:.0%}" for kind, share in busy.items())
         print(f"{elapsed:.0f} s of updates, busy: {shares}: {advice}")
         if self.accuracy:
-            first, *_, last = [*self.accuracy] * 2
+            first, last = min(self.accuracy), max(self.accuracy)
             print(f"accuracy {self.accuracy[first]:.1%} -> {self.accuracy[last]:.1%}")
             old, new = (read_samples(self.config, step) for step in (first, last))
-            learned = [p for p in new if p in old and old[p]["correct"] < new[p]["correct"]]
-            for prompt in learned[:1]:
+            wrong = [prompt for prompt in old if old[prompt]["correct"] is False]
+            for prompt in [p for p in wrong if p in new and new[p]["correct"]][:1]:
                 print(f"before: {one_line(old[prompt])}\nnow:    {one_line(new[prompt])}")
         print(f"to look at it: python -m experiments.page {self.config.output_dir}")

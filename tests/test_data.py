@@ -201,8 +201,8 @@ def test_evaluation_prompts_never_occur_in_training(tmp_path, tokenizer):
     train, held = load_prompts(builtin(prompts=path, eval_prompts=held_path), tokenizer)
     assert [p.text for p in held] == ["5+5="] and "5+5=" not in {p.text for p in train}
     no_answer = write_lines(tmp_path / "n.jsonl", {"prompt": "5+5="})
-    with pytest.raises(InputError, match="every evaluation prompt needs an `answer`"):
-        load_prompts(builtin(prompts=path, eval_prompts=no_answer), tokenizer)
+    train, held = load_prompts(builtin(prompts=path, eval_prompts=no_answer), tokenizer)
+    assert [p.answer for p in held] == [None]  # to be looked at
     with pytest.raises(InputError, match="e.jsonl: all are evaluation prompts, give it more"):
         load_prompts(builtin(prompts=held_path, eval_prompts=held_path), tokenizer)
     assert load_prompts(builtin(prompts=no_answer), tokenizer)[1] == []

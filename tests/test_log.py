@@ -135,12 +135,11 @@ def closed_log(tmp_path, busy, **settings):
 @pytest.mark.parametrize(
     "busy, settings, told",
     [
-        ([9.0, 2.0, 4.0], {}, "the others wait for the generator: --generators"),
+        ([9.0, 2.0, 4.0], {}, "the others wait for the generator: raise --generators"),
         ([9.0, 9.0, 2.0, 4.0], {"generators": 2}, "the others wait for the generator"),
-        ([4.0, 9.5, 4.0], {}, "the others wait for the teacher: --teachers"),
-        ([4.0, 2.0, 9.5], {}, "the others wait for the learner: --nproc-per-node"),
+        ([3.0, 9.5, 2.0], {}, "the others wait for the teacher: raise --teachers"),
+        ([4.0, 2.0, 9.5], {}, "the others wait for the learner: raise --nproc-per-node"),
         ([6.0, 2.0, 7.0], {}, "they wait for each other: raise --max-staleness or --window"),
-        ([9.0, 8.0, 9.5], {}, "the machine is full"),
         ([6.0, 1.0, 3.0], {"max_staleness": 0}, "they take turns: --max-staleness 4"),
         ([9.0, 1.0, 5.0], {"max_staleness": 0, "window": 1}, "wait for the generator"),
     ],
@@ -185,3 +184,24 @@ def test_what_takes_two_seconds_is_announced_and_what_does_not_is_not(monkeypatc
         1 / 0
     timers[1].fire()
     assert capsys.readouterr().out == ""
+
+
+def test_the_end_shows_a_prompt_that_was_wrong_and_is_right_now(tmp_path, capsys):
+    config = builtin(output_dir=str(tmp_path))
+    start_output(config, None)
+    log = Log(config, SimpleNamespace(busy=torch.zeros(3), cache_stats=torch.zeros(1, 4)))
+    verdicts = {0: (None, True, False, False), 50: (None, True, True, False)}
+    for step, correct in verdicts.items():
+        answers = [
+            {"prompt": f"p{i}", "response": f"r{i} at {step}", "answer": "x", "correct": verdict}
+            for i, verdict in enumerate(correct)
+        ]
+        write_samples(config, step, [answer | {"logp": -1.0} for answer in answers])
+    log.write(49, RECORD | {"eval_accuracy_before": 0.25})
+    log.write(50, RECORD | {"eval_accuracy": 0.5})
+    log.close()
+    out = capsys.readouterr().out.splitlines()
+    place = out.index("accuracy 25.0% -> 50.0%")
+    assert out[place + 1] == "before: 'p2' -> 'r2 at 0': wrong, the answer is 'x'"
+    assert out[place + 2] == "now:    'p2' -> 'r2 at 50': right"
+    assert out[place + 3].startswith("to look at it: ")

@@ -175,7 +175,9 @@ const at = (element, x, y) => {
 };
 const text = selector => document.querySelector(selector).textContent;
 const range = () => document.querySelector(".time").nextSibling.textContent;
-const point = element => element.dispatchEvent(new PointerEvent("pointermove", at(element, .5, .5)));
+const move = (element, x, y) =>
+  element.dispatchEvent(new PointerEvent("pointermove", at(element, x, y)));
+const point = element => move(element, .5, .5);
 const panel = document.querySelector(".panel canvas");
 result.legend = text(".panel .legend");
 point(panel);
@@ -189,7 +191,7 @@ for (let i = 0; i < 8; i++) {
 result.zoomed = range();
 result.repainted = time.toDataURL() !== pixels;
 time.dispatchEvent(new PointerEvent("pointerdown", at(time, .5, .2)));
-time.dispatchEvent(new PointerEvent("pointermove", at(time, .3, .2)));
+move(time, .3, .2);
 window.dispatchEvent(new PointerEvent("pointerup"));
 result.moved = range();
 time.dispatchEvent(new MouseEvent("dblclick", at(time, .5, .2)));
@@ -197,7 +199,7 @@ result.back = range();
 const box = time.getBoundingClientRect();
 const tips = new Set();
 for (let x = 0; x < 400; x++) {
-  time.dispatchEvent(new PointerEvent("pointermove", at(time, .5 + x / 1000, 12 / box.height)));
+  move(time, .5 + x / 1000, 12 / box.height);
   tips.add(text(".tip").split(",")[0]);
 }
 result.tips = [...tips].sort();

@@ -9,7 +9,7 @@ from experiments.sample import main
 
 
 def sample(monkeypatch, capsys, *flags):
-    monkeypatch.setattr("sys.argv", ["experiments.sample", *flags])
+    monkeypatch.setattr("sys.argv", ["experiments.sample", "--json", *flags])
     main()
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
@@ -82,3 +82,29 @@ def test_the_command_line_names_the_least_temperature(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         sample(monkeypatch, capsys, "--model=x", "--prompts=y", "--temperature=0.0005")
     assert "--temperature is 0 (greedy) or at least 0.001" in capsys.readouterr().err
+
+
+def test_two_models_are_shown_side_by_side_for_people(monkeypatch, capsys, tmp_path):
+    rows = [{"prompt": "a10+b10=", "answer": "b020"}, {"prompt": "a10+b11="}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = [f"{ROOT}/assets/student", f"{ROOT}/assets/teacher"]
+    flags = ["--temperature=0", "--max-new-tokens=8", f"--prompts={tmp_path}/p.jsonl"]
+    monkeypatch.setattr("sys.argv", ["experiments.sample", "--model", *models, *flags])
+    main()
+    out, errors = capsys.readouterr()
+    blocks = out.strip().split("\n\n")
+    assert len(blocks) == 2
+    first = blocks[0].splitlines()
+    assert first[0] == "a10+b10=   (answer: b020)"
+    assert first[1].startswith("  student  b") and first[2] == "  teacher  b020  [right]"
+    assert "right" not in blocks[1] and "teacher: 1 of 1 (100.0%) answers correct" in errors
+    monkeypatch.setattr("sys.argv", ["experiments.sample", "--model", *models, *flags, "--first=1"])
+    main()
+    assert capsys.readouterr().out.strip() == blocks[0]
+
+
+def test_without_a_file_the_prompts_are_those_of_the_built_in_task(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["experiments.sample", "--model=builtin", "--first=3"])
+    main()
+    out = capsys.readouterr().out
+    assert out.count("(answer: b") == 3 and out.count("[right]") + out.count("[wrong]") == 3

@@ -483,6 +483,12 @@ def test_the_accuracy_of_each_teacher_is_that_of_its_own_prompts(new_leader):
     assert leader.evaluate("eval_accuracy") == {
         "eval_accuracy": 2 / 5, "eval_accuracy/a": 0.0, "eval_accuracy/b": 2 / 3
     }  # fmt: skip
+    leader.channel.eval_correct[:5] = torch.tensor([1, -1, -1, 0, -1])  # without an answer
+    leader.channel.eval_done += 1
+    assert leader.evaluate("x") == {"x": 1 / 2, "x/b": 1 / 2}
+    leader.channel.eval_correct[:5] = -1
+    leader.channel.eval_done += 1
+    assert leader.evaluate("x") == {}
     leader = new_leader(held_out=held_out, teacher="x")
     leader.channel.eval_done += 1
     assert list(leader.evaluate("eval_accuracy")) == ["eval_accuracy"]
@@ -630,7 +636,7 @@ def test_a_run_whose_prompts_have_changed_is_not_resumed(pair, tmp_path, monkeyp
     torch.save({}, checkpoint / "training_state.pt")
     (checkpoint / "progress.yaml").write_text(yaml.safe_dump(first.progress))
     again = train.read_inputs(replace(config, resume=True, eval_every=5))
-    few = "note: accuracy is measured on 0 prompts: --eval-prompts gives more"
+    few = "note: 0 prompts to evaluate on: --eval-prompts FILE gives more"
     assert capsys.readouterr().out.count(few) == 1  # not where nothing is to be evaluated
     assert first.checkpoint is None and again.checkpoint == checkpoint
     prompts.write_text(prompts.read_text() + '{"prompt": "7+8="}\n')
