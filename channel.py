@@ -100,7 +100,7 @@ class Channel:
     candidate_ids = Field(i32, "R M C")  # generator; teacher: its own top K -> teacher, learner
     behavior_logp = Field(f32, "R M C")  # generator -> learner
     teacher_logp = Field(f32, "R M C")  # teacher -> learner
-    top_overlap = Field(f32, "R")  # teacher -> learner; see Teacher.note_overlap
+    top_overlap = Field(f32, "R")  # teacher -> learner; see Teacher.overlap
     # the mailbox: version v lies in weights[v % 2]
     version = Field(i64, "1")  # leader -> generator
     weights = Field(None, "2 P")  # leader -> generator

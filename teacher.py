@@ -115,7 +115,7 @@ class Teacher:
         if found is None:
             return False
         logp.copy_(found)
-        self.note_overlap(channel, row, self.cache.entries[key][0][:, 1:])
+        channel.top_overlap[row] = self.overlap(ids, self.cache.entries[key][0][:, 1:]).mean()
         return True
 
     def compute(self, channel, rows):
@@ -126,26 +126,23 @@ class Teacher:
         hidden = response_hidden(self.model, channel.as_teacher_reads(), rows)  # [T,F]
         all_ids, all_logp = self.look_up(hidden, wanted)
         counts = [len(ids) for _, ids, _ in views]
-        found = zip(rows, views, all_ids.split(counts), all_logp.split(counts))
-        for row, (key, ids, logp), row_ids, row_logp in found:
+        overlap = self.overlap(wanted, all_ids[:, proposed:])  # [T]
+        tables = (table.split(counts) for table in (all_ids, all_logp, overlap))
+        for row, (key, ids, logp), row_ids, row_logp, shares in zip(rows, views, *tables):
             columns = ids.shape[1]  # the candidates come first, then ids for the cache alone
             ids[:, proposed:] = row_ids[:, proposed:columns]
             logp.copy_(row_logp[:, :columns])
             known = [0, *range(proposed, row_ids.shape[1])]  # the emitted token and the top ids
             self.cache.put(key, row_ids[:, known], row_logp[:, known])
-            self.note_overlap(channel, row, row_ids[:, proposed:])
+            channel.top_overlap[row] = shares.mean()
 
-    def note_overlap(self, channel, row, own_ids):
-        """Which part of the sampler's top K is in the teacher's: the mean over the response.
+    def overlap(self, ids, own_ids):
+        """Which part of the sampler's top K is in the teacher's: [T]. Without the former, nothing.
 
-        own_ids [T,N]: the teacher's top ids, in descending order. Where only one of the two top K
-        is known there is nothing to note.
+        ids [T,C]: the candidates. own_ids [T,N]: the teacher's top ids, in descending order.
         """
-        count = self.loss.sampler_top
-        if count:
-            _, ids, _ = self.views(channel, row)
-            shared = ids[:, self.loss.top, None] == own_ids[:, None, :count]  # [T,K,K]
-            channel.top_overlap[row] = shared.any(-1).float().mean()
+        shared = ids[:, self.loss.top, None] == own_ids[:, None, : self.loss.sampler_top]
+        return shared.any(-1).float().mean(-1)  # shared is [T,K,K]
 
     def look_up(self, hidden, wanted):
         """Ids int32 [T,C+K] and their log-probabilities: those wanted [T,C], then the top K."""

@@ -173,6 +173,15 @@ def test_ess_is_that_of_the_importance_weights_of_the_emitted_tokens(model_dir):
     assert "top_overlap" not in metrics and "weight" not in metrics
 
 
+@pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
+def test_losses_without_a_top_k_of_the_sampler_have_no_overlap(config, model_dir):
+    table = frozen_table(model_dir(seed=0), model_dir(seed=1), config)
+    metrics = new_learner(model_dir(seed=2), config).update(table, ROWS)
+    has_top = config.loss in ("sparse_reverse_kl", "stratified_reverse_kl")
+    assert ("top_overlap" in metrics) == has_top
+    assert not has_top or 0 <= metrics["top_overlap"] < 0.5
+
+
 def test_the_overlap_is_a_mean_over_positions(model_dir):
     config = config_for("sparse_reverse_kl", top_k=5)
     table = stale_table(model_dir, config)

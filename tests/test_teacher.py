@@ -119,12 +119,6 @@ def test_the_overlap_counts_the_ids_that_are_in_the_top_k_of_both(cache_mb, mode
         assert table.top_overlap.tolist() == shares
 
 
-def test_where_one_of_the_top_k_is_not_known_there_is_no_overlap(model_dir):
-    for config in (LOSS_CONFIGS[0], LOSS_CONFIGS[2]):  # the teacher's top K alone, and draws alone
-        table, _ = scored_table(model_dir(seed=0), model_dir(seed=1), config)
-        assert not table.top_overlap.any()
-
-
 def test_an_id_outside_the_cached_top_k_is_a_miss_and_is_computed():
     cache = TopKCache(10_000)
     cache.put(
