@@ -115,6 +115,7 @@ def result_of(model, prompt, rollout, response, is_correct):
     result = {
         "model": model,
         "prompt": prompt.text,
+        "question": question(prompt),
         "response": response,
         "tokens": len(rollout.response_ids),
         "finish": "stop" if rollout.finish == STOP else "length",
