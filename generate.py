@@ -11,6 +11,9 @@ the longest. Active slots stay at the front, because the last moves into a hole:
 costs. Prefill only writes the cache. The decode step takes the last prompt token as its first
 input, so the same code samples every token.
 
+New weights are picked up between two decode steps, amid responses, and the keys and values of older
+weights stay (PipelineRL, arXiv 2509.19128).
+
 Seed and ticket alone fix a rollout's random numbers. They are made when it starts, so a decode step
 draws none itself and a CUDA graph can hold it. A resumed run draws with the same numbers.
 

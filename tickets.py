@@ -6,7 +6,8 @@ with B the batch size, and makes weights of version v + 1. Rollout n may start o
     n < (weight_version + 1 + max_staleness) * B
 
 `max_staleness = 0` is synchronous training: no rollout of an update starts before the update before
-it was made. Nothing else schedules.
+it was made. Nothing else schedules, and no rollout is thrown away. tinker-cookbook admits by the
+same rule (docs/related.md).
 
 Which rollouts make an update is one number, too, the window W. The update after version v waits for
 every ticket below (v + 1 - W) * B that was not trained yet, and fills up with those that came

@@ -378,7 +378,7 @@ function reader() {
       current[name] = (r, c) => steps[r * width + c] / DATA.steps_per_nat;
     }
     const response = make("div", { className: "response", id: "response", tabIndex: 0 });
-    let difference = 0, version = null;
+    let difference = 0, version = null, widest = 0, most = -1;
     const parts = document.createDocumentFragment();
     rollout.tokens.forEach((text, r) => {
       if (rollout.weight_version[r] !== version) {
@@ -388,6 +388,7 @@ function reader() {
       }
       const gap = current.student_logp(r, 0) - current.teacher_logp(r, 0);
       difference += gap;
+      if (Math.abs(gap) > most) [widest, most] = [r, Math.abs(gap)];
       parts.append(token(text, r, gap));
     });
     response.append(parts);
@@ -414,7 +415,7 @@ function reader() {
       point(Math.min(count - 1, Math.floor(event.offsetX / strip.clientWidth * count)));
       response.querySelector(".on").scrollIntoView({ block: "center" });
     });
-    point(0);
+    point(widest);
   }
 
   function token(text, r, gap) {

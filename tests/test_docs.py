@@ -229,7 +229,7 @@ def test_torchrun_leaves_our_flags_to_us(flag):
 OF_OTHERS = set(
     """--config --help --standalone --nproc-per-node --shutdown-timeout --nnodes --node-rank
     --master-addr --master-port --plan --model --json --seeds --threads --quick --starts --losses
-    --out --run --lags --mix""".split()
+    --out --run --lags --mix --to""".split()
 )  # torchrun, experiments, benchmarks
 
 

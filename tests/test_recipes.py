@@ -26,10 +26,9 @@ def test_every_recipe_is_a_command_line_that_the_settings_accept(monkeypatch):
         for line in block.splitlines()
         if "train.py" in line
     ]
-    assert len(flags) == 4
-    for recipe in flags:
-        config = parse(recipe)
-        assert config.num_candidates == 33 and config.batch_size == 256
+    laptop, *boxes = map(parse, flags)
+    assert len(boxes) == 4 and laptop.num_candidates == 33 and laptop.max_staleness == 2
+    assert all(box.num_candidates == 33 and box.batch_size == 256 for box in boxes)
 
 
 @pytest.mark.slow
