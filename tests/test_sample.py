@@ -6,6 +6,7 @@ import pytest
 from conftest import ROOT
 
 from experiments.sample import main
+from experiments.says import svg
 
 
 def sample(monkeypatch, capsys, *flags):
@@ -108,3 +109,13 @@ def test_without_a_file_the_prompts_are_those_of_the_built_in_task(monkeypatch, 
     main()
     out = capsys.readouterr().out
     assert out.count("(answer: b") == 3 and out.count("[right]") + out.count("[wrong]") == 3
+
+
+def test_the_readmes_first_picture_is_drawn_from_the_committed_samples():
+    lines = (ROOT / "experiments" / "results" / "says.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert svg(samples) == (ROOT / "docs" / "says.svg").read_text()
+    questions = [sample["question"] for sample in samples]
+    assert questions[::2] == questions[1::2] and len(set(questions)) == 8
+    nasty = [dict(sample, response="<script>") for sample in samples]
+    assert "<script>" not in svg(nasty)
