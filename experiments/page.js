@@ -5,6 +5,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUN_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
 const LINE_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#787878"];
 const DASHES = [[], [5, 3], [1, 2], [8, 3, 2, 3]];
+const VERDICTS = { null: "", true: "right", false: "wrong" };  // null: there is no answer
 const FULL_COLOUR = 4;  // nats between student and teacher at which a token has its full colour
 
 // ---- small things ---------------------------------------------------------------------------
@@ -324,14 +325,13 @@ function samples() {
     const show = () => {
       const step = steps[slider.value];
       const lines = run.samples.filter(line => line.step === step);
-      const right = lines.filter(line => line.correct).length;
       label.textContent = `  after update ${step}`;
       table.replaceChildren(...lines.map(line => make("tr", {},
         make("td", { className: "soft" }, always.has(line.prompt) ? "always" : "worst"),
         make("td", { className: "text" }, line.prompt),
         make("td", { className: "text" }, line.response || "(nothing)"),
         make("td", { className: "text" }, line.answer ?? ""),
-        make("td", { className: line.correct ? "right" : "wrong" }, line.correct ? "right" : "wrong"),
+        make("td", { className: VERDICTS[line.correct] }, VERDICTS[line.correct]),
         make("td", { className: "number" }, line.logp.toFixed(2)))));
     };
     slider.addEventListener("input", show);

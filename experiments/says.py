@@ -4,9 +4,9 @@ It draws experiments/results/says.jsonl, which these commands made. The prompts 
 of those that training has not seen.
 
     python -m experiments.heal --only-models
-    python train.py ...                      (what that prints, with --batch-size=8 --steps=40)
+    python train.py ...                         (the first command line of docs/recipes.md)
     python -m experiments.sample --json --temperature 0 --max-new-tokens 40 --first 8 \\
-        --prompts runs/heal/held_out.jsonl --model runs/heal/student runs/heal/run/step_40
+        --prompts runs/heal/held_out.jsonl --model runs/heal/student runs/heal/short/step_40
 """
 
 import argparse
@@ -20,7 +20,7 @@ from experiments.study import RESULTS, ROOT
 
 HEADS = (
     "SmolLM2-135M without six of its 30 layers",
-    "after 40 updates (six minutes on two cores)",
+    "after 40 updates, seven minutes on two busy cores",
 )
 WIDTH, LETTERS, LINE = 980, 56, 19  # of a column: letters
 LEFT = (20, 500)
