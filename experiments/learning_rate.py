@@ -22,7 +22,7 @@ from experiments.lagged import Lagged
 LOSSES = ("forward KL 16", "edge K=16", "stratified 16+16", "current signal + IS")
 RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
 SEEDS, STEPS = 3, 80
-METRICS = ("grad_norm", "drift_kl")
+METRICS = ("grad_norm", "drift_kl", "ess")
 KINDS = {"loss": str, "lag": int, "lr": float, "seed": int}
 COLUMNS = (*KINDS, "accuracy", "reverse_kl", "forward_kl", *METRICS)
 RESULTS = study.RESULTS / "learning_rate.csv"
