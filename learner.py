@@ -95,7 +95,7 @@ class Learner:
     dtype: torch.dtype  # of the forward pass
     ranks: Ranks = field(default_factory=Ranks)
     version: int = 0
-    shown: tuple = ()  # (rows, s, ids, t, b) of one micro-batch of the last update, to be looked at
+    shown: tuple = ()  # (rows, s, ids, t, b) of some micro-batches of the last update
 
     def __post_init__(self):
         trained_part(self.model).requires_grad_(True)
@@ -188,13 +188,14 @@ class Learner:
         # Sharding averages over the ranks. One denominator for all asks for a sum.
         (total * (self.ranks.world_size / tokens)).backward()
         drift = b[:, 0] - s[:, 0]  # [T], of the emitted tokens
+        bounded = drift.clamp(-40, 40)  # their squares are float32, whatever diverged
         reverse_kl = self.student.loss.reverse_kl(s, t, b)  # [T]
         summed = (
             reverse_kl,
             drift,  # k1 estimate of KL(sampler || student)
             (-drift).expm1() + drift,  # k3 estimate: no term is negative
-            (-drift).exp(),  # the importance weight
-            (-2 * drift).exp(),
+            (-bounded).exp(),  # the importance weight
+            (-2 * bounded).exp(),
             self.student.loss.support_probs(ids, s),
             self.student.loss.support_probs(ids, t),
         )

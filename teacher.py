@@ -137,12 +137,13 @@ class Teacher:
             channel.top_overlap[row] = shares.mean()
 
     def overlap(self, ids, own_ids):
-        """Which part of the sampler's top K is in the teacher's: [T]. Without the former, nothing.
+        """Which part of the sampler's top K is in the teacher's: [T]. NaN without the former.
 
         ids [T,C]: the candidates. own_ids [T,N]: the teacher's top ids, in descending order.
         """
-        shared = ids[:, self.loss.top, None] == own_ids[:, None, : self.loss.sampler_top]
-        return shared.any(-1).float().mean(-1)  # shared is [T,K,K]
+        own_ids = own_ids[:, : self.loss.sampler_top]
+        both = torch.cat([ids[:, self.loss.top], own_ids], 1).sort().values  # [T,2K]
+        return (both[:, 1:] == both[:, :-1]).sum(-1) / self.loss.sampler_top
 
     def look_up(self, hidden, wanted):
         """Ids int32 [T,C+K] and their log-probabilities: those wanted [T,C], then the top K."""

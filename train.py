@@ -143,8 +143,10 @@ class Leader:
                 metrics = self.train_on(rows)
                 with self.timeline.span("publish"):
                     metrics["publish_seconds"] = learner.publish(self.channel)
-                self.tickets.issue(learner.version)
                 try:
+                    if learner.version in (1, config.steps) or self.is_due(config.save_every):
+                        write_rollouts(config, self.channel, learner, self.inputs.tokenizer)
+                    self.tickets.issue(learner.version)  # from here on `rows` are others'
                     if self.is_due(config.eval_every):
                         before |= self.evaluate("eval_accuracy")
                 finally:  # the update was made, whoever died since
@@ -176,8 +178,6 @@ class Leader:
         with self.timeline.span("update"):
             metrics = self.learner.update(self.channel, rows, parts)
         self.amid_update = False
-        if self.learner.version in (1, self.config.steps) or self.is_due(self.config.save_every):
-            write_rollouts(self.config, self.channel, self.learner, self.inputs.tokenizer)
         self.tickets.trained([ticket for part in parts for ticket in part["tickets"]])
         return metrics
 
@@ -190,7 +190,7 @@ class Leader:
         while (channel.eval_done < channel.eval_asked).any():
             self.check()
             time.sleep(0.002)
-        show_sample(self.config, self.learner.version)
+        show_sample(self.config, self.learner.version, self.held_out[0].text)
         right = channel.eval_correct[: len(self.held_out)].double()
         accuracy = {}
         for owner in ("", *filter(None, self.config.teacher_paths)):

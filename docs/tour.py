@@ -20,6 +20,7 @@
 
 # %%
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -246,7 +247,8 @@ plt.show()
 figure, axes = plt.subplots(2, 1, figsize=(9, 3.4))
 for staleness, axis in zip((0, 1), axes):
     out = Path(f"runs/tour/staleness_{staleness}")
-    if not out.exists():
+    if not (out / "step_30").exists():
+        shutil.rmtree(out, ignore_errors=True)  # of an earlier try
         options = ["--steps=30", "--eval-every=0", "--cpu-threads=1", f"--output-dir={out}"]
         command = [sys.executable, "train.py", *options, f"--max-staleness={staleness}"]
         subprocess.run(command, check=True, capture_output=True)

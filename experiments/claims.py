@@ -26,6 +26,7 @@ from pathlib import Path
 from experiments import (
     estimators,
     frontier,
+    learning_rate,
     other_estimators,
     real_curves,
     real_model,
@@ -747,6 +748,7 @@ def tables(results: Path) -> dict[str, str]:
         "errors": other_estimators.table(other_estimators.read(results / "other_estimators.csv")),
         "forms": staleness.table_of_forms(lines["staleness"]),
         "hard": staleness.table_of_hard(lines["staleness"]),
+        "learning rate": learning_rate.table(learning_rate.read(results / "learning_rate.csv")),
         "two by two": two_by_two.table(lines["two_by_two"], "toy"),
         "real forms": real_curves.table(lines["real_curves"], real_curves.FORMS),
         **{space: head + real_model.table(noise, space) for space in ("logits", "parameters")},

@@ -111,11 +111,19 @@ AXES = {
     "reverse_kl": ("reverse KL, nats a token,", "log"),
 }
 FRONTIER = {
-    "tokens_per_second": "tokens / s",
+    "tokens_per_second": "tokens/s over synchronous",
     "lag_mean": "mean lag, updates",
-    "seconds_to_90": "seconds to 90 % (hollow: not all seeds got there)",
+    "seconds_to_90": "time to 90 % over synchronous (hollow: not all seeds)",
     "accuracy": "accuracy",
 }
+AT_THE_FRONTIER = (  # (loss, window)
+    ("stratified 16+16", 0),
+    ("stratified 16+16", ARRIVAL),
+    ("edge K=32", 0),
+    ("forward KL 32", 0),
+    ("current signal + IS, N=32", 0),
+)
+WINDOWS = FRONTIER | {"tokens_per_second": "tokens/s over ticket order"}
 LABELS: dict[str, str] = {}  # name in a study -> label; `draw_study` fills it
 Cells = dict[tuple, dict[int, float]]  # cell of a study -> seed -> value
 
@@ -220,19 +228,28 @@ def draw_estimators(tables: dict[str, Cells], batches: tuple[int, ...], out: Pat
     figure.savefig(out)
 
 
+def over_ticket_order(values: Cells, staleness: int) -> Cells:
+    """Values over those of the same loss and seed in ticket order, which ran on the same day."""
+    found = {}
+    for cell, seeds in values.items():
+        base = values[cell[0], 0, staleness]
+        found[cell] = {seed: x / base[seed] for seed, x in seeds.items() if seed in base}
+    return found
+
+
 def draw_frontier(tables: dict[str, Cells], out: Path):
-    """Throughput, lag, seconds to 90 % (of the seeds that got there) and final accuracy."""
+    """Throughput, lag, time to 90 % (of the seeds that got there) and final accuracy."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5))
     figure.subplots_adjust(wspace=1.1, hspace=0.4)
-    known = tables["accuracy"]
-    staleness = sorted({cell[-1] for cell in known})
+    staleness = sorted({cell[-1] for cell in tables["accuracy"]})
     cells = {}
-    for loss, window in dict.fromkeys(cell[:2] for cell in known):
-        if window in (0, ARRIVAL):
-            name = f"{loss}, order of arrival" if window else loss
-            cells[name] = [(loss, window, limit) for limit in staleness]
+    for loss, window in AT_THE_FRONTIER:
+        name = f"{loss}, order of arrival" if window else loss
+        cells[name] = [(loss, window, limit) for limit in staleness]
     for axis, (key, title) in zip(axes.flat, FRONTIER.items()):
-        over(axis, tables[key], cells, staleness)
+        is_timed = key in ("tokens_per_second", "seconds_to_90")
+        values = over_ticket_order(tables[key], 0) if is_timed else tables[key]
+        over(axis, values, cells, staleness)
         axis.set(title=title, xlabel="--max-staleness", ylim=(0, None))
         label_ends(axis)
     figure.savefig(out)
@@ -247,8 +264,10 @@ def draw_windows(tables: dict[str, Cells], out: Path):
     losses = sorted({cell[0] for cell in tables["accuracy"]})
     cells = {loss: [(loss, w, 1) for w in windows] for loss in losses}
     for axis, key in zip(axes, ("tokens_per_second", "lag_mean", "accuracy")):
-        over(axis, tables[key], cells, ticks)
-        axis.set(title=FRONTIER[key], xlabel="--window", ylim=(0, None))
+        is_timed = key == "tokens_per_second"
+        values = over_ticket_order(tables[key], 1) if is_timed else tables[key]
+        over(axis, values, cells, ticks)
+        axis.set(title=WINDOWS[key], xlabel="--window", ylim=(0, None))
     figure.savefig(out)
 
 
@@ -322,30 +341,55 @@ def draw_real_model(lines: list[dict], out: Path):
     figure.savefig(out)
 
 
-def draw_rates(lines: list[dict], out: Path):
-    """Final accuracy against lr (2 lag + 1), a panel for every loss, a colour for every lag.
+def mean_cells(lines: list[dict], metric: str) -> dict[tuple, float]:
+    """(loss, lr, lag) -> mean of a metric over the seeds of learning_rate.py."""
+    values = {}
+    for line in lines:
+        values.setdefault((line["loss"], line["lr"], line["lag"]), []).append(line[metric])
+    return {cell: statistics.mean(found) for cell, found in values.items()}
 
-    If the delay of the gradient were all that a lag does, the colours would lie on one curve.
-    """
-    losses = list(dict.fromkeys(line["loss"] for line in lines))
-    figure, axes = plt.subplots(1, len(losses), figsize=(13, 3.4), sharey=True)
-    colours = dict(zip((0, 2, 8, 32), ("#000000", "#1F67AE", "#2BA87F", "#D98300")))
+
+def draw_rates(lines: list[dict], out: Path):
+    """Final accuracy against the learning rate: a panel for every loss, a line for every lag."""
+    accuracy = mean_cells(lines, "accuracy")
+    losses, lags = (list(dict.fromkeys(line[key] for line in lines)) for key in ("loss", "lag"))
+    figure, axes = plt.subplots(1, len(losses), figsize=(13, 3.2), sharey=True)
     for axis, loss in zip(axes, losses):
-        for lag, colour in colours.items():
-            groups = {}
-            for line in lines:
-                if (line["loss"], line["lag"]) == (loss, lag):
-                    groups.setdefault(line["lr"] * (2 * lag + 1), []).append(line["accuracy"])
-            places = sorted(groups)
-            means = [statistics.mean(groups[x]) for x in places]
-            ends = [[end(groups[x]) for x in places] for end in (min, max)]
-            errors = [[m - low for m, low in zip(means, ends[0])]]
-            errors.append([high - m for m, high in zip(means, ends[1])])
-            look = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
-            axis.errorbar(places, means, errors, label=f"lag {lag}", elinewidth=0.8, **look)
-        axis.set(title=LABELS.get(loss, loss), xlabel="lr (2 lag + 1)", xscale="log", ylim=(0, 1))
+        for lag, colour in zip(lags, ("#000000", "#1F67AE", "#2BA87F", "#D98300")):
+            rates = sorted({lr for name, lr, of in accuracy if (name, of) == (loss, lag)})
+            values = [accuracy[loss, lr, lag] for lr in rates]
+            look = {"color": colour, "markersize": 4, "linewidth": 1.3, "clip_on": False}
+            axis.plot(rates, values, "o-", label=f"lag {lag}", **look)
+        axis.set(title=LABELS.get(loss, loss), xlabel="lr", xscale="log", ylim=(0, 1))
     axes[0].set(ylabel="accuracy")
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8, loc="upper right")
+    figure.tight_layout()
+    figure.savefig(out)
+
+
+def draw_axes_of_rates(lines: list[dict], out: Path):
+    """What a lag leaves of the accuracy without it, against three numbers that might decide it.
+
+    A point for every loss, rate and lag. Rates that end below a half without lag are left out.
+    """
+    accuracy = mean_cells(lines, "accuracy")
+    at = {name: mean_cells(lines, name) for name in ("drift_kl", "ess")}
+    at["delay"] = {(loss, lr, lag): lr * (2 * lag + 1) for loss, lr, lag in accuracy}
+    titles = {"delay": "lr (2 lag + 1)", "drift_kl": "drift, nats a token", "ess": "ess"}
+    cells = [cell for cell in accuracy if cell[2] and accuracy[(*cell[:2], 0)] > 0.5]
+    figure, axes = plt.subplots(1, len(titles), figsize=(13, 3.4), sharey=True)
+    for axis, (name, title) in zip(axes, titles.items()):
+        for loss in dict.fromkeys(cell[0] for cell in cells):
+            own = [cell for cell in cells if cell[0] == loss]
+            kept = [accuracy[cell] / accuracy[(*cell[:2], 0)] for cell in own]
+            colour, marker = STYLE.get(loss, ("#C2185B", "H"))
+            places = [at[name][cell] for cell in own]
+            label = LABELS.get(loss, loss)
+            axis.scatter(places, kept, s=26, color=colour, marker=marker, label=label)
+        axis.set(xlabel=title, xscale="linear" if name == "ess" else "log", ylim=(-0.03, 1.2))
+    axes[0].set(ylabel="accuracy over that without lag")
+    axes[0].legend(fontsize=8, loc="lower left")
+    figure.tight_layout()
     figure.savefig(out)
 
 
@@ -442,8 +486,9 @@ def draw_study(results: Path):
     values = cells("real_curves", lines, "reverse_kl")
     draw_real_curves(values, results / "real_curves.png")
     draw_real_model(real_model.read(results / "real_model.csv"), results / "real_model.png")
-    if (results / "learning_rate.csv").exists():
-        draw_rates(learning_rate.read(results / "learning_rate.csv"), results / "learning_rate.png")
+    lines = learning_rate.read(results / "learning_rate.csv")
+    draw_rates(lines, results / "learning_rate.png")
+    draw_axes_of_rates(lines, results / "rates_and_lags.png")
     draw_timelines(results / "timelines.csv", results / "timelines.png")
     draw_nodes(results / "simulated_nodes.csv", results / "simulated_nodes.png")
 

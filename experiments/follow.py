@@ -68,7 +68,7 @@ def wandb(run: Path, args, settings: dict, state: dict):
     def log(step, numbers, samples):
         values = dict(numbers)
         if samples:
-            rows = [[str(sample[name]) for name in SAMPLES] for sample in samples]
+            rows = [[text_of(sample[name]) for name in SAMPLES] for sample in samples]
             values["samples"] = tracker.Table(columns=list(SAMPLES), data=rows)
         tracker.log(values, step=step)
 
@@ -78,11 +78,15 @@ def wandb(run: Path, args, settings: dict, state: dict):
 TARGETS = {"tensorboard": tensorboard, "trackio": trackio, "wandb": wandb}
 
 
+def text_of(value) -> str:
+    return "" if value is None else str(value)
+
+
 def as_markdown(samples: list[dict]) -> str:
     """A table, whatever the texts hold."""
     rows = [" | ".join(SAMPLES), "|".join(["---"] * len(SAMPLES))]
     for sample in samples:
-        texts = (str(sample[name]).replace("|", "\\|") for name in SAMPLES)
+        texts = (text_of(sample[name]).replace("|", "\\|") for name in SAMPLES)
         rows.append(" | ".join(" ".join(text.split()) for text in texts))
     return "\n".join(f"| {row} |" for row in rows)
 
@@ -119,8 +123,21 @@ def new_lines(run: Path, last: int):
 
 
 def follow(run: Path, args):
-    """Log until the run has ended. Returns how many updates that were."""
+    """Log until the run has ended. Returns how many updates that were.
+
+    Raises ValueError where another `follow` logs the run to the same place.
+    """
     place = run / f"follow_{args.to}.json"
+    with open(run / f".follow_{args.to}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run}: another follow logs it to {args.to}: end that one first")
+        return log_all(run, place, args)
+
+
+def log_all(run: Path, place: Path, args):
+    """Log what `place` does not say was logged, until the run has ended."""
     state = {"step": -1}
     if place.is_file():
         state = json.loads(place.read_text())
@@ -133,7 +150,9 @@ def follow(run: Path, args):
         for step, numbers, samples in new_lines(run, state["step"]):
             log(step, numbers, samples)
             state["step"] = step
-            place.write_text(json.dumps(state))
+            partial = place.with_suffix(".partial")
+            partial.write_text(json.dumps(state))
+            partial.replace(place)  # whole, whenever we are stopped
             count += step > 0
         if ends:
             return count
@@ -159,6 +178,8 @@ def main():
     with suppress(KeyboardInterrupt):
         try:
             print(f"{follow(args.run, args)} updates logged")
+        except ValueError as error:
+            sys.exit(f"follow: error: {error}")
         except ImportError as error:
             sys.exit(f"follow: error: --to {args.to}: {error}: pip install {args.to}")
 

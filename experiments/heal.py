@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -222,7 +223,7 @@ def main():
     if args.only_models:
         args.out = Path(os.path.relpath(out))
         print(f"{args.out}: teacher/, student/, prompts.jsonl, held_out.jsonl; to train on them:")
-        print(" ".join(["python train.py", *train_flags(args)]))
+        print(shlex.join(["python", "train.py", *train_flags(args)]))
         return
     prompts = read_jsonl(
         str(out / "held_out.jsonl"), load_tokenizer("--student", str(out / "student")), 64
@@ -230,7 +231,7 @@ def main():
     print("before:")
     before = reverse_kl_of_prompts(out / "student", out / "teacher", prompts)
     command = [sys.executable, str(ROOT / "train.py"), *train_flags(args)]
-    print(" ".join(command), flush=True)
+    print(shlex.join(command), flush=True)
     subprocess.run(command, check=True)
     print("after:")
     after = reverse_kl_of_prompts(out / "run" / f"step_{args.steps}", out / "teacher", prompts)

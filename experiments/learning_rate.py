@@ -75,7 +75,7 @@ def make(path: Path, jobs: list[Job], workers: int = 0) -> list[dict]:
 
 
 def table(lines: list[dict]) -> str:
-    """Markdown: mean accuracy in percent after the last update, a row for every loss and rate."""
+    """Markdown: accuracy in percent after the last update, mean (lowest) of the seeds."""
     head = " | ".join(f"lag {lag}" for lag in staleness.LAGS)
     rows = [f"| loss | lr | {head} |", "|---|---|" + "---|" * len(staleness.LAGS)]
     for loss in LOSSES:
@@ -84,7 +84,10 @@ def table(lines: list[dict]) -> str:
                 [x["accuracy"] for x in lines if (x["loss"], x["lr"], x["lag"]) == cell]
                 for cell in ((loss, lr, lag) for lag in staleness.LAGS)
             ]
-            words = [f"{100 * statistics.mean(cell):.0f}" if cell else "-" for cell in cells]
+            words = [
+                f"{100 * statistics.mean(cell):.0f} ({100 * min(cell):.0f})" if cell else "-"
+                for cell in cells
+            ]
             rows.append(f"| {loss} | {lr:g} | {' | '.join(words)} |")
     return "\n".join(rows)
 

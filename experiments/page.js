@@ -28,7 +28,8 @@ function section(title, words) {
 }
 
 function unpack(kind, text) {
-  const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+  const letters = atob(text), bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) bytes[i] = letters.charCodeAt(i);
   return new kind(bytes.buffer);
 }
 
@@ -169,7 +170,11 @@ function drawPanel(panel, update) {
     context.lineWidth = 1.4;
     context.setLineDash(line.dash);
     context.beginPath();
-    line.x.forEach((x, i) => context.lineTo(...place(x, line.y[i])));
+    let drawing = false;  // null: the number was not finite
+    line.x.forEach((x, i) => {
+      if (line.y[i] !== null) context[drawing ? "lineTo" : "moveTo"](...place(x, line.y[i]));
+      drawing = line.y[i] !== null;
+    });
     context.stroke();
     context.setLineDash([]);
     let index = line.x.length - 1;
@@ -177,7 +182,7 @@ function drawPanel(panel, update) {
       while (index > 0 && line.x[index] > update) index--;
       const [x, y] = place(line.x[index], line.y[index]);
       context.fillStyle = line.colour;
-      context.fillRect(x - 2.5, y - 2.5, 5, 5);
+      if (line.y[index] !== null) context.fillRect(x - 2.5, y - 2.5, 5, 5);
     }
     const value = `${line.label} ${short(line.y[index])}` + (update === null ? "" : ` at ${line.x[index]}`);
     panel.legend.append(make("span", {}, make("span", { className: "swatch", style: { background: line.colour, margin: "0 5px 0 0" } }), value));
@@ -192,7 +197,7 @@ function timelines() {
   for (const run of DATA.runs) {
     const box = make("div");
     body.append(box);
-    if (!run.timeline.roles.length) { box.append(make("p", {}, `${run.name} has no trace.json`)); continue; }
+    if (!run.timeline.tracks.length) { box.append(make("p", {}, `${run.name} has no trace.json`)); continue; }
     timeline(run, box);
   }
 }
@@ -200,15 +205,14 @@ function timelines() {
 const ROW = 24, LABEL = 150, EDGE = 26;  // pixels
 
 function timeline(run, box) {
-  const { roles, names } = run.timeline;
-  const numbers = unpack(Int32Array, run.timeline.spans);
-  const tracks = roles.map(() => ({ begin: [], end: [], name: [] }));
-  for (let i = 0; i < numbers.length; i += 4) {
-    const track = tracks[numbers[i]];
-    track.name.push(numbers[i + 1]);
-    track.begin.push(numbers[i + 2] / 1e4);
-    track.end.push((numbers[i + 2] + numbers[i + 3]) / 1e4);
-  }
+  const { names, left_out } = run.timeline;
+  const tracks = run.timeline.tracks.map(track => {
+    const begin = unpack(Float64Array, track.begin), length = unpack(Float32Array, track.length);
+    const end = begin.map((at, i) => at + length[i]);
+    return { role: track.role, name: unpack(Uint8Array, track.name), begin, end };
+  });
+  const isPale = names.map(name => ["evaluate", "save"].includes(name));
+  const isArrival = names.map(name => name.includes("weights"));
   const whole = Math.max(...tracks.map(track => track.end[track.end.length - 1]));
   const view = { from: 0, to: whole };
   const canvas = make("canvas"), words = make("div", { className: "legend" });
@@ -232,35 +236,43 @@ function timeline(run, box) {
     make("div", { className: "time" }, canvas), words);
 
   function draw() {
-    const height = roles.length * ROW + 18;
+    const height = tracks.length * ROW + 18;
     const [context, width] = prepare(canvas, height);
     const scale = (width - LABEL - EDGE) / (view.to - view.from);
-    roles.forEach((role, row) => {
-      const track = tracks[row];
+    const ink = style("--ink");
+    let known = view.to - view.from;  // of the time shown, what the page holds
+    if (left_out) {
+      const from = Math.max(left_out[0], view.from), to = Math.min(left_out[1], view.to);
+      known -= Math.max(0, to - from);
+      context.fillStyle = style("--line");
+      context.fillRect(LABEL + (from - view.from) * scale, 0, Math.max(0, to - from) * scale, tracks.length * ROW);
+    }
+    tracks.forEach((track, row) => {
       let busy = 0, last = -1;
       for (let i = first(track.end, view.from); i < track.begin.length && track.begin[i] < view.to; i++) {
         const begin = Math.max(track.begin[i], view.from), end = Math.min(track.end[i], view.to);
         busy += end - begin;
         const x = LABEL + (begin - view.from) * scale, right = LABEL + (end - view.from) * scale;
-        if (right < last + 0.25 && !names[track.name[i]].includes("weights")) continue;  // nobody saw it
-        const name = names[track.name[i]];
-        context.globalAlpha = ["evaluate", "save"].includes(name) ? 0.35 : 1;
-        context.fillStyle = name.includes("weights") ? style("--ink") : DATA.colours[role.split(" ")[0]];
+        const name = track.name[i];
+        if (right < last + (isArrival[name] ? 0.05 : 0.25)) continue;  // nobody would see it
+        context.globalAlpha = isPale[name] ? 0.35 : 1;
+        context.fillStyle = isArrival[name] ? ink : DATA.colours[track.role.split(" ")[0]];
         context.fillRect(x, row * ROW + 3, Math.max(0.5, right - x), ROW - 6);
         last = right;
       }
       context.globalAlpha = 1;
       context.fillStyle = style("--ink");
       context.textAlign = "left";
-      const share = busy / (view.to - view.from);
-      context.fillText(`${role}  ${(100 * share).toFixed(0)} %`, 4, row * ROW + ROW / 2 + 4);
+      const share = known > 0 ? `${(100 * busy / known).toFixed(0)} %` : "";
+      context.fillText(`${track.role}  ${share}`, 4, row * ROW + ROW / 2 + 4);
     });
     context.fillStyle = style("--soft");
     context.textAlign = "center";
     for (const [x, text] of ticks(view.from, view.to, 8)) {
       context.fillText(text + " s", LABEL + (x - view.from) * scale, height - 4);
     }
-    words.textContent = `${seconds(view.from)} to ${seconds(view.to)} of ${seconds(whole)}`;
+    words.textContent = `${seconds(view.from)} to ${seconds(view.to)} of ${seconds(whole)}` +
+      (left_out ? `. Too long for a page: grey is left out, ${seconds(left_out[0])} to ${seconds(left_out[1])}.` : "");
   }
 
   const timeOf = event => view.from + (event.offsetX - LABEL) / (canvas.clientWidth - LABEL - EDGE) * (view.to - view.from);
@@ -289,7 +301,8 @@ function timeline(run, box) {
       const i = first(track.end, at);
       const length = i < track.begin.length ? track.end[i] - track.begin[i] : 0;
       const works = i < track.begin.length && track.begin[i] <= at;
-      text = works ? `${roles[row]}: ${names[track.name[i]]}, ${seconds(length)}` : `${roles[row]}: waits`;
+      const isLeftOut = left_out && left_out[0] < at && at < left_out[1];
+      text = works ? `${track.role}: ${names[track.name[i]]}, ${seconds(length)}` : isLeftOut ? "" : `${track.role}: waits`;
     }
     tip(event, text);
   });
@@ -332,7 +345,7 @@ function samples() {
         make("td", { className: "text" }, line.response || "(nothing)"),
         make("td", { className: "text" }, line.answer ?? ""),
         make("td", { className: VERDICTS[line.correct] }, VERDICTS[line.correct]),
-        make("td", { className: "number" }, line.logp.toFixed(2)))));
+        make("td", { className: "number" }, short(line.logp)))));
     };
     slider.addEventListener("input", show);
     const heads = ["", "prompt", "response", "answer", "", "log p a token"].map((text, i) =>
@@ -367,7 +380,7 @@ function reader() {
   };
   body.append(make("p", {}, make("button", { onclick: another(-1) }, "<"), " ", choice, " ",
     make("button", { onclick: another(1) }, ">")), make("div", { className: "reader" }, left, right));
-  let current = null, cursor = 0;
+  let current = null, cursor = 0, strip = null;
 
   function show() {
     const { rollout } = all[choice.value];
@@ -375,7 +388,10 @@ function reader() {
     current = { ...rollout, width, ids: unpack(Uint32Array, rollout.candidate_ids), names: rollout.ids };
     for (const name of ["student_logp", "teacher_logp", "behavior_logp"]) {
       const steps = unpack(Int16Array, rollout[name]);
-      current[name] = (r, c) => steps[r * width + c] / DATA.steps_per_nat;
+      current[name] = (r, c) => {
+        const step = steps[r * width + c];
+        return step === DATA.unknown ? null : step / DATA.steps_per_nat;
+      };
     }
     const response = make("div", { className: "response", id: "response", tabIndex: 0 });
     let difference = 0, version = null, widest = 0, most = -1;
@@ -407,7 +423,7 @@ function reader() {
     const facts = `${count} tokens, ended by ${rollout.finish}; sampled by weights ${versions[0]} to ` +
       `${versions[count - 1]}, trained in update ${rollout.step} (lag ${lag.toFixed(2)}); ` +
       `student less teacher: ${(difference / count).toFixed(3)} nats a token`;
-    const strip = make("canvas", { title: "every token; click to go there", style: { cursor: "pointer", margin: "0 0 8px" } });
+    strip = make("canvas", { title: "every token; click to go there", style: { cursor: "pointer", margin: "0 0 8px" } });
     const holder = make("div", {}, strip);
     left.replaceChildren(make("div", { className: "prompt" }, rollout.prompt), holder, response, make("p", {}, facts));
     drawStrip(strip);
@@ -453,7 +469,7 @@ function reader() {
     left.querySelector(".token.on")?.classList.remove("on");
     left.querySelector(`[data-r="${r}"]`).classList.add("on");
     const { columns, width, ids } = current;
-    const number = (value, digits = 2) => make("td", { className: "number" }, value.toFixed(digits));
+    const number = value => make("td", { className: "number" }, value === null ? "-" : value.toFixed(2));
     const rows = [];
     let mass = [0, 0];
     for (const [kind, [from, to]] of Object.entries(columns)) {
@@ -463,7 +479,7 @@ function reader() {
         const place = ids[r * width + c];
         const cell = make("td", { style: { background: colour(s - t) }, title: `id ${current.names[place]}` },
           JSON.stringify(current.texts[place]).slice(1, -1) || "\u2205");
-        const weight = make("td", { className: "number" }, kind === "top" ? "" : short(Math.exp(s - b)));
+        const weight = make("td", { className: "number" }, kind === "top" || b === null ? "" : short(Math.exp(s - b)));
         const name = kind === "draws" ? (c === 0 ? "emitted" : "draw") : kind === "top" ? "top" : "tail";
         rows.push(make("tr", {}, make("td", { className: "soft" }, name), cell, number(s), number(t), number(b), weight));
       }
@@ -480,7 +496,7 @@ function reader() {
   }
 
   choice.addEventListener("change", show);
-  REDRAW.push(show);
+  REDRAW.push(() => strip ? drawStrip(strip) : show());
 }
 
 // ---- all of it ------------------------------------------------------------------------------

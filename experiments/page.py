@@ -4,13 +4,14 @@ It writes page.html into the first run's directory: curves, who works when, what
 and a reader of rollouts. The page holds all of its data and asks no network for anything. page.js
 and page.css, beside this file, are what it is made of.
 
-A long run is thinned out: a curve keeps POINTS means, the timeline SPANS spans, samples and
-rollouts keep BYTES each, with the first and the last update among them.
+A long run is thinned out: a curve keeps POINTS means, the timeline the first and the last of SPANS
+spans, samples and rollouts keep BYTES each, with the first and the last update among them.
 """
 
 import argparse
 import base64
 import json
+import math
 import sys
 from array import array
 from itertools import groupby
@@ -21,9 +22,10 @@ import yaml
 from experiments.run_files import ROLES, objects, points_of, rank, read_run, read_trace
 
 POINTS = 1500
-SPANS = 100_000
+SPANS = 1_000_000
 BYTES = 24 * 2**20
 STEPS_PER_NAT = 256  # log-probabilities are sent as int16
+UNKNOWN = -(2**15)  # among them
 TITLES = {  # metric -> title of its panel; what stands behind a slash is another line in it
     "reverse_kl": "reverse KL, nats a token",
     "eval_accuracy": "accuracy",
@@ -55,24 +57,16 @@ def means(points: list[tuple[int, float]], most: int = POINTS):
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def merged(spans: list, most: int = SPANS):
-    """At most `most` spans: those of one role and one name are joined over ever longer gaps."""
-    gap = 1e-3
-    while len(spans) > most:
-        joined, last = [], {}  # role -> the place of its last span
-        for span in spans:
-            place = last.get(span.role)
-            before = None if place is None else joined[place]
-            if before and before.what == span.what and span.begin - before.end < gap:
-                joined[place] = before._replace(end=max(before.end, span.end))
-            else:
-                last[span.role] = len(joined)
-                joined.append(span)
-        spans = joined
-        gap *= 2
-        if gap > 1e6:  # nothing is left to join
-            return spans[:most]
-    return spans
+def ends(spans: list, most: int = SPANS):
+    """The first and the last of the spans, `most` together, and the (begin, end) left out."""
+    if len(spans) <= most:
+        return spans, None
+    first, last = spans[: most // 2], spans[len(spans) - most // 2 :]
+    return first + last, (last_end(first), last[0].begin)
+
+
+def last_end(spans: list):
+    return max(span.end for span in spans)
 
 
 def within(groups: list[list[dict]], most: int = BYTES):
@@ -111,16 +105,25 @@ def curves(records: list[dict]):
 
 
 def timeline(run: Path):
-    """Roles from top to bottom, and spans as int32: role, name, begin and length in 0.1 ms."""
-    spans = merged(read_trace(run / "trace.json"))
-    roles = sorted({span.role for span in spans}, key=rank)
-    names = sorted({span.what for span in spans})
+    """The tracks of roles from top to bottom: of each span its name's place in `names`, its begin
+    since the run's first, and its length, in seconds.
+    """
+    spans, left_out = ends(read_trace(run / "trace.json"))
     start = spans[0].begin if spans else 0.0
-    numbers = []
-    for span in spans:
-        times = (round(1e4 * (span.begin - start)), round(1e4 * (span.end - span.begin)))
-        numbers += (roles.index(span.role), names.index(span.what), *times)
-    return {"roles": roles, "names": names, "spans": packed("i", numbers)}
+    names = sorted({span.what for span in spans})
+    places = {name: place for place, name in enumerate(names)}
+    tracks = []
+    for role in sorted({span.role for span in spans}, key=rank):
+        own = [span for span in spans if span.role == role]
+        track = {
+            "role": role,
+            "name": packed("B", (places[span.what] for span in own)),
+            "begin": packed("d", (span.begin - start for span in own)),
+            "length": packed("f", (span.end - span.begin for span in own)),
+        }
+        tracks.append(track)
+    left_out = [at - start for at in left_out] if left_out else None
+    return {"names": names, "tracks": tracks, "left_out": left_out}
 
 
 def by_step(path: Path):
@@ -137,10 +140,15 @@ def compact(rollout: dict):
     compacted = rollout | {"texts": list(rollout["texts"].values()), "ids": list(places)}
     compacted["candidate_ids"] = packed("I", ids)
     for name in ("student_logp", "teacher_logp", "behavior_logp"):
-        lowest = -(2**15) / STEPS_PER_NAT
-        steps = (round(STEPS_PER_NAT * max(x, lowest)) for row in rollout[name] for x in row)
-        compacted[name] = packed("h", steps)
+        compacted[name] = packed("h", (in_steps(x) for row in rollout[name] for x in row))
     return compacted
+
+
+def in_steps(logp: float | None) -> int:
+    """A log-probability as int16."""
+    if logp is None or math.isnan(logp):
+        return UNKNOWN
+    return round(min(max(STEPS_PER_NAT * logp, UNKNOWN + 1), 2**15 - 1))
 
 
 def describe(run: Path):
@@ -164,19 +172,30 @@ def describe(run: Path):
     }
 
 
+def without_nan(data):
+    """The same with None where a number is not finite: JSON has neither NaN nor infinity."""
+    if isinstance(data, dict):
+        return {key: without_nan(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [without_nan(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def html(runs: list[dict]) -> str:
     """The page. Text of models may hold anything, so no `<` of the data survives."""
     here = Path(__file__).parent
-    data = {"runs": runs, "colours": ROLES, "steps_per_nat": STEPS_PER_NAT}
-    escaped = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    data = without_nan(
+        {"runs": runs, "colours": ROLES, "steps_per_nat": STEPS_PER_NAT, "unknown": UNKNOWN}
+    )
+    escaped = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     title = ", ".join(run["name"] for run in runs).replace("&", "&amp;").replace("<", "&lt;")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{(here / "page.css").read_text()}</style></head>
+<style>{(here / "page.css").read_text("utf-8")}</style></head>
 <body><main></main>
 <script type="application/json" id="data">{escaped}</script>
-<script>{(here / "page.js").read_text()}</script>
+<script>{(here / "page.js").read_text("utf-8")}</script>
 </body></html>
 """
 
@@ -192,7 +211,7 @@ def main():
     args = parser.parse_args()
     out = args.out or args.runs[0] / "page.html"
     try:
-        out.write_text(html([describe(run) for run in args.runs]))
+        out.write_text(html([describe(run) for run in args.runs]), encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"page: error: {error}")
     print(out)

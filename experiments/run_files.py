@@ -22,7 +22,7 @@ class Span(NamedTuple):
 def objects(path: Path) -> list[dict]:
     """The JSON objects of a file, one a line. Brackets and a line that was cut off are left out."""
     found = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text("utf-8", errors="replace").split("\n"):  # text may hold U+2028
         try:
             found.append(json.loads(line.rstrip().rstrip(",")))
         except ValueError:

@@ -60,7 +60,7 @@ def parse_args():
 
 
 def sample(args, model):
-    """(prompt, finished rollout, response text) for every prompt of the file, in order."""
+    """{place in the file: (prompt, finished rollout, response text)}, in order."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = builtin(student=model).path("student")
     tokenizer = load_tokenizer("--model", path)
@@ -94,7 +94,7 @@ def sample(args, model):
     rollouts = [Rollout(prompt.ids, ticket) for ticket, prompt in enumerate(prompts)]
     generator.generate(rollouts)
     texts = [tokenizer.decode(x.response_ids, skip_special_tokens=True) for x in rollouts]
-    return list(zip(prompts, rollouts, texts))
+    return {x.source[0]: (x, *of_prompt) for x, *of_prompt in zip(prompts, rollouts, texts)}
 
 
 def check_memory(config, device, dtype):
@@ -156,7 +156,8 @@ def main():
     except ValueError as error:
         sys.exit(f"experiments.sample: {error}")
     right = {name: [] for name in names}
-    for responses in zip(*found):
+    for place in [place for place in found[0] if all(place in answers for answers in found)]:
+        responses = [answers[place] for answers in found]
         results = [result_of(*x, is_correct) for x in zip(args.model, *zip(*responses))]
         for name, result in zip(names, results):
             if "correct" in result:

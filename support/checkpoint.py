@@ -61,18 +61,20 @@ def step_of(checkpoint: Path):
 def start_output(config: Config, checkpoint: Path | None):
     """Write config.yaml and drop the lines of updates that will be made again."""
     config.output.mkdir(parents=True, exist_ok=True)
+    files = [config.output / f"{name}.jsonl" for name in ("metrics", "samples", "rollouts")]
+    kept = [lines_until(step_of(checkpoint), path) if checkpoint else [] for path in files]
     write(config.output / "config.yaml", config.dump())
-    for name in ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl"):
-        path = config.output / name
-        kept = lines_until(step_of(checkpoint), path) if checkpoint else []
-        write(path, "".join(kept))
+    for path, lines in zip(files, kept):
+        write(path, "".join(lines))
     (config.output / "trace.json").write_text("[\n")  # each event follows as a line
 
 
 def lines_until(step: int, path: Path):
     """The lines of a file of JSON objects up to an update."""
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("}\n")]  # a crash may have cut the last one
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:  # str.splitlines cuts text, too
+        whole = [line for line in file if line.endswith("}\n")]  # a crash may have cut the last
     with refusal(f"--resume: {path} is damaged, move it away"):
         return [line for line in whole if json.loads(line)["step"] <= step]
 
@@ -80,7 +82,7 @@ def lines_until(step: int, path: Path):
 def write(path: Path, text: str):
     """The file is whole or as it was, also when the disk is full."""
     partial = path.with_name(f".{path.name}")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from itertools import islice
 from threading import Timer
 
 from tqdm import tqdm
@@ -20,6 +19,15 @@ from channel import STOP
 from support.config import Config
 
 MORE = {"generator": "--generators", "teacher": "--teachers", "learner": "--nproc-per-node"}
+LINE = (
+    "reverse KL {reverse_kl:.4f}  {tokens_per_second:.0f} tok/s  lag {lag_mean:.2f}  "
+    "busy: generator {generator_busy:.0%}, teacher {teacher_busy:.0%}, learner {learner_busy:.0%}"
+)
+BAR = "{n_fmt}/{total_fmt} {bar:8} {remaining} left{postfix}"  # 100 columns show all of it
+POSTFIX = (
+    "KL {reverse_kl:.3f}  {tokens_per_second:.0f} tok/s  lag {lag_mean:.1f}  "
+    "busy G {generator_busy:.0%} T {teacher_busy:.0%} L {learner_busy:.0%}"
+)
 SHOWN = 4  # prompts of an evaluation, and rollouts of an update, that are written out
 
 # ---- who works when ---------------------------------------------------------------------------
@@ -82,7 +90,7 @@ def cache_figures(stats):
 
 def append(path, lines):
     """Add lines in one write, so that those of several processes do not mix."""
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
@@ -100,15 +108,14 @@ def write_samples(config: Config, step: int, answers: list[dict]):
 
 def read_samples(config: Config, step: int):
     """What the evaluation after update `step` has written, by prompt."""
-    with open(config.output / "samples.jsonl") as file:
+    with open(config.output / "samples.jsonl", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file if line.startswith(f'{{"step": {step},')]
     return {line["prompt"]: line for line in lines}
 
 
-def show_sample(config: Config, step: int):
-    """Print the first prompt of an evaluation and what the student says to it."""
-    for sample in islice(read_samples(config, step).values(), 1):
-        tqdm.write(one_line(sample))
+def show_sample(config: Config, step: int, prompt: str):
+    """Print what the student said to a prompt in the evaluation after update `step`."""
+    tqdm.write(one_line(read_samples(config, step)[prompt]))
 
 
 def one_line(sample):
@@ -121,10 +128,11 @@ def write_rollouts(config: Config, channel, learner, tokenizer):
     """Append to rollouts.jsonl: a few rollouts of the last update, with all that the loss saw.
 
     Ids and log-probabilities are lists [T][C]; `columns` says which are draws, top, tail, and
-    `texts` what the ids stand for.
+    `texts` what the ids stand for. `behavior_logp` is None for the teacher's own ids.
     """
     loss = learner.student.loss
     kinds = {"draws": loss.draws, "top": loss.top, "tail": loss.tail}
+    unknown = [None] * loss.teacher_top
     found = []
     for rows, *tables in learner.shown:
         counts = (channel.length[rows] - channel.prompt_len[rows]).tolist()
@@ -145,7 +153,7 @@ def write_rollouts(config: Config, channel, learner, tokenizer):
                 "candidate_ids": ids.tolist(),
                 "student_logp": rounded(s),
                 "teacher_logp": rounded(t),
-                "behavior_logp": rounded(b),
+                "behavior_logp": [x[: loss.num_proposed] + unknown for x in rounded(b)],
             }
         )
     append(config.output / "rollouts.jsonl", lines)
@@ -186,13 +194,15 @@ class Log:
         lines = path.read_text().splitlines()
         before = json.loads(lines[-1]) if lines else {"step": 0, "wall_seconds": 0.0}  # if resumed
         self.file = open(path, "a", buffering=1)
-        self.last = self.first = time.monotonic()
+        self.last = time.monotonic()
         self.started = self.last - before["wall_seconds"]
-        self.seconds = self.first_seconds = channel.busy.clone()
+        self.seconds = channel.busy.clone()
+        self.first = None  # time and busy seconds after the first update: until then roles start
         self.reverse_kl = deque(maxlen=20)
         self.accuracy = {}  # update -> of the evaluation after it
-        options = {"dynamic_ncols": True, "file": sys.stdout, "disable": not sys.stdout.isatty()}
-        self.bar = tqdm(total=config.steps, initial=before["step"], **options)
+        options = {"dynamic_ncols": True, "bar_format": BAR, "file": sys.stdout}
+        hidden = not sys.stdout.isatty()
+        self.bar = tqdm(total=config.steps, initial=before["step"], disable=hidden, **options)
 
     def write(self, step, metrics):
         """Append the record of update number `step` and show it."""
@@ -203,6 +213,7 @@ class Log:
         seconds = self.channel.busy.clone()
         busy = (seconds - self.seconds) / elapsed  # of every role
         self.seconds = seconds
+        self.first = self.first or (now, seconds)
         record |= {f"{kind}_busy": value for kind, value in self.by_kind(busy).items()}
         record |= cache_figures(self.channel.cache_stats.sum(0))
         if len(self.channel.cache_stats) > 1:  # of each teacher process
@@ -227,18 +238,15 @@ class Log:
         return {kind: float(busy[of_kind].mean()) for kind, of_kind in kinds.items()}
 
     def show(self, record):
-        text = (
-            "reverse KL {reverse_kl:.4f}  {tokens_per_second:.0f} tok/s  "
-            "lag {lag_mean:.2f}  busy: generator {generator_busy:.0%}, teacher {teacher_busy:.0%}, "
-            "learner {learner_busy:.0%}"
-        ).format(**record)
         step, accuracy = record["step"], [*self.accuracy.values()][-1:]
-        if step in self.accuracy or not self.bar.disable:
-            text += "".join(f"  accuracy {share:.1%}" for share in accuracy)
         if self.bar.disable:
+            text = LINE.format(**record)
+            if step in self.accuracy:
+                text += f"  accuracy {accuracy[0]:.1%}"
             print(f"update {step:4d}/{self.config.steps}  {text}", flush=True)
         else:
-            self.bar.set_postfix_str(text, refresh=False)
+            text = "".join(f"accuracy {share:.1%}  " for share in accuracy)
+            self.bar.set_postfix_str(text + POSTFIX.format(**record), refresh=False)
             self.bar.update()
 
     def advise(self, record):
@@ -255,10 +263,23 @@ class Log:
     def close(self):
         """Say what the updates came to, who held them up, and where to look."""
         self.bar.close()
-        if self.last == self.first:
+        if self.first is None:
             return
-        elapsed = self.last - self.first
-        busy = self.by_kind((self.seconds - self.first_seconds) / elapsed)
+        started, seconds = self.first
+        if self.last > started:
+            self.judge(self.last - started, self.seconds - seconds)
+        if len(self.accuracy) > 1:
+            first, last = min(self.accuracy), max(self.accuracy)
+            print(f"accuracy {self.accuracy[first]:.1%} -> {self.accuracy[last]:.1%}")
+            old, new = (read_samples(self.config, step) for step in (first, last))
+            wrong = [prompt for prompt in old if old[prompt]["correct"] is False]
+            for prompt in [p for p in wrong if p in new and new[p]["correct"]][:1]:
+                print(f"before: {one_line(old[prompt])}\nnow:    {one_line(new[prompt])}")
+        print(f"to look at it: python -m experiments.page {self.config.output_dir}")
+
+    def judge(self, elapsed, seconds):
+        """Print how busy the roles were, `seconds` of `elapsed`, and which option helps."""
+        busy = self.by_kind(seconds / elapsed)
         busiest = max(busy, key=busy.get)
         if self.config.max_staleness + self.config.window == 0:
             advice = "they take turns: --max-staleness 4 lets them overlap"
@@ -269,11 +290,3 @@ class Log:
             advice = f"the others wait for the {busiest}: raise {fix}"
         shares = ", ".join(f"{kind} {share:.0%}" for kind, share in busy.items())
         print(f"{elapsed:.0f} s of updates, busy: {shares}: {advice}")
-        if self.accuracy:
-            first, last = min(self.accuracy), max(self.accuracy)
-            print(f"accuracy {self.accuracy[first]:.1%} -> {self.accuracy[last]:.1%}")
-            old, new = (read_samples(self.config, step) for step in (first, last))
-            wrong = [prompt for prompt in old if old[prompt]["correct"] is False]
-            for prompt in [p for p in wrong if p in new and new[p]["correct"]][:1]:
-                print(f"before: {one_line(old[prompt])}\nnow:    {one_line(new[prompt])}")
-        print(f"to look at it: python -m experiments.page {self.config.output_dir}")

@@ -68,7 +68,7 @@ def test_a_full_disk_leaves_a_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "config.yaml"
     write(path, "old")
 
-    def full(self, text):
+    def full(self, text, **options):
         open(self, "w").close()  # there is room for an empty file
         raise OSError("No space left on device")
 
@@ -111,6 +111,10 @@ def test_resume_without_a_checkpoint_or_with_other_prompts_is_refused(tmp_path, 
     start_output(config, tmp_path / "step_4")
     # Updates 5 and 6 are made again.
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    lines = ['{"step": 4, "prompt": "one\u2028two\x85three"}\n', '{"step": 5, "prompt": "é"}\n']
+    (tmp_path / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    start_output(config, tmp_path / "step_4")
+    assert (tmp_path / "samples.jsonl").read_text(encoding="utf-8") == lines[0]
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     start_output(config, checkpoint)

@@ -94,6 +94,22 @@ def test_looking_at_a_run_does_not_take_its_directory(tmp_path):
     lock_output(tmp_path)
 
 
+def test_a_second_one_is_refused_and_a_verdict_that_is_none_is_not_shown(logged, tmp_path):
+    run = write_run(tmp_path / "run")
+    refused = []
+
+    def second(*call):
+        with pytest.raises(ValueError, match="another follow logs it to list: end that one first"):
+            follow.follow(run, ONCE)
+        refused.append(call)
+
+    follow.TARGETS["list"] = lambda *arguments: second
+    follow.follow(run, ONCE)
+    assert len(refused) == 61 and not list(run.glob("*.partial"))
+    sample = {"prompt": "a | b", "response": "two\nlines", "answer": None, "correct": None}
+    assert follow.as_markdown([sample]).splitlines()[-1] == "| a \\| b | two lines |  |  |"
+
+
 def command(run, target, **environment):
     line = [sys.executable, "-m", "experiments.follow", str(run), "--to", target, "--once"]
     settings = {"cwd": ROOT, "env": os.environ | environment}

@@ -173,6 +173,15 @@ def test_ess_is_that_of_the_importance_weights_of_the_emitted_tokens(model_dir):
     assert "top_overlap" not in metrics and "weight" not in metrics
 
 
+@pytest.mark.parametrize("drift", [200.0, 0.0])  # an emitted token may be e^-200 likely by now
+def test_ess_is_a_fraction_however_far_the_student_is_from_its_samples(drift, model_dir):
+    config = config_for("sampled_reverse_kl", **SHORT)
+    table = stale_table(model_dir, config)
+    table.behavior_logp += drift
+    metrics = new_learner(model_dir(seed=2), config).update(table, ROWS)
+    assert 0.01 < metrics["ess"] <= 1.0 + 1e-6
+
+
 @pytest.mark.parametrize("config", LOSS_CONFIGS, ids=label)
 def test_losses_without_a_top_k_of_the_sampler_have_no_overlap(config, model_dir):
     table = frozen_table(model_dir(seed=0), model_dir(seed=1), config)

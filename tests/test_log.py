@@ -10,7 +10,17 @@ from runs import read_trace
 
 from support.checkpoint import start_output
 from support.config import builtin
-from support.log import Log, Timeline, announced, read_samples, token_texts, write_samples
+from support.log import (
+    BAR,
+    POSTFIX,
+    Log,
+    Timeline,
+    announced,
+    read_samples,
+    show_sample,
+    token_texts,
+    write_samples,
+)
 
 
 def test_the_timeline_adds_up_busy_seconds_and_writes_a_trace_that_is_json(tmp_path, monkeypatch):
@@ -84,7 +94,7 @@ def test_responses_that_are_mostly_cut_are_said_early_and_once(
     assert capsys.readouterr().out.count(note) == told
 
 
-def test_of_wrong_answers_those_are_kept_that_the_student_is_surest_of(tmp_path):
+def test_of_wrong_answers_those_are_kept_that_the_student_is_surest_of(tmp_path, capsys):
     config = builtin(output_dir=str(tmp_path), generators=2)  # two of each kind then
     logp = [-9.0, -9.0, -3.0, -1.0, -0.1, -2.0]
     answers = [
@@ -97,6 +107,9 @@ def test_of_wrong_answers_those_are_kept_that_the_student_is_surest_of(tmp_path)
     write_samples(config, 70, answers[:1])
     assert list(read_samples(config, 7)) == ["0", "1", "3", "5"]
     assert list(read_samples(config, 70)) == ["0"]
+    capsys.readouterr()
+    show_sample(config, 7, "1")  # whichever generator wrote first
+    assert capsys.readouterr().out == "'1' -> 'x': wrong, the answer is 'y'\n"
 
 
 class Bytes:
@@ -119,16 +132,19 @@ RECORD = {"tokens": 10, "reverse_kl": 0.5, "lag_mean": 0.0, "truncated_fraction"
 
 
 def closed_log(tmp_path, busy, **settings):
-    """What a log says at the end of a run of 10 s in which roles were busy for so many seconds."""
+    """What a log says at the end of a run whose roles start in 99 s, make an update, and are busy
+    for so many seconds of the 10 s of the second one.
+    """
     config = builtin(output_dir=str(tmp_path), **settings)
     start_output(config, None)
     channel = SimpleNamespace(busy=torch.zeros(len(busy)), cache_stats=torch.zeros(1, 4))
     with pytest.MonkeyPatch.context() as patch:
-        clock = iter([0.0, 10.0])
+        clock = iter([0.0, 99.0, 109.0])
         patch.setattr("support.log.time", SimpleNamespace(monotonic=lambda: next(clock)))
         log = Log(config, channel)
-        channel.busy += torch.tensor(busy)
         log.write(1, RECORD)
+        channel.busy += torch.tensor(busy)
+        log.write(2, RECORD)
         log.close()
 
 
@@ -157,9 +173,29 @@ def test_a_terminal_gets_one_bar_and_a_file_gets_a_line_for_each_update(
     plain = capsys.readouterr().out
     assert "update    1/3  reverse KL 0.5000" in plain and "\r" not in plain
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
     closed_log(tmp_path / "terminal", [9.0, 2.0, 4.0], steps=3)
     bar = capsys.readouterr().out
-    assert "update " not in bar and "1/3 [" in bar and "reverse KL 0.5000" in bar
+    assert "update " not in bar and "2/3 " in bar and "KL 0.500  " in bar
+    widest = {"postfix": POSTFIX, "n_fmt": "1000", "total_fmt": "1000", "bar": "", "remaining": ""}
+    line = BAR.replace("{bar:8}", 8 * "#").format(**widest | {"remaining": "1:00:00"})
+    numbers = {"reverse_kl": 12.345, "tokens_per_second": 123456, "lag_mean": 4.0}
+    shares = dict.fromkeys(("generator_busy", "teacher_busy", "learner_busy"), 0.99)
+    assert len(", accuracy 100.0%  " + line.format(**numbers, **shares)) <= 110
+
+
+@pytest.mark.parametrize("updates, told", [(0, ""), (1, "to look at it"), (2, "s of updates")])
+def test_a_run_that_ends_early_says_what_there_is_to_say(updates, told, tmp_path, capsys):
+    config = builtin(output_dir=str(tmp_path))
+    start_output(config, None)
+    log = Log(config, SimpleNamespace(busy=torch.zeros(3), cache_stats=torch.zeros(1, 4)))
+    for step in range(1, updates + 1):
+        log.write(step, RECORD | ({"eval_accuracy": 0.5} if step == 1 else {}))
+    capsys.readouterr()
+    log.close()
+    out = capsys.readouterr().out
+    assert told in out and (out == "") == (told == "")
+    assert "->" not in out  # one evaluation is no way from here to there
 
 
 def test_what_takes_two_seconds_is_announced_and_what_does_not_is_not(monkeypatch, capsys):

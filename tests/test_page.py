@@ -1,20 +1,24 @@
 """Claims about the page of a run: what it keeps of a long one, and that it works in a browser."""
 
+import base64
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+from array import array
 from html import unescape
 
 import pytest
 from conftest import ROOT
 
-from experiments.page import BYTES, POINTS, SPANS, describe, html, means, merged, within
+from experiments.page import BYTES, POINTS, UNKNOWN, describe, ends, html, in_steps, means, within
 from experiments.run_files import Span
 
 CHROMIUM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
+KINDS = (("d", "begin"), ("f", "length"))
+LAST = {"tokens": 100, "wall_seconds": 7.0}
 NASTY = "</script><script>failures.push('ran')</script><img src=x onerror=failures.push('image')>"
 
 
@@ -91,21 +95,48 @@ def test_a_thinned_curve_keeps_its_mean_and_its_last_update(count):
         assert sum(y for _, y in kept) / len(kept) == pytest.approx(6, abs=0.05)
 
 
-def test_merged_spans_are_few_and_keep_roles_apart():
-    spans = [
-        Span(role, "work", 0.01 * i + shift, 0.01 * i + shift + 0.005)
-        for i in range(SPANS)
-        for role, shift in (("teacher 0", 0.0), ("learner", 0.002))
+def test_of_too_many_spans_the_first_and_the_last_are_kept_and_the_gap_is_named():
+    spans = [Span("ab"[i % 2], "work", float(i), i + 1.5) for i in range(100)]
+    assert ends(spans, most=100) == (spans, None)
+    assert ends(spans, most=10) == (spans[:5] + spans[95:], (5.5, 95.0))
+
+
+def test_spans_keep_their_times_after_a_week(tmp_path):
+    run = write_run(tmp_path / "run")
+    week = 7 * 24 * 3600.0
+    late = {"ph": "X", "tid": 0, "name": "decode", "ts": 1e6 * week + 1e5, "dur": 250.0}
+    with open(run / "trace.json", "a") as file:
+        file.write(json.dumps(late) + ",\n")
+    generator = describe(run)["timeline"]["tracks"][0]
+    begin, length = (array(kind, base64.b64decode(generator[name])) for kind, name in KINDS)
+    assert begin[-1] == pytest.approx(week, abs=1e-6) and length[-1] == pytest.approx(250e-6)
+    assert begin[0] == 0.0 and begin[1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "logp, steps",
+    [(-1.0, -256), (0.0, 0), (None, UNKNOWN), (math.nan, UNKNOWN), (-math.inf, UNKNOWN + 1)],
+)
+def test_a_log_probability_becomes_an_int16(logp, steps):
+    assert in_steps(logp) == steps
+
+
+def test_text_with_other_ends_of_lines_and_numbers_that_are_none_have_a_page(tmp_path):
+    run = write_run(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 61, "reverse_kl": math.nan, "drift_k3": math.inf} | LAST))
+    line = rollout(61, 8) | {"prompt": "one\u2028two\u0085three"}
+    line["behavior_logp"][0] = [-0.5, None, None, -0.5, math.nan]
+    with open(run / "rollouts.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    text = html([describe(run)])
+    data = text[text.index('id="data">') + len('id="data">') :].partition("</script>")[0]
+    (found,) = json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))[
+        "runs"
     ]
-    found = merged(spans)
-    assert 0 < len(found) <= SPANS
-    for role in ("teacher 0", "learner"):
-        own = [span for span in found if span.role == role]
-        first, last = (next(s for s in order if s.role == role) for order in (spans, spans[::-1]))
-        assert own[0].begin == first.begin and own[-1].end == last.end
-    assert merged(spans[:1000]) == spans[:1000]
-    alternating = [Span("learner", "ab"[i % 2], i, i + 0.5) for i in range(30)]
-    assert len(merged(alternating, most=10)) == 10  # nothing of one name follows itself
+    assert found["rollouts"][-1]["prompt"] == line["prompt"]
+    curve = {curve["metric"]: curve["y"][-1] for curve in found["curves"]}
+    assert curve["reverse_kl"] is None and curve["drift_k3"] is None
 
 
 @pytest.mark.parametrize("size, count", [(10, 5), (BYTES // 20, 50), (BYTES // 3, 4), (BYTES, 3)])
@@ -156,7 +187,7 @@ def test_a_run_with_metrics_alone_or_cut_off_amid_a_line_has_a_page(tmp_path):
     assert describe(run)["rollouts"]
     for name in ("trace.json", "rollouts.jsonl", "samples.jsonl", "config.yaml"):
         (run / name).unlink()
-    assert describe(run)["timeline"]["roles"] == [] and "<main>" in html([describe(run)])
+    assert describe(run)["timeline"]["tracks"] == [] and "<main>" in html([describe(run)])
 
 
 # ---- in a browser -------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """Claims about the command line that samples from a checkpoint."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from experiments.sample import main
 from experiments.says import svg
+from support.data import Prompt
 
 
 def sample(monkeypatch, capsys, *flags):
@@ -102,6 +104,26 @@ def test_two_models_are_shown_side_by_side_for_people(monkeypatch, capsys, tmp_p
     monkeypatch.setattr("sys.argv", ["experiments.sample", "--model", *models, *flags, "--first=1"])
     main()
     assert capsys.readouterr().out.strip() == blocks[0]
+
+
+def test_a_prompt_that_one_model_does_not_read_is_shown_of_none(monkeypatch, capsys):
+    def sample(args, model):
+        rollout = SimpleNamespace(response_ids=[1], finish=0)
+        numbers = [0, 2, 3] if model == "a" else [0, 1, 2, 3]  # one was too long for a's tokenizer
+        found = {}
+        for i in numbers:
+            prompt = Prompt(f"p{i}", [1], source=(i, {"prompt": f"p{i}"}))
+            found[i] = prompt, rollout, f"{model}{i}"
+        return found
+
+    monkeypatch.setattr("experiments.sample.sample", sample)
+    monkeypatch.setattr("sys.argv", ["experiments.sample", "--model", "a", "b"])
+    main()
+    blocks = capsys.readouterr().out.strip().split("\n\n")
+    words = [block.split() for block in blocks]
+    assert [[block[0], block[2], block[5]] for block in words] == [
+        [f"p{i}", f"a{i}", f"b{i}"] for i in (0, 2, 3)
+    ]
 
 
 def test_without_a_file_the_prompts_are_those_of_the_built_in_task(monkeypatch, capsys):

@@ -292,6 +292,7 @@ def test_the_stages_of_this_machine_are_measured_from_serial_updates():
     assert min(found.update, found.publishing, found.picking_up) > 0
 
 
+@pytest.mark.slow
 def test_a_plan_for_two_teachers_gives_each_its_processes_and_half_of_the_prompts():
     one = scaling.Job("0.6B", "8B", 512, 2048)
     both = replace(one, teacher="8B+1.7B")

@@ -380,6 +380,7 @@ def flags(places, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_synchronous_runs_with_three_processes_of_two_teachers_are_equal_to_the_last_bit(
     flags, tmp_path
 ):

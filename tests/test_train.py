@@ -40,7 +40,7 @@ from channel import Channel
 from support.checkpoint import checkpoints, lock_output
 from support.config import InputError, builtin, parse
 from support.data import Prompt
-from support.log import Log
+from support.log import Log, write_samples
 from support.ranks import Interrupted, Ranks, RoleDied
 from support.roles import INTERRUPTS, PRELOAD
 
@@ -186,6 +186,31 @@ def test_a_run_killed_after_update_3_and_resumed_ends_like_one_that_never_stoppe
     text = finish(start(output, *pair, *SYNC, "--save-every=3", "--resume"))
     assert "update    4/6" in text and "update    3/6" not in text, text
     assert comparable(metrics(output)) == comparable(metrics(sync_run[0]))
+
+
+FULL_DISK = """
+import support.log
+
+before = support.log.append
+
+def append(path, lines):
+    if path.name == "rollouts.jsonl":
+        raise OSError("no space left for rollouts")
+    before(path, lines)
+
+support.log.append = append
+"""
+
+
+@slow
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_rollouts_that_cannot_be_written_end_the_run_and_lose_no_update(ranks, pair, tmp_path):
+    (tmp_path / "full.py").write_text(FULL_DISK)
+    flags = [*pair, *SYNC, f"--plugin={tmp_path}/full.py"]
+    out = finish(start(tmp_path / "run", *flags, ranks=ranks), expect=1)
+    assert "train.py: error: no space left for rollouts" in out, out
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1]
+    assert (tmp_path / "run" / "step_1" / "training_state.pt").exists()
 
 
 @slow
@@ -478,6 +503,7 @@ def new_leader(monkeypatch, tmp_path):
 def test_the_accuracy_of_each_teacher_is_that_of_its_own_prompts(new_leader):
     held_out = [Prompt("y", [2], teacher=name) for name in ("b", "a", "b", "b", "a")]
     leader = new_leader(held_out=held_out, teacher=("a=x", "b=y", "c=z"))
+    write_samples(leader.config, 0, [{"prompt": "y", "response": "", "correct": None}])
     leader.channel.eval_correct[:5] = torch.tensor([1, 0, 1, 0, 0])
     leader.channel.eval_done += 1  # it was made as soon as it was asked for
     assert leader.evaluate("eval_accuracy") == {
