@@ -268,6 +268,7 @@ def draw_windows(tables: dict[str, Cells], out: Path):
         values = over_ticket_order(tables[key], 1) if is_timed else tables[key]
         over(axis, values, cells, ticks)
         axis.set(title=WINDOWS[key], xlabel="--window", ylim=(0, None))
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(out)
 
 
