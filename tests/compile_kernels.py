@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -101,28 +102,48 @@ def resources(compiled, arch: int) -> tuple[int, int]:
     return registers, sum(map(int, re.findall(r"(\d+) bytes spill", report)))
 
 
-def main():
-    spilled = 0
-    wanted = [int(name) for name in sys.argv[1:]] or [80, 90, 100]  # of the architectures
+def compiled_line(job) -> tuple[str, int]:
+    """What `main` prints of one of `jobs`, and how many bytes are too many in it."""
+    name, arch, case, number = job
+    if name == "loss_kernel":
+        constants = (CONSTANTS + SPECIAL)[number]
+        registers, spilled = resources(compile_kernel(arch, *case, constants), arch)
+        words = [getattr(x, "__name__", f"{key}=1") for key, x in constants.items()]
+        return " ".join(map(str, (name, *words, f"sm_{arch}", *case, registers, spilled))), spilled
+    heads, kind = case
+    # A window of 1 becomes a constant, and so does a cache of one position.
+    ones = ({}, {"window": 1}, {"window": 1, "L": 1})[number]
+    compiled = compile_decode(arch, kind, heads, ones)
+    registers, spilled = resources(compiled, arch)
+    shared = compiled.metadata.shared
+    words = (name, *heads, *ones, f"sm_{arch}", kind, registers, spilled, shared)
+    # Wide float32 heads do spill.
+    return " ".join(map(str, words)), spilled * (heads in HEADS) + max(0, shared - SHARED)
+
+
+def jobs(wanted: list[int]) -> list[tuple]:
+    """(kernel, architecture, its case, number of its constants) of everything to compile."""
     cases = [(80, case) for case in CASES[:2]] + [(90, case) for case in CASES]
     cases += [(100, case) for case in CASES[:2]]
+    found = []
     for arch, case in [(arch, case) for arch, case in cases if arch in wanted]:
-        special = SPECIAL if arch == 90 and case[-1] == 64 else []
-        for constants in CONSTANTS + special:
-            registers, bytes_spilled = resources(compile_kernel(arch, *case, constants), arch)
-            spilled += bytes_spilled
-            terms, *ones = (getattr(x, "__name__", f"{key}=1") for key, x in constants.items())
-            print("loss_kernel", terms, *ones, f"sm_{arch}", *case, registers, bytes_spilled)
+        special = len(SPECIAL) if arch == 90 and case[-1] == 64 else 0
+        numbers = range(len(CONSTANTS) + special)
+        found += [("loss_kernel", arch, case, number) for number in numbers]
     for arch, kind, heads in itertools.product(wanted, ("*bf16", "*fp32"), HEADS + WIDE):
-        # A window of 1 becomes a constant, and so does a cache of one position.
-        for ones in ({}, {"window": 1}, {"window": 1, "L": 1}) if heads == HEADS[1] else ({},):
-            compiled = compile_decode(arch, kind, heads, ones)
-            registers, bytes_spilled = resources(compiled, arch)
-            spilled += bytes_spilled * (heads in HEADS)  # wide float32 heads do spill
-            spilled += max(0, compiled.metadata.shared - SHARED)
-            numbers = registers, bytes_spilled, compiled.metadata.shared
-            print("decode_kernel", *heads, *ones, f"sm_{arch}", kind, *numbers)
-    sys.exit(spilled > 0)
+        numbers = range(3 if heads == HEADS[1] else 1)
+        found += [("decode_kernel", arch, (heads, kind), number) for number in numbers]
+    return found
+
+
+def main():
+    wanted = [int(name) for name in sys.argv[1:]] or [80, 90, 100]  # architectures
+    too_many = 0
+    with ProcessPoolExecutor() as pool:
+        for line, more in pool.map(compiled_line, jobs(wanted)):
+            print(line)
+            too_many += more
+    sys.exit(too_many > 0)
 
 
 if __name__ == "__main__":

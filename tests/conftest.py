@@ -125,6 +125,18 @@ def pair(model_dir):
     return [f"--config={ROOT / 'assets' / 'builtin.yaml'}", *models]
 
 
+SYNC = ["--max-staleness=0", "--steps=6", "--eval-every=3"]
+
+
+@pytest.fixture(scope="session")
+def sync_run(pair, tmp_path_factory):
+    """Output directory and text of a synchronous run of the pair by torchrun, with SYNC."""
+    from runs import finish, start  # they import this file
+
+    output = tmp_path_factory.mktemp("sync") / "run"
+    return output, finish(start(output, *pair, *SYNC, "--save-every=3", ranks=1))
+
+
 def load(path: str, dtype: torch.dtype = torch.float32):
     return load_model(path, dtype, CPU)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import SYNC
 from kill import children
 from runs import (
     ENDLESS,
@@ -30,7 +31,7 @@ from runs import (
     still_alive,
     wait_until,
 )
-from test_train import SYNC, assert_same_run, sync_run  # noqa: F401
+from test_train import assert_same_run
 
 from support.checkpoint import checkpoints, read_progress
 from support.ranks import Ranks, RoleDied
@@ -125,7 +126,7 @@ def test_one_node_has_nobody_to_wait_for():
 
 @slow
 def test_two_nodes_train_like_one_and_an_agent_that_is_killed_ends_both_saved(
-    sync_run,  # noqa: F811
+    sync_run,
     pair,
     tmp_path,
 ):

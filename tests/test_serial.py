@@ -8,17 +8,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT, SYNC, load
 from frozen import full_logp
-from runs import BASE, finish, metrics, start
+from runs import BASE, metrics
 
 from model import flat_parameters
 from serial import Serial
 from support.config import builtin, parse
 from support.data import load_prompts
 from support.load import load_tokenizer
-
-SYNC = ["--max-staleness=0", "--steps=3", "--eval-every=3", "--slots=5"]
 
 
 def new_serial(flags, lag):
@@ -68,11 +66,10 @@ def test_the_shipped_models_learn_their_task_in_a_few_updates():
     assert 0 < last < 0.7 * first
 
 
-def test_without_lag_its_losses_are_those_of_a_synchronous_run_of_processes(pair, tmp_path):
+def test_without_lag_its_losses_are_those_of_a_synchronous_run_of_processes(pair, sync_run):
     """To float rounding: processes score quarters of a batch, here all of it is scored at once."""
-    finish(start(tmp_path / "run", *pair, *SYNC))
-    records = metrics(tmp_path / "run")
-    run = new_serial([*pair, *SYNC], lag=0)
+    records = metrics(sync_run[0])[:3]
+    run = new_serial([*pair, *SYNC, "--slots=5"], lag=0)  # the order in which they end is another
     assert run.accuracy() == records[0]["eval_accuracy_before"]
     mine = [run.update() for _ in records]
     for name in (

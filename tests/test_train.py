@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SYNC
 from kill import children, trial
 from runs import (
     BASE,
@@ -45,14 +45,7 @@ from support.ranks import Interrupted, Ranks, RoleDied
 from support.roles import INTERRUPTS, PRELOAD
 
 __all__ = ["BASE", "command", "finish", "metrics", "start"]
-SYNC = ["--max-staleness=0", "--steps=6", "--eval-every=3"]
 slow = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def sync_run(pair, tmp_path_factory):
-    output = tmp_path_factory.mktemp("sync") / "run"
-    return output, finish(start(output, *pair, *SYNC, "--save-every=3", ranks=1))
 
 
 def lines_of(output, name):
