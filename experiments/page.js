@@ -248,17 +248,18 @@ function timeline(run, box) {
       context.fillRect(LABEL + (from - view.from) * scale, 0, Math.max(0, to - from) * scale, tracks.length * ROW);
     }
     tracks.forEach((track, row) => {
-      let busy = 0, last = -1;
+      let busy = 0, last = -1, arrived = -1;
       for (let i = first(track.end, view.from); i < track.begin.length && track.begin[i] < view.to; i++) {
         const begin = Math.max(track.begin[i], view.from), end = Math.min(track.end[i], view.to);
         busy += end - begin;
         const x = LABEL + (begin - view.from) * scale, right = LABEL + (end - view.from) * scale;
         const name = track.name[i];
-        if (right < last + (isArrival[name] ? 0.05 : 0.25)) continue;  // nobody would see it
+        if (isArrival[name] ? x < arrived + 0.5 : right < last + 0.25) continue;  // nobody would see it
         context.globalAlpha = isPale[name] ? 0.35 : 1;
         context.fillStyle = isArrival[name] ? ink : DATA.colours[track.role.split(" ")[0]];
         context.fillRect(x, row * ROW + 3, Math.max(0.5, right - x), ROW - 6);
         last = right;
+        if (isArrival[name]) arrived = x;
       }
       context.globalAlpha = 1;
       context.fillStyle = style("--ink");

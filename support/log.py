@@ -7,10 +7,11 @@ it in Perfetto to see who waits for whom. It is an array without its end, which 
 
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Timer
 
 from tqdm import tqdm
@@ -185,6 +186,13 @@ def announced(what: str):
         timer.cancel()
 
 
+def is_terminal():
+    """Whether a bar is seen. In a terminal without lines, as some containers have, it is not."""
+    with suppress(OSError, ValueError):  # what is no terminal has no size, or no descriptor
+        return os.get_terminal_size(sys.stdout.fileno()).lines > 0
+    return False
+
+
 class Log:
     """metrics.jsonl and the progress. Busy: a fraction of the time since the last update."""
 
@@ -201,8 +209,8 @@ class Log:
         self.reverse_kl = deque(maxlen=20)
         self.accuracy = {}  # update -> of the evaluation after it
         options = {"dynamic_ncols": True, "bar_format": BAR, "file": sys.stdout}
-        hidden = not sys.stdout.isatty()
-        self.bar = tqdm(total=config.steps, initial=before["step"], disable=hidden, **options)
+        options["disable"] = not is_terminal()
+        self.bar = tqdm(total=config.steps, initial=before["step"], **options)
 
     def write(self, step, metrics):
         """Append the record of update number `step` and show it."""

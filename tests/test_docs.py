@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from support.config import Config, new_option
 
-CODE_LINES, WIDTH, LONGEST_FILE = 2_820, 100, 400  # 2,300 were planned: docs/decisions.md
+CODE_LINES, WIDTH, LONGEST_FILE = 2_827, 100, 400  # 2,300 were planned: docs/decisions.md
 MEDIAN, NINE_IN_TEN, LONGEST = 9, 22, 45  # lines of a function
 OUTSIDE = {"experiments", "benchmarks", "tests", "course", "assets"}
 LAYOUT = {

@@ -1,7 +1,11 @@
 """Claims about what a run shows while it goes on."""
 
+import fcntl
 import json
+import os
+import struct
 import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +20,7 @@ from support.log import (
     Log,
     Timeline,
     announced,
+    is_terminal,
     read_samples,
     show_sample,
     token_texts,
@@ -172,7 +177,7 @@ def test_a_terminal_gets_one_bar_and_a_file_gets_a_line_for_each_update(
     closed_log(tmp_path / "file", [9.0, 2.0, 4.0], steps=3)
     plain = capsys.readouterr().out
     assert "update    1/3  reverse KL 0.5000" in plain and "\r" not in plain
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("support.log.is_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
     closed_log(tmp_path / "terminal", [9.0, 2.0, 4.0], steps=3)
     bar = capsys.readouterr().out
@@ -182,6 +187,17 @@ def test_a_terminal_gets_one_bar_and_a_file_gets_a_line_for_each_update(
     numbers = {"reverse_kl": 12.345, "tokens_per_second": 123456, "lag_mean": 4.0}
     shares = dict.fromkeys(("generator_busy", "teacher_busy", "learner_busy"), 0.99)
     assert len(", accuracy 100.0%  " + line.format(**numbers, **shares)) <= 110
+
+
+@pytest.mark.parametrize("lines", [0, 30])
+def test_a_terminal_without_lines_gets_no_bar(lines):
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", lines, 100, 0, 0))
+    with open(theirs, "w") as terminal, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        found = is_terminal()
+    os.close(ours)
+    assert found == (lines > 0)
 
 
 @pytest.mark.parametrize("updates, told", [(0, ""), (1, "to look at it"), (2, "s of updates")])
