@@ -8,7 +8,7 @@ train: $(STAMP)
 	.venv/bin/python train.py $(ARGS)
 
 test: $(STAMP)
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 slow-test: $(STAMP)
 	.venv/bin/python -m pip install --quiet gguf==0.19.0 accelerate==1.15.0 math-verify==0.8.0 "matplotlib>=3.8"
