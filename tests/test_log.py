@@ -12,6 +12,8 @@ import pytest
 import torch
 from runs import read_trace
 
+from channel import STOP
+from losses import make_loss
 from support.checkpoint import start_output
 from support.config import builtin
 from support.log import (
@@ -24,6 +26,7 @@ from support.log import (
     read_samples,
     show_sample,
     token_texts,
+    write_rollouts,
     write_samples,
 )
 
@@ -131,6 +134,27 @@ class Bytes:
 
 def test_tokens_keep_the_space_that_some_decoders_drop():
     assert token_texts(torch.tensor([[5, 8], [8, 3]]), Bytes()) == {3: " the", 5: " cat", 8: "s"}
+
+
+@pytest.mark.parametrize("loss, known", [("forward_kl", 1), ("sparse_reverse_kl", 3)])
+def test_no_density_is_written_of_ids_that_the_sampler_did_not_propose(loss, known, tmp_path):
+    config = builtin(output_dir=str(tmp_path), loss=loss, top_k=2)
+    channel = SimpleNamespace(
+        length=torch.tensor([3]),
+        prompt_len=torch.tensor([1]),
+        tokens=torch.tensor([[3, 5, 8]]),
+        finish=torch.tensor([STOP]),
+        weight_version=torch.tensor([[0, 0]]),
+    )
+    s = torch.full((2, 3), -1.25)
+    table = ([0], s, torch.tensor([[5, 5, 8], [8, 8, 3]]), s - 1, s - 2)
+    student = SimpleNamespace(loss=make_loss(config))
+    write_rollouts(
+        config, channel, SimpleNamespace(student=student, shown=[table], version=1), Bytes()
+    )
+    line = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    assert line["behavior_logp"] == 2 * [known * [-3.25] + (3 - known) * [None]]
+    assert line["teacher_logp"] == 2 * [3 * [-2.25]] and line["tokens"] == [" cat", "s"]
 
 
 RECORD = {"tokens": 10, "reverse_kl": 0.5, "lag_mean": 0.0, "truncated_fraction": 0.0}
