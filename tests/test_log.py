@@ -126,7 +126,7 @@ class Bytes:
     words = {3: " the", 5: " cat", 8: "s"}
 
     def decode(self, ids):
-        return "".join(self.words[i] for i in ids).removeprefix(" ")
+        return "".join(self.words[int(i)] for i in ids).removeprefix(" ")
 
     def batch_decode(self, rows):
         return [self.decode(row) for row in rows]
